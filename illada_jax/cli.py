@@ -1,0 +1,49 @@
+"""What every command shares: absl flags in, one-line errors and exit codes out."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from illada_jax.errors import InputError
+
+EXIT_BAD_INPUT = 2
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses flags, runs `main(argv)` and exits.
+
+    The exit code is 0 on success, what `main` returns if that is a number, and 2 for bad input: an InputError, an
+    unknown flag or a config override that does not fit is one line on stderr.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
+        return main(argv)
+
+    def caught(argv: list[str]) -> int | None:
+        try:
+            return guarded(argv)
+        except InputError as error:
+            return _fail(error)
+
+    try:
+        app.run(caught, flags_parser=_parse)
+    except InputError as error:
+        sys.exit(_fail(error))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
+    # ml_collections reports an override that does not fit, or a config file that is not there, with these.
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise InputError(str(error).splitlines()[0].strip("\"'")) from error
+
+
+def _fail(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -1,0 +1,431 @@
+"""Configurations: frozen, typed, validated.
+
+An experiment is a file with `get_config()` that starts from `defaults()`, changes what it wants and returns a
+locked `ConfigDict`; flags may override (`--config.train.steps=10`). `from_config_dict` turns it into the dataclasses
+below, once, and nothing else in the project sees a ConfigDict. Every field is read somewhere: a test holds that.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+
+from illada_jax.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{key} = {value!r}: {allowed}")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}", value, "must be greater than 0")
+
+
+def _not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{section}.{name}", value, "must be 0 or more")
+
+
+def _unit_interval(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{section}.{name}", value, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer (iLLaDA paper, architecture table).
+
+    Attributes:
+      vocab_size: rows of the embedding; 0 takes the size of the tokenizer.
+      d_model: width of the residual stream (D).
+      num_layers: number of blocks.
+      num_heads: query heads (N).
+      num_kv_heads: key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
+      head_dim: width of a head (H), even.
+      d_ff: width of the SwiGLU feed-forward (F).
+      max_length: the context: the longest sequence that is trained or decoded, in tokens.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of RMSNorm.
+      tied_head: the LM head is the embedding, transposed.
+      init_std: standard deviation of the projections; residual outputs are scaled by 1/sqrt(2·num_layers).
+        0 stands for sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
+      dtype: type of activations; params are float32 in training.
+      remat: what the backward pass recomputes: `none`, `dots` (all but matmul outputs), `full` (every layer).
+      attention: back end, see `model/attention.py`; `auto` chooses by platform.
+      scan_unroll: layers per iteration of the scan over layers.
+    """
+
+    vocab_size: int = 0
+    d_model: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    d_ff: int = 384
+    max_length: int = 256
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    tied_head: bool = True
+    init_std: float = 0.0
+    dtype: Dtype = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "xla"] = "auto"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        _positive("model", self, "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
+                  "max_length", "rope_theta", "norm_eps", "scan_unroll")
+        _not_negative("model", self, "vocab_size", "init_std")
+        _require(self.d_model % self.num_heads == 0, "model.d_model", self.d_model,
+                 f"must be divisible by model.num_heads = {self.num_heads}")
+        _require(self.num_heads % self.num_kv_heads == 0, "model.num_heads", self.num_heads,
+                 f"must be divisible by model.num_kv_heads = {self.num_kv_heads}")
+        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even (rotary pairs)")
+        _require(self.num_layers % self.scan_unroll == 0, "model.scan_unroll", self.scan_unroll,
+                 f"must divide model.num_layers = {self.num_layers}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text and how it becomes batches.
+
+    Attributes:
+      sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources.py` lists the kinds.
+        `prepared:DIR` is what `python -m illada_jax.prepare` wrote.
+      tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
+        Hugging Face `tokenizer.json`. A prepared corpus brings its own.
+      tokenizer_vocab_size: size of a tokenizer that is trained here, special ids included.
+      heldout_fraction: share of the documents, chosen by hash, that training never sees.
+      cache_dir: where small corpora are prepared, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
+      length: tokens of a training window (L).
+      batch_size: rows of the global batch (B).
+      isolate_documents: documents inside a window are segments of their own.
+      num_threads: threads that read ahead.
+    """
+
+    sources: tuple[str, ...] = ("python_docs",)
+    tokenizer: str = "sentencepiece"
+    tokenizer_vocab_size: int = 4096
+    heldout_fraction: float = 0.02
+    cache_dir: str = ""
+    length: int = 64
+    batch_size: int = 8
+    isolate_documents: bool = False
+    num_threads: int = 4
+
+    def __post_init__(self):
+        _positive("data", self, "length", "batch_size", "tokenizer_vocab_size", "num_threads")
+        _unit_interval("data", self, "heldout_fraction")
+        _require(bool(self.sources), "data.sources", self.sources, "name at least one source")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The corruption process and the objective (iLLaDA paper, objective).
+
+    Attributes:
+      time_sampling: `stratified` (times of a batch spread evenly over [0, 1)) or `uniform` (independent).
+      eps: the masking probability is p = (1 - eps)·t + eps.
+      mask_id: id of MASK; -1 takes the tokenizer's.
+    """
+
+    time_sampling: Literal["stratified", "uniform"] = "stratified"
+    eps: float = 1e-3
+    mask_id: int = -1
+
+    def __post_init__(self):
+        _require(0 <= self.eps < 1, "diffusion.eps", self.eps, "must lie in [0, 1)")
+        _require(self.mask_id >= -1, "diffusion.mask_id", self.mask_id, "must be an id, or -1 for the tokenizer's")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule: warm-up, constant, decay.
+
+    Attributes:
+      name: `adamw`, or `muon` (Muon on the matrices of the layers, AdamW on everything else).
+      learning_rate: the constant rate, reached after the warm-up.
+      adam_learning_rate: with `muon`, the constant rate of the parameters that AdamW trains.
+      warmup_steps: steps of the linear warm-up from 0.
+      decay_start: step at which the decay starts; -1 puts its end at train.steps.
+      decay_steps: steps of the decay; 0 never decays.
+      decay_shape: `linear` or `cosine`.
+      final_learning_rate: the floor that the decay reaches.
+      b1: Adam's first decay rate.
+      b2: Adam's second decay rate.
+      eps: Adam's epsilon.
+      weight_decay: decoupled weight decay, on matrices only (not on norms).
+      clip_norm: global norm that gradients are clipped to; 0 never clips.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    adam_learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    decay_start: int = -1
+    decay_steps: int = 0
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    final_learning_rate: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _positive("optimizer", self, "learning_rate", "adam_learning_rate", "eps")
+        _not_negative("optimizer", self, "warmup_steps", "decay_steps", "final_learning_rate", "weight_decay",
+                      "clip_norm")
+        _unit_interval("optimizer", self, "b1", "b2")
+        _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
+        _require(self.final_learning_rate <= self.learning_rate, "optimizer.final_learning_rate",
+                 self.final_learning_rate, f"must not exceed optimizer.learning_rate = {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+      stop_step: save and stop cleanly at this step, the schedule unchanged; 0 runs to the end.
+      microbatches: gradient accumulation: the global batch is computed in this many parts.
+      logits_chunk: positions of a row whose logits exist at the same time in the loss; 0: the whole row.
+      log_every: steps between lines of metrics.
+      tensorboard: write TensorBoard events into the workdir.
+    """
+
+    steps: int = 1000
+    stop_step: int = 0
+    microbatches: int = 1
+    logits_chunk: int = 0
+    log_every: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        _positive("train", self, "steps", "microbatches", "log_every")
+        _not_negative("train", self, "stop_step", "logits_chunk")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes. One of them may be -1: all the devices that remain.
+
+    Attributes:
+      data: pure data parallelism (params replicated).
+      fsdp: data parallelism with params and optimizer sharded.
+      tensor: tensor parallelism inside a layer.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}", size, "must be 1 or more, or -1 for what remains")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: how many of the newest are kept.
+      keep_best: also keep the one with the lowest eval/bits_per_byte.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    keep_best: bool = True
+
+    def __post_init__(self):
+        _positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated while training, see `illada_jax/evaluators.py`.
+
+    Attributes:
+      every: steps between evaluations; the last step is always evaluated.
+      evaluators: names of those that run at every evaluation.
+      final: names of those that run once more, after the last step, for the closing report.
+      batch_size: rows per evaluation batch.
+      windows: held-out windows of the bound; 0: all of them.
+      draws: masks drawn per held-out window.
+      rows: held-out examples (exact_match, infill) or texts (samples) that are decoded.
+      gaps: gaps per held-out passage in `infill`.
+      gap_length: tokens of a gap.
+      prompts: prompts of `samples`, in turn; an empty string starts from nothing.
+      separator: `exact_match` takes a held-out document up to and with it as the prompt, the rest as the answer.
+    """
+
+    every: int = 1000
+    evaluators: tuple[str, ...] = ("bits_per_byte",)
+    final: tuple[str, ...] = ()
+    batch_size: int = 32
+    windows: int = 0
+    draws: int = 1
+    rows: int = 3
+    gaps: int = 3
+    gap_length: int = 3
+    prompts: tuple[str, ...] = ("",)
+    separator: str = "="
+
+    def __post_init__(self):
+        _positive("eval", self, "every", "batch_size", "draws", "rows", "gaps", "gap_length")
+        _not_negative("eval", self, "windows")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The sampler (iLLaDA paper, generation). Frozen and hashable: it is static under jit.
+
+    Attributes:
+      max_new_tokens: budget of new tokens, rounded up to whole blocks.
+      block_length: tokens of a block.
+      steps_per_block: network evaluations per block; block_length reveals one token per step.
+      reveal: which positions a step reveals, see `decoding/strategies.py`.
+      confidence: how sure the model is of a position, see `decoding/strategies.py`.
+      temperature: of the Gumbel noise on the logits; 0 is greedy.
+      seed: seed of the sampler; row i draws from fold_in(seed, i).
+    """
+
+    max_new_tokens: int = 128
+    block_length: int = 32
+    steps_per_block: int = 32
+    reveal: Literal["top_k"] = "top_k"
+    confidence: Literal["low_confidence", "random"] = "low_confidence"
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block")
+        _not_negative("decode", self, "temperature", "seed")
+        _require(self.steps_per_block <= self.block_length, "decode.steps_per_block", self.steps_per_block,
+                 f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from.
+
+    Attributes:
+      checkpoint: a workdir or checkpoint whose params (not its optimizer or step) start the run; empty: random.
+    """
+
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment. See the sections.
+
+    Attributes:
+      seed: seed of everything random in training: parameters, order of the data, times, masks.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        _require(self.data.length <= self.model.max_length, "data.length", self.data.length,
+                 f"must not exceed model.max_length = {self.model.max_length}")
+        _require(self.data.batch_size % self.train.microbatches == 0, "train.microbatches", self.train.microbatches,
+                 f"must divide data.batch_size = {self.data.batch_size}")
+        chunk = self.train.logits_chunk
+        _require(chunk == 0 or self.data.length % chunk == 0, "train.logits_chunk", chunk,
+                 f"must divide data.length = {self.data.length}, or be 0")
+        _require(self.train.stop_step <= self.train.steps, "train.stop_step", self.train.stop_step,
+                 f"must not exceed train.steps = {self.train.steps}")
+        decay_start = self.decay_start
+        _require(decay_start >= self.optimizer.warmup_steps, "optimizer.decay_start", decay_start,
+                 f"the decay must not start before the warm-up ends (step {self.optimizer.warmup_steps})")
+        if self.model.vocab_size:
+            _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
+                     f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the learning rate starts to decay; train.steps where it never does."""
+        if self.optimizer.decay_start >= 0:
+            return self.optimizer.decay_start
+        return self.train.steps - self.optimizer.decay_steps
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """The default experiment as a ConfigDict: an experiment file changes it and returns it."""
+    return ml_collections.ConfigDict(to_dict(Config())).lock()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (section of a) config as plain dicts; tuples stay tuples. JSON turns them into lists, `from_dict` back."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """The typed, validated config. Raises ConfigError naming the key, its value and what is allowed."""
+    return from_dict(config.to_dict())
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Like `from_config_dict`, from plain dicts (as read from JSON). Every key must be there, and no other."""
+    return _build(Config, values, "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"config.{prefix}{key}: unknown key; known here: {', '.join(names)}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name in names:
+        if name not in values:
+            raise ConfigError(f"config.{prefix}{name}: missing; start from illada_jax.config.defaults()")
+        arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"config.{key} = {value!r}: must be a section with keys of its own")
+        return _build(hint, value, f"{key}.")
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        _require(value in choices, key, value, f"must be one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        _require(isinstance(value, (tuple, list)), key, value, f"must be a tuple of {item.__name__}")
+        return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), key, value,
+             f"must be of type {hint.__name__}")
+    return value

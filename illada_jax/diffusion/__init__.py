@@ -1,0 +1,1 @@
+"""The diffusion process: corruption, the objective, likelihood bounds."""

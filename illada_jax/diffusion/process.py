@@ -1,0 +1,127 @@
+"""Corruption by masking: times, masks, noisy tokens (iLLaDA paper, objective).
+
+B is rows, L is positions. Everything is a pure function of a key and global row numbers: a row is corrupted the same
+way on one device or on many, in one micro-batch or in several.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from illada_jax.data.batch import Batch
+
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+
+
+class Corrupted(NamedTuple):
+    """What the network sees and what it is asked for.
+
+    Attributes:
+      noisy_BL: int32 tokens, MASK where masked.
+      masked_BL: bool.
+      p_BL: float32 probability with which the position was masked; its inverse is the weight in the loss.
+    """
+
+    noisy_BL: jax.Array
+    masked_BL: jax.Array
+    p_BL: jax.Array
+
+
+@dataclass(frozen=True)
+class MaskProcess:
+    """The forward process: at time t every token is masked with probability p(t) = (1 - eps)·t + eps.
+
+    Attributes:
+      mask_id: id of MASK.
+      eps: keeps p and so the weights 1/p finite; with eps = 0 the objective is exactly the bound.
+      time_sampling: `stratified` or `uniform`, see `sample_times`.
+    """
+
+    mask_id: int
+    eps: float
+    time_sampling: Literal["stratified", "uniform"]
+
+
+def stratified_ranks(batch_size: int) -> np.ndarray:
+    """A permutation of 0 … B-1 whose every aligned slice is itself nearly evenly spread: the order of reversed bits.
+
+    Args:
+      batch_size: B, of any value; for a power of two it is exactly the bit reversal.
+
+    Returns:
+      int32 [B].
+    """
+    bits = max(1, (batch_size - 1).bit_length())
+    reversed_B = [int(f"{row:0{bits}b}"[::-1], 2) for row in range(batch_size)]
+    return np.argsort(np.argsort(reversed_B)).astype(np.int32)
+
+
+def stratified_times(key: jax.Array, batch_size: int) -> jax.Array:
+    """One time per row, frac(u + rank(row) / B): each uniform, together evenly spread. float32 [B] in [0, 1)."""
+    return jnp.mod(jax.random.uniform(key) + stratified_ranks(batch_size) / np.float32(batch_size), 1.0)
+
+
+def sample_times(key: jax.Array, segments_BL: jax.Array, sampling: str) -> jax.Array:
+    """The time of every position; all positions of a segment share one, as each segment is a sequence of its own.
+
+    Args:
+      key: key of the step.
+      segments_BL: int32 segments, 1, 2, …; 0 is padding.
+      sampling: `stratified` spreads the first segments of the rows evenly over [0, 1) and turns on by the golden ratio
+        for further ones; `uniform` draws each segment's time independently.
+
+    Returns:
+      float32 times_BL in [0, 1).
+    """
+    batch_size, length = segments_BL.shape
+    if sampling == "stratified":
+        times_B = stratified_times(key, batch_size)
+        return jnp.mod(times_B[:, None] + (segments_BL - 1) * jnp.float32(GOLDEN_RATIO), 1.0)
+    times_BS = _uniform_rows(key, batch_size, length + 1)
+    return jnp.take_along_axis(times_BS, segments_BL, axis=1)
+
+
+def _uniform_rows(key: jax.Array, batch_size: int, length: int) -> jax.Array:
+    """Uniform numbers [B, length]; row r depends on (key, r) alone."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch_size))
+    return jax.vmap(lambda row_key: jax.random.uniform(row_key, (length,)))(keys_B)
+
+
+def corrupt(key: jax.Array, batch: Batch, process: MaskProcess) -> Corrupted:
+    """Masks the tokens of a whole global batch independently, with the probability of their segment's time.
+
+    Args:
+      key: key of this step's corruption.
+      batch: the global batch.
+      process: the process.
+    """
+    time_key, mask_key = jax.random.split(key)
+    times_BL = sample_times(time_key, batch.segments_BL, process.time_sampling)
+    p_BL = (1 - process.eps) * times_BL + process.eps
+    masked_BL = (_uniform_rows(mask_key, *batch.tokens_BL.shape) < p_BL) & batch.maskable_BL
+    return Corrupted(jnp.where(masked_BL, process.mask_id, batch.tokens_BL), masked_BL, p_BL)
+
+
+def corrupt_fixed_count(key: jax.Array, batch: Batch, mask_id: int) -> Corrupted:
+    """Masks a uniformly drawn COUNT l in {1 … n} of each row's n maskable tokens, without replacement (LLaDA, eq. 6).
+
+    The estimator n/l · Σ CE of a row is an unbiased estimate of the same bound with less variance and without eps:
+    `p_BL` is l/n, so that the same loss applies. Counts are stratified over the rows.
+
+    Args:
+      key: key of this draw.
+      batch: rows; one without a maskable token stays as it is.
+      mask_id: id of MASK.
+    """
+    time_key, mask_key = jax.random.split(key)
+    batch_size, length = batch.tokens_BL.shape
+    n_B = jnp.sum(batch.maskable_BL, axis=1)
+    counts_B = jnp.minimum(1 + jnp.floor(stratified_times(time_key, batch_size) * n_B), n_B).astype(jnp.int32)
+    noise_BL = jnp.where(batch.maskable_BL, _uniform_rows(mask_key, batch_size, length), jnp.inf)
+    ranks_BL = jnp.argsort(jnp.argsort(noise_BL, axis=1), axis=1)
+    masked_BL = (ranks_BL < counts_B[:, None]) & batch.maskable_BL
+    p_BL = jnp.broadcast_to((counts_B / jnp.maximum(n_B, 1))[:, None], (batch_size, length))
+    return Corrupted(jnp.where(masked_BL, mask_id, batch.tokens_BL), masked_BL, p_BL)

@@ -1,0 +1,71 @@
+"""The transformer as pure functions of its params: what the rest of the project calls."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from illada_jax.config import ModelConfig
+from illada_jax.model.transformer import Transformer
+
+Params = Any  # a tree of arrays
+
+
+def _initialise(config: ModelConfig, key: jax.Array) -> Any:
+    # Shapes of params do not depend on the tokens: one token is enough to initialise.
+    one_BL = jnp.ones((1, 1), jnp.int32)
+    return Transformer(config).init(key, one_BL, one_BL, one_BL)["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 params (iLLaDA's public initialisation). `key` is a typed jax key; config.vocab_size is set."""
+    return nn.unbox(_initialise(config, key))
+
+
+def param_axes(config: ModelConfig) -> Any:
+    """The logical axis names of every param: a PartitionSpec for each, in a tree like the params; nothing is computed."""
+    boxed = jax.eval_shape(functools.partial(_initialise, config), jax.random.key(0))
+    return nn.get_partition_spec(boxed)
+
+
+def num_params(config: ModelConfig) -> int:
+    """Number of parameters, without allocating any."""
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def hidden(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Final hidden states hidden_BTD, see `Transformer.hidden`."""
+    return Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT,
+                                     method=Transformer.hidden)
+
+
+def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Array:
+    """Logits of hidden states, float32 [B, Q, V], see `Transformer.head`."""
+    return Transformer(config).apply({"params": params}, hidden_BQD, method=Transformer.head)
+
+
+@functools.cache
+def _logits_function(config: ModelConfig):
+    """One function object per config, so that jit recognises it and does not compile again for other params."""
+
+    def logits(params, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+        hidden_BTD = hidden(config, params, tokens_BT, positions_BT, segments_BT)
+        wanted_BQD = jnp.take_along_axis(hidden_BTD, want_BQ[:, :, None], axis=1)
+        return head(config, params, wanted_BQD), cache
+
+    return logits
+
+
+def make_logits_fn(config: ModelConfig, params: Params) -> jax.tree_util.Partial:
+    """The function that decoding and scoring take (design: the decoder's contract with the model).
+
+    Returns:
+      `logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, cache) -> (logits_BQV, cache)`: float32 logits of the
+      wanted columns. It is a pytree that carries the params: pass it to a jitted function as an argument.
+    """
+    return jax.tree_util.Partial(_logits_function(config), params)

@@ -1,0 +1,187 @@
+"""The network of iLLaDA and LLaDA: a Llama-like transformer that looks both ways.
+
+Pre-norm RMSNorm, SwiGLU, rotary positions, grouped keys and values, no biases, a final norm, a tied or untied head
+(iLLaDA paper, architecture table). Prediction is same-position: logit i predicts token i. The time is not an input.
+
+Dimensions: B batch, L length (T query, S key), D model, N query heads, K key/value heads, H head dim, F feed-forward,
+V vocabulary, Q wanted columns. Logical axis names say how an array may be sharded (`parallel/sharding.py`: the rules).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from illada_jax.config import ModelConfig
+from illada_jax.model.attention import attention_fn
+
+ACTIVATION_AXES = ("batch", "length", "embed_act")
+
+
+def _init(std: float, *axes: str) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def _init_std(config: ModelConfig) -> float:
+    return config.init_std or math.sqrt(2 / (5 * config.d_model))
+
+
+def _residual_std(config: ModelConfig) -> float:
+    """The projections that write into the residual stream start smaller, so that its variance does not grow."""
+    return _init_std(config) / math.sqrt(2 * config.num_layers)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises x_BTD and scales it; shape and dtype stay."""
+        scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_BTD.shape[-1:])
+        x32_BTD = x_BTD.astype(jnp.float32)
+        inverse_rms_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
+        return (x32_BTD * inverse_rms_BT1 * scale_D.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding in the rotate-half layout: dimension i turns together with i + H/2.
+
+    Args:
+      x_BTNH: queries or keys.
+      positions_BT: int32 positions.
+      theta: base of the frequencies.
+
+    Returns:
+      Array like x_BTNH; the angles are float32.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequencies_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h
+    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class Attention(nn.Module):
+    """Bidirectional attention within segments, with N query heads and K key/value heads."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Maps x_BTD to what attention adds to the residual stream, same shape and dtype."""
+        c = self.config
+        q_DNH = self.param("q", _init(_init_std(c), "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
+        kv_shape = (c.d_model, c.num_kv_heads, c.head_dim)
+        k_DKH = self.param("k", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
+        v_DKH = self.param("v", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
+        o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
+                           (c.num_heads, c.head_dim, c.d_model))
+        dtype = x_BTD.dtype
+        q_BTNH = rotary(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH.astype(dtype)), positions_BT, c.rope_theta)
+        k_BTKH = rotary(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH.astype(dtype)), positions_BT, c.rope_theta)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH.astype(dtype))
+        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads_act", None))
+        out_BTNH = attention_fn(c.attention)(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(dtype))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Maps x_BTD to what the feed-forward adds to the residual stream, same shape and dtype."""
+        c = self.config
+        gate_DF = self.param("gate", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
+        up_DF = self.param("up", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
+        down_FD = self.param("down", _init(_residual_std(c), "mlp", "embed"), (c.d_ff, c.d_model))
+        dtype = x_BTD.dtype
+        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(dtype)))
+        hidden_BTF = gate_BTF * jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(dtype))
+        hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp_act"))
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD.astype(dtype))
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: (carry, inputs of all layers) → (carry, nothing)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, None]:
+        """Adds attention and feed-forward to the residual stream x_BTD."""
+        c = self.config
+        x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
+        normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+        x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
+        normed_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + FeedForward(c, name="mlp")(normed_BTD)
+        return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), None
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states to logits. Layers are scanned: their params carry a leading `layers` axis."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the embedding, the scanned layers, the final norm and, where it is untied, the head."""
+        c = self.config
+        embed_std = math.sqrt(1 / (2 * c.d_model))
+        self.embedding_VD = self.param("embedding", _init(embed_std, "vocab", "embed"), (c.vocab_size, c.d_model))
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=c.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tied_head:
+            self.head_DV = self.param("head", _init(_init_std(c), "embed", "vocab"), (c.d_model, c.vocab_size))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Logits of all positions, float32 [B, T, V]: for initialisation and for people who look inside."""
+        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
+
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Final hidden states.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 positions within each segment.
+          segments_BT: int32 segment of each token; 0 is padding.
+
+        Returns:
+          hidden_BTD, normed, in the compute dtype.
+        """
+        x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(self.config.dtype)
+        x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
+        x_BTD, _ = self.layers(x_BTD, positions_BT, segments_BT)
+        return self.final_norm(x_BTD)
+
+    def head(self, hidden_BQD: jax.Array) -> jax.Array:
+        """Logits of the given hidden states, float32 [B, Q, V]; products are accumulated in float32."""
+        dtype = hidden_BQD.dtype
+        if self.config.tied_head:
+            equation, matrix = "BQD,VD->BQV", self.embedding_VD
+        else:
+            equation, matrix = "BQD,DV->BQV", self.head_DV
+        return jnp.einsum(equation, hidden_BQD, matrix.astype(dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Meshes and shardings: how arrays lie over devices."""

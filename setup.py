@@ -1,0 +1,44 @@
+"""Installs illada_jax. `pip install .` is enough on a CPU; extras add accelerators and tools."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+setup(
+    name="illada_jax",
+    version="0.1.0",
+    description="iLLaDA, a masked diffusion language model, in JAX for TPU: training, decoding, evaluation.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["illada_jax", "illada_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "chex",
+        "etils[epath]",
+        "flax",
+        "grain",
+        "jax",
+        "ml_collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "rich",
+        "sentencepiece",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+        "zstandard",
+    ],
+    extras_require={
+        "test": ["hypothesis", "pytest", "pytest-xdist"],
+        "dev": ["ruff"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "prepare": ["apache-beam"],
+    },
+)
