@@ -1,0 +1,146 @@
+"""The decoder as one would explain it: one row, one step, one position at a time, in plain Python and numpy.
+
+The compiled decoder must give the same tokens, steps and confidences. No padding, no batch, no buckets, no jit; the only
+thing shared with it is how a key is derived from (seed, row, draw, step, column).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from illada_jax.config import DecodeConfig
+from illada_jax.decoding import SpecialIds
+
+TOKEN_DRAW, ORDER_DRAW = 0, 1
+
+
+@dataclass
+class Trace:
+    """What decoding one row gives.
+
+    Attributes:
+      canvas: all tokens, prompt included.
+      steps: network evaluations (a guided step counts as one).
+      reveal_step: of each canvas column, -1 where nothing was written.
+      log_prob: of each canvas column, 0 where nothing was written.
+      closest: the smallest difference between two candidates of which one was preferred: float32 results of two programs
+        may differ where this is below 1e-5.
+    """
+
+    canvas: list[int]
+    steps: int = 0
+    reveal_step: list[int] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    closest: float = math.inf
+
+
+def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 0, infill: bool = False,
+           limit: int | None = None) -> Trace:
+    """Decodes one row.
+
+    Args:
+      network: maps a list of L ids to float32 logits [L, V].
+      prompt: ids; with MASK where something is to be filled in, if `infill`.
+      settings: the sampler.
+      ids: ids with a meaning.
+      row: the row's number, which its random draws depend on.
+      infill: fill the gaps and append nothing.
+      limit: columns that the row may grow to; by default the prompt and max_new_tokens.
+    """
+    trace = Trace(list(prompt))
+    if limit is None:
+        limit = len(prompt) + (0 if infill else settings.max_new_tokens)
+    never = {ids.mask} | ({ids.eos, ids.pad} if infill else set())
+    stop = set() if infill else {ids.eos}
+    row_key = jax.random.fold_in(jax.random.key(settings.seed), row)
+    trace.reveal_step = [-1] * len(prompt)
+    trace.log_prob = [0.0] * len(prompt)
+
+    while True:
+        while len(trace.canvas) < limit and trace.canvas.count(ids.mask) < settings.block_length:
+            trace.canvas.append(ids.mask)
+            trace.reveal_step.append(-1)
+            trace.log_prob.append(0.0)
+        block = [c for c, token in enumerate(trace.canvas) if token == ids.mask][: settings.block_length]
+        denoise_block(network, trace, block, settings, ids, never, row_key)
+        if any(trace.canvas[column] in stop for column in block):
+            return trace
+        if len(trace.canvas) == limit and ids.mask not in trace.canvas:
+            return trace
+
+
+def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
+    """Reveals all columns of the block, a few at each step."""
+    for step in range(len(block)):
+        masked = [column for column in block if trace.canvas[column] == ids.mask]
+        if not masked:
+            return
+        logits = np.array(network(trace.canvas), np.float32)
+        logits[:, ids.vocab_size :] = -np.inf
+        logits[:, sorted(never)] = -np.inf
+
+        guesses = []
+        for column in masked:
+            token = choose(trace, logits[column], settings.temperature, key(row_key, TOKEN_DRAW, trace.steps, column))
+            log_p = log_softmax(logits[column])
+            confidence = CONFIDENCES[settings.confidence](
+                log_p, token, key(row_key, ORDER_DRAW, trace.steps, column))
+            guesses.append((confidence, column, token, log_p[token]))
+        guesses.sort(key=lambda guess: (-guess[0], guess[1]))
+
+        count = REVEALS[settings.reveal](settings, len(block), step)
+        count = min(max(count, 1), len(masked))
+        if count < len(masked):
+            note_gap(trace, guesses[count - 1][0], guesses[count][0])
+        for _, column, token, log_p_token in guesses[:count]:
+            trace.canvas[column] = token
+            trace.reveal_step[column] = trace.steps
+            trace.log_prob[column] = float(log_p_token)
+        trace.steps += 1
+
+
+def key(row_key, draw: int, step: int, column: int):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(row_key, draw), step), column)
+
+
+def note_gap(trace: Trace, larger: float, smaller: float) -> None:
+    # Equal values are no near-tie: both programs compute them from equal numbers and take the lower position.
+    if larger != smaller:
+        trace.closest = min(trace.closest, float(larger - smaller))
+
+
+def choose(trace: Trace, logits, temperature: float, token_key) -> int:
+    """The most probable token, or a sample from softmax(logits / temperature)."""
+    if temperature > 0:
+        noise = np.asarray(jax.random.gumbel(token_key, logits.shape, mode="high"))
+        logits = logits / np.float32(temperature) + noise
+    best, second = np.sort(logits)[::-1][:2]
+    note_gap(trace, best, second)
+    return int(np.argmax(logits))
+
+
+def log_softmax(logits):
+    """Float32, without saturation: the best token's own term never enters the sum."""
+    best = int(np.argmax(logits))
+    shifted = (logits - logits[best]).astype(np.float32)
+    others = np.delete(shifted, best)
+    return shifted - np.log1p(np.sum(np.exp(others), dtype=np.float32))
+
+
+def low_confidence(log_p, token, order_key):
+    return log_p[token]
+
+
+def random(log_p, token, order_key):
+    return np.log(np.asarray(jax.random.uniform(order_key)))
+
+
+def top_k(settings, total: int, step: int) -> int:
+    base, extra = divmod(total, settings.steps_per_block)
+    return base + 1 if step < extra else base
+
+
+CONFIDENCES = {"low_confidence": low_confidence, "random": random}
+REVEALS = {"top_k": top_k}

@@ -1,0 +1,62 @@
+"""The transformer once more, in numpy, one row and one head at a time: written for reading, not for speed."""
+
+import numpy as np
+
+from illada_jax.config import ModelConfig
+
+
+def rms_norm(x_LD: np.ndarray, scale_D: np.ndarray, eps: float) -> np.ndarray:
+    return x_LD / np.sqrt((x_LD**2).mean(axis=-1, keepdims=True) + eps) * scale_D
+
+
+def rotate(x_LH: np.ndarray, positions_L: np.ndarray, theta: float) -> np.ndarray:
+    """Turns each pair (i, i + H/2) by position / theta^(2i/H)."""
+    width = x_LH.shape[1]
+    out_LH = np.empty_like(x_LH)
+    for i in range(width // 2):
+        angle_L = positions_L * theta ** (-2 * i / width)
+        first_L, second_L = x_LH[:, i], x_LH[:, i + width // 2]
+        out_LH[:, i] = first_L * np.cos(angle_L) - second_L * np.sin(angle_L)
+        out_LH[:, i + width // 2] = first_L * np.sin(angle_L) + second_L * np.cos(angle_L)
+    return out_LH
+
+
+def logits(config: ModelConfig, params: dict, tokens_L: np.ndarray, positions_L: np.ndarray, segments_L: np.ndarray):
+    """Logits [L, V] of one row, in float64."""
+    params = _to_float64(params)
+    x_LD = params["embedding"][tokens_L]
+    for layer in range(config.num_layers):
+        p = {name: _slice(sub, layer) for name, sub in params["layers"].items()}
+        normed_LD = rms_norm(x_LD, p["attention_norm"]["scale"], config.norm_eps)
+        x_LD = x_LD + attention(config, p["attention"], normed_LD, positions_L, segments_L)
+        normed_LD = rms_norm(x_LD, p["mlp_norm"]["scale"], config.norm_eps)
+        gate_LF = normed_LD @ p["mlp"]["gate"]
+        swish_LF = gate_LF / (1 + np.exp(-gate_LF))
+        x_LD = x_LD + (swish_LF * (normed_LD @ p["mlp"]["up"])) @ p["mlp"]["down"]
+    x_LD = rms_norm(x_LD, params["final_norm"]["scale"], config.norm_eps)
+    return x_LD @ (params["embedding"].T if config.tied_head else params["head"])
+
+
+def attention(config: ModelConfig, p: dict, x_LD: np.ndarray, positions_L: np.ndarray, segments_L: np.ndarray):
+    out_LD = np.zeros_like(x_LD)
+    group = config.num_heads // config.num_kv_heads
+    for head in range(config.num_heads):
+        q_LH = rotate(x_LD @ p["q"][:, head], positions_L, config.rope_theta)
+        k_LH = rotate(x_LD @ p["k"][:, head // group], positions_L, config.rope_theta)
+        v_LH = x_LD @ p["v"][:, head // group]
+        for i in range(len(x_LD)):
+            mine = np.flatnonzero(segments_L == segments_L[i])
+            score = q_LH[i] @ k_LH[mine].T / np.sqrt(config.head_dim)
+            weight = np.exp(score - score.max())
+            out_LD[i] += (weight / weight.sum()) @ v_LH[mine] @ p["o"][head]
+    return out_LD
+
+
+def _slice(tree: dict, layer: int) -> dict:
+    return {name: x[layer] for name, x in tree.items()}
+
+
+def _to_float64(tree):
+    if isinstance(tree, dict):
+        return {name: _to_float64(x) for name, x in tree.items()}
+    return np.asarray(tree, np.float64)
