@@ -1,0 +1,140 @@
+"""The loss is the bound that it claims to be: on four tokens of three symbols everything can be enumerated.
+
+The network is the table of true conditionals, for which the bound is tight: it equals -log p(x) for every x.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from illada_jax.data.batch import Batch
+from illada_jax.diffusion.loss import loss_sums, row_losses, token_losses
+from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt, corrupt_fixed_count
+
+LENGTH, SYMBOLS, MASK = 4, 3, 3
+OUTCOMES = np.array(list(itertools.product(range(SYMBOLS), repeat=LENGTH)), np.int32)
+MASKS = np.array([m for m in itertools.product([False, True], repeat=LENGTH) if any(m)])
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """Probabilities of the 81 outcomes, far from independent."""
+    return np.random.default_rng(0).dirichlet(np.full(len(OUTCOMES), 0.3)) * 0.99 + 0.01 / len(OUTCOMES)
+
+
+@pytest.fixture(scope="module")
+def conditionals(joint):
+    """Log of the true conditionals, [4, 4, 4, 4, L, V]: the first indices are the noisy tokens; MASK has none."""
+    table = np.full((SYMBOLS + 1,) * LENGTH + (LENGTH, SYMBOLS + 1), -1e9, np.float32)
+    for noisy in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):
+        fits = np.all((OUTCOMES == noisy) | (np.array(noisy) == MASK), axis=1)
+        for i, v in itertools.product(range(LENGTH), range(SYMBOLS)):
+            mass = joint[fits & (OUTCOMES[:, i] == v)].sum()
+            if mass > 0:
+                table[(*noisy, i, v)] = math.log(mass / joint[fits].sum())
+    return table
+
+
+def make_batch(tokens_BL):
+    ones = np.ones(tokens_BL.shape, np.int32)
+    return Batch(tokens_BL, ones.astype(bool), ones, np.cumsum(ones, 1, dtype=np.int32) - 1, ones.astype(np.float32))
+
+
+def nats_of_rows(table, batch, corrupted):
+    """Runs the project's own loss code with the table as the network; the head is the identity on its logits."""
+    logits_BLV = jnp.asarray(table)[tuple(jnp.moveaxis(corrupted.noisy_BL, 1, 0))]
+    ce_BL, _ = token_losses(lambda x: x, logits_BLV, batch.tokens_BL)
+    return row_losses(ce_BL, batch, corrupted)
+
+
+def enumerated(table, tokens_L, measure):
+    """Σ over masks of measure(number masked) · Σ CE of the masked, for one outcome."""
+    batch = make_batch(np.tile(tokens_L, (len(MASKS), 1)))
+    corrupted = Corrupted(np.where(MASKS, MASK, batch.tokens_BL), MASKS, np.ones(MASKS.shape, np.float32))
+    return sum(measure(m.sum()) * v for m, v in zip(MASKS, np.asarray(nats_of_rows(table, batch, corrupted)), strict=True))
+
+
+def exact_measure(masked):
+    """∫ t^(m-1) (1-t)^(L-m) dt: the weight of a mask with m masked tokens when eps = 0."""
+    return math.factorial(masked - 1) * math.factorial(LENGTH - masked) / math.factorial(LENGTH)
+
+
+def eps_measure(eps):
+    """The same with p = (1-eps)·t + eps, so p uniform on [eps, 1]."""
+
+    def measure(masked):
+        polynomial = np.polynomial.Polynomial([0] * (masked - 1) + [1]) * np.polynomial.Polynomial([1, -1]) ** (
+            LENGTH - masked)
+        integral = polynomial.integ()
+        return (integral(1) - integral(eps)) / (1 - eps)
+
+    return measure
+
+
+def test_the_bound_of_the_true_conditionals_is_the_log_likelihood(joint, conditionals):
+    for tokens_L, probability in zip(OUTCOMES, joint, strict=True):
+        assert abs(enumerated(conditionals, tokens_L, exact_measure) + math.log(probability)) < 1e-5
+
+
+def test_the_bound_of_any_other_network_is_not_below_it(joint, conditionals):
+    wrong = conditionals + np.random.default_rng(1).normal(size=conditionals.shape).astype(np.float32)
+    bounds = np.array([enumerated(wrong, tokens_L, exact_measure) for tokens_L in OUTCOMES])
+    assert joint @ bounds > -joint @ np.log(joint) + 0.1
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+@pytest.mark.parametrize("eps", [1e-3, 0.1])
+def test_sampled_masks_agree_with_the_enumeration_for_their_eps(conditionals, sampling, eps):
+    tokens_L = OUTCOMES[17]
+    batch = make_batch(np.tile(tokens_L, (256, 1)))
+    process = MaskProcess(MASK, eps, sampling)
+    estimate = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, process))))
+    means = np.asarray([estimate(key) for key in jax.random.split(jax.random.key(0), 100)])
+    expected = enumerated(conditionals, tokens_L, eps_measure(eps))
+    assert abs(means.mean() - expected) < 3 * means.std(ddof=1) / math.sqrt(len(means))
+
+
+def test_fixed_counts_agree_with_the_exact_bound_and_vary_less(conditionals):
+    tokens_L = OUTCOMES[17]
+    batch = make_batch(np.tile(tokens_L, (256, 1)))
+    keys = jax.random.split(jax.random.key(1), 100)
+    fixed = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt_fixed_count(key, batch, MASK))))
+    process = MaskProcess(MASK, 1e-3, "uniform")
+    sampled = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, process))))
+    means, others = (np.asarray([f(key) for key in keys]) for f in (fixed, sampled))
+    expected = enumerated(conditionals, tokens_L, exact_measure)
+    assert abs(means.mean() - expected) < 3 * means.std(ddof=1) / math.sqrt(len(means))
+    assert means.std() < 0.5 * others.std()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+    rng = np.random.default_rng(0)
+    hidden_BLD, matrix_DV = rng.normal(size=(3, 8, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
+    batch = make_batch(rng.integers(0, 11, (3, 8), dtype=np.int32))
+    corrupted = corrupt(jax.random.key(0), batch, MaskProcess(10, 1e-3, "stratified"))
+
+    def loss(hidden_BLD, matrix_DV, chunk):
+        head = lambda x: jnp.einsum("BCD,DV->BCV", x, matrix_DV)  # noqa: E731
+        ce_BL, correct_BL = token_losses(head, hidden_BLD, batch.tokens_BL, chunk)
+        sums = loss_sums(ce_BL, correct_BL, batch, corrupted)
+        return sums.loss / sums.weight, sums
+
+    naive, lean = (jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden_BLD, matrix_DV, c) for c in (0, chunk))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), naive, lean)
+    logits_BLV = np.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV)
+    log_p_BLV = logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True))
+    expected = sum(-log_p_BLV[b, i, batch.tokens_BL[b, i]] / corrupted.p_BL[b, i]
+                   for b, i in np.argwhere(np.asarray(corrupted.masked_BL)))
+    np.testing.assert_allclose(naive[0][1].loss, expected, rtol=1e-5)
+
+
+def test_the_gradient_is_finite_where_the_probability_is_zero():
+    batch = make_batch(np.zeros((1, 4), np.int32))
+    corrupted = Corrupted(batch.tokens_BL, np.zeros((1, 4), bool), np.zeros((1, 4), np.float32))
+    grad = jax.grad(lambda x: loss_sums(*token_losses(lambda h: h, x, batch.tokens_BL), batch, corrupted).loss)
+    assert np.isfinite(grad(jnp.ones((1, 4, 3)))).all()
