@@ -87,8 +87,8 @@ class ModelConfig:
         _not_negative("model", self, "vocab_size", "init_std")
         _require(self.d_model % self.num_heads == 0, "model.d_model", self.d_model,
                  f"must be divisible by model.num_heads = {self.num_heads}")
-        _require(self.num_heads % self.num_kv_heads == 0, "model.num_heads", self.num_heads,
-                 f"must be divisible by model.num_kv_heads = {self.num_kv_heads}")
+        _require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
+                 f"must divide model.num_heads = {self.num_heads}")
         _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even (rotary pairs)")
         _require(self.num_layers % self.scan_unroll == 0, "model.scan_unroll", self.scan_unroll,
                  f"must divide model.num_layers = {self.num_layers}")
@@ -152,9 +152,10 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule: warm-up, constant, decay.
 
     Attributes:
-      name: `adamw`, or `muon` (Muon on the matrices of the layers, AdamW on everything else).
+      name: `adamw`, or `muon` (Muon on the matrices of the layers, Adam on everything else).
       learning_rate: the constant rate, reached after the warm-up.
-      adam_learning_rate: with `muon`, the constant rate of the parameters that AdamW trains.
+      adam_learning_rate: with `muon`, the constant rate of the parameters that Adam trains.
+      muon_momentum: Muon's momentum.
       warmup_steps: steps of the linear warm-up from 0.
       decay_start: step at which the decay starts; -1 puts its end at train.steps.
       decay_steps: steps of the decay; 0 never decays.
@@ -163,13 +164,14 @@ class OptimizerConfig:
       b1: Adam's first decay rate.
       b2: Adam's second decay rate.
       eps: Adam's epsilon.
-      weight_decay: decoupled weight decay, on matrices only (not on norms).
+      weight_decay: decoupled weight decay, on matrices only (not on norms); with `muon` on those of the layers only.
       clip_norm: global norm that gradients are clipped to; 0 never clips.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     adam_learning_rate: float = 1e-3
+    muon_momentum: float = 0.95
     warmup_steps: int = 0
     decay_start: int = -1
     decay_steps: int = 0
@@ -185,7 +187,7 @@ class OptimizerConfig:
         _positive("optimizer", self, "learning_rate", "adam_learning_rate", "eps")
         _not_negative("optimizer", self, "warmup_steps", "decay_steps", "final_learning_rate", "weight_decay",
                       "clip_norm")
-        _unit_interval("optimizer", self, "b1", "b2")
+        _unit_interval("optimizer", self, "b1", "b2", "muon_momentum")
         _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
         _require(self.final_learning_rate <= self.learning_rate, "optimizer.final_learning_rate",
                  self.final_learning_rate, f"must not exceed optimizer.learning_rate = {self.learning_rate}")
@@ -295,25 +297,27 @@ class DecodeConfig:
     """The sampler (iLLaDA paper, generation). Frozen and hashable: it is static under jit.
 
     Attributes:
-      max_new_tokens: budget of new tokens, rounded up to whole blocks.
+      max_new_tokens: budget of new tokens; the last block may be shorter.
       block_length: tokens of a block.
       steps_per_block: network evaluations per block; block_length reveals one token per step.
-      reveal: which positions a step reveals, see `decoding/strategies.py`.
-      confidence: how sure the model is of a position, see `decoding/strategies.py`.
+      reveal: how many positions a step reveals, a name in `decoding/reveal.py`.
+      confidence: how sure the model is of a position, a name in `decoding/confidence.py`.
       temperature: of the Gumbel noise on the logits; 0 is greedy.
+      batch_size: rows that are decoded at the same time; the results do not depend on it.
       seed: seed of the sampler; row i draws from fold_in(seed, i).
     """
 
     max_new_tokens: int = 128
     block_length: int = 32
     steps_per_block: int = 32
-    reveal: Literal["top_k"] = "top_k"
-    confidence: Literal["low_confidence", "random"] = "low_confidence"
+    reveal: str = "top_k"
+    confidence: str = "low_confidence"
     temperature: float = 0.0
+    batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self):
-        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block")
+        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "batch_size")
         _not_negative("decode", self, "temperature", "seed")
         _require(self.steps_per_block <= self.block_length, "decode.steps_per_block", self.steps_per_block,
                  f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
@@ -361,9 +365,8 @@ class Config:
                  f"must divide data.length = {self.data.length}, or be 0")
         _require(self.train.stop_step <= self.train.steps, "train.stop_step", self.train.stop_step,
                  f"must not exceed train.steps = {self.train.steps}")
-        decay_start = self.decay_start
-        _require(decay_start >= self.optimizer.warmup_steps, "optimizer.decay_start", decay_start,
-                 f"the decay must not start before the warm-up ends (step {self.optimizer.warmup_steps})")
+        _require(self.optimizer.warmup_steps <= self.decay_start, "optimizer.warmup_steps", self.optimizer.warmup_steps,
+                 f"must not exceed the step at which the decay starts, {self.decay_start}")
         if self.model.vocab_size:
             _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
                      f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
@@ -394,6 +397,61 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Like `from_config_dict`, from plain dicts (as read from JSON). Every key must be there, and no other."""
     return _build(Config, values, "")
+
+
+# What does not change the parameters of a model, only how they are computed.
+_COMPUTE_FIELDS = ("dtype", "remat", "attention", "scan_unroll", "init_std", "max_length")
+
+# What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
+RESUMABLE = (
+    "train.steps", "train.stop_step", "train.log_every", "train.tensorboard", "train.microbatches",
+    "train.logits_chunk", "mesh", "checkpoint", "eval", "decode", "data.cache_dir", "data.num_threads",
+    "model.remat", "model.attention", "model.scan_unroll", "optimizer.decay_start", "optimizer.decay_steps",
+    "optimizer.decay_shape", "optimizer.final_learning_rate",
+)
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The fields of the model that its parameters depend on, by name."""
+    return {name: value for name, value in to_dict(model).items() if name not in _COMPUTE_FIELDS}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two dicts of configs, as lines `key: old → new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return lines
+
+
+def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...] = ()) -> None:
+    """Checks that a run made with `old`, now at `step`, may go on with `new`.
+
+    Args:
+      old: the config in the workdir.
+      new: the config asked for.
+      step: steps already taken.
+      allowed: further keys that may differ, by name (a section or a field).
+
+    Raises:
+      ConfigError: listing every difference that is not allowed.
+    """
+    may_differ = RESUMABLE + allowed
+    refused = [
+        line for line in differences(to_dict(old), to_dict(new))
+        if not any(line.startswith((f"{name}:", f"{name}.")) for name in may_differ)
+    ]
+    if refused:
+        raise ConfigError(f"the workdir belongs to another config: {'; '.join(refused)} (use another workdir, or "
+                          f"--allow_config_change=KEY)")
+    starts = old.decay_start, new.decay_start
+    if starts[0] != starts[1] and min(starts) < step:
+        raise ConfigError(f"config.optimizer.decay_start: {starts[0]} → {starts[1]}: the run is at step {step}, where "
+                          "the learning rate has already begun to decay or should have")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -1,0 +1,79 @@
+"""Trains a masked diffusion language model: pre-training and fine-tuning, on one device or on a pod.
+
+Example:
+  python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
+  python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
+
+The same command resumes a workdir that has a checkpoint. Exit codes: 0 done, 2 bad input, 75 told to stop and saved (run
+the same command again).
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from illada_jax import cli, report
+from illada_jax.config import Config, from_config_dict
+from illada_jax.data.corpus import open_corpus
+from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.errors import ConfigError, InputError
+from illada_jax.evaluators import make_evaluators
+from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.loop import train
+
+EXIT_RESUMABLE = 75
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default: workdirs/NAME_OF_CONFIG")
+_ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from those of the workdir on resume")
+
+
+def resolve(config: Config, tokenizer: Tokenizer) -> Config:
+    """Fills in what the tokenizer decides: the size of the vocabulary and the id of MASK.
+
+    Raises:
+      ConfigError: the config and the tokenizer contradict each other.
+    """
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"config.model.vocab_size = {vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+    mask_id = tokenizer.mask_id if config.diffusion.mask_id == -1 else config.diffusion.mask_id
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=vocab_size),
+        diffusion=dataclasses.replace(config.diffusion, mask_id=mask_id),
+    )
+
+
+def main(_: list[str]) -> int:
+    """Wires config, corpus, mesh, evaluators and the loop together."""
+    if _CONFIG.value is None:
+        raise InputError("--config is required, for example --config=experiments/quickstart.py")
+    config = from_config_dict(_CONFIG.value)
+    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    workdir = epath.Path(_WORKDIR.value or f"workdirs/{name}")
+    mesh = make_mesh(config.mesh)
+    corpus = open_corpus(config.data)
+    config = resolve(config, corpus.tokenizer)
+    pipeline = Pipeline(config, corpus)
+    evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
+    final = make_evaluators(config.eval.final, config, corpus, pipeline, mesh)
+    report.print_start(config, workdir, mesh, corpus)
+    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value))
+    if outcome.status == "preempted":
+        print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
+        return EXIT_RESUMABLE
+    results = dict(outcome.final)
+    for evaluator in final.values():
+        results |= evaluator(outcome.state.params, outcome.step)
+    report.print_end(outcome, results, workdir, corpus)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

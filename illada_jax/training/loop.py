@@ -1,0 +1,230 @@
+"""The training loop: the same for pre-training and fine-tuning, for one device and for a pod."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from illada_jax import config as config_lib
+from illada_jax.config import Config
+from illada_jax.data.batch import Batch
+from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.diffusion.loss import LossSums
+from illada_jax.errors import InputError
+from illada_jax.parallel import sharding
+from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
+from illada_jax.training.checkpoints import Checkpoints, initial_params
+from illada_jax.training.metrics import MetricWriter
+from illada_jax.training.optimizer import make_optimizer, make_schedule
+from illada_jax.training.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
+
+# Evaluators see params and step and return numbers and texts by name.
+Evaluator = Callable[[Any, int], dict[str, float | str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      state: the last state.
+      step: steps taken.
+      status: `finished` (all steps), `stopped` (train.stop_step) or `preempted` (SIGTERM or SIGINT; saved).
+      final: what the evaluators returned at the last step.
+    """
+
+    state: TrainState
+    step: int
+    status: Literal["finished", "stopped", "preempted"]
+    final: dict[str, float | str]
+
+
+def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> Config | None:
+    """Makes the workdir, or recognises the one of an earlier life of this run.
+
+    Returns:
+      The config that the workdir was made with, None for a new one.
+
+    Raises:
+      InputError: the workdir cannot be written, or holds something else.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        return config_lib.from_dict(json.loads(path.read_text()))
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise InputError(f"{workdir}: neither empty nor a workdir (no config.json in it)")
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(workdir / "tokenizer")
+            write_config(workdir, config)
+    except OSError as error:
+        raise InputError(f"{workdir}: the workdir cannot be written: {error.strerror or error}") from error
+    return None
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Writes `workdir/config.json`: last, whole or not at all, as it is what makes a directory a workdir."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    partial.replace(workdir / "config.json")
+
+
+def train(
+    config: Config,
+    workdir: epath.Path,
+    mesh: Mesh,
+    pipeline: Pipeline,
+    tokenizer: Tokenizer,
+    evaluators: dict[str, Evaluator],
+    allowed_changes: tuple[str, ...] = (),
+) -> Outcome:
+    """Trains to the end, to train.stop_step, or until told to stop; resumes where the workdir has a checkpoint.
+
+    Args:
+      config: the resolved config (vocabulary and mask id known).
+      workdir: where config, metrics, checkpoints and tokenizer live.
+      mesh: the devices.
+      pipeline: gives the batch of every step.
+      tokenizer: saved with the checkpoints.
+      evaluators: run every config.eval.every steps and at the end, in order.
+      allowed_changes: config keys that may differ from those of the workdir when it is resumed.
+
+    Raises:
+      InputError: config, workdir, corpus or mesh do not fit together.
+    """
+    check_divisible(config, mesh)
+    earlier = prepare_workdir(workdir, config, tokenizer)
+    optimizer = make_optimizer(config)
+    with use_mesh(mesh), Checkpoints(workdir, config, tokenizer, pipeline.fingerprint) as checkpoints:
+        start = checkpoints.latest_step or 0
+        if earlier is not None:
+            config_lib.check_resumable(earlier, config, start, allowed_changes)
+            write_config(workdir, config)
+        abstract = abstract_state(config, optimizer, mesh)
+        if start:
+            state = checkpoints.restore(abstract)
+        else:
+            shardings = jax.tree.map(lambda x: x.sharding, abstract)
+            state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
+            if config.init.checkpoint:
+                params = initial_params(config.init.checkpoint, config, tokenizer, mesh)
+                state = dataclasses.replace(state, params=params)
+        with MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop:
+            loop = _Loop(config, mesh, optimizer, checkpoints, writer, evaluators)
+            return loop.run(state, start, pipeline, told_to_stop)
+
+
+class _Loop:
+    """The state of `train` between steps: what has been dispatched, logged, evaluated and saved."""
+
+    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, checkpoints: Checkpoints,
+                 writer: MetricWriter, evaluators: dict[str, Evaluator]):
+        self._config = config
+        self._mesh = mesh
+        self._step_fn = make_train_step(config, optimizer, mesh)
+        self._schedule = make_schedule(config, config.optimizer.learning_rate)
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._evaluators = evaluators
+        self._log_started = time.perf_counter()
+
+    def run(self, state: TrainState, start: int, pipeline: Pipeline, told_to_stop: Callable[[], bool]) -> Outcome:
+        c = self._config
+        stop = c.train.stop_step or c.train.steps
+        rows_sharding = sharding.batch_sharding(self._mesh)
+        batches = pipeline.iterate(start, local_rows(rows_sharding, c.data.batch_size))
+        unlogged: list[StepMetrics] = []
+        results: dict[str, float | str] = {}
+        saved = step = start
+        with tqdm(total=c.train.steps, initial=start, unit="step", desc="train", disable=None) as bar:
+            while step < stop and not told_to_stop():
+                batch = _put(next(batches), rows_sharding)
+                state, metrics = self._step_fn(state, batch)
+                # Dispatch runs ahead of the device: only now, with the next step under way, is the last one fetched.
+                if len(unlogged) == c.train.log_every or (unlogged and step % c.train.log_every == 0):
+                    self._log(step, unlogged, bar)
+                    unlogged = []
+                unlogged.append(metrics)
+                step += 1
+                bar.update()
+                last = step == stop
+                if last or step % c.eval.every == 0 or step % c.checkpoint.every == 0:
+                    self._log(step, unlogged, bar)
+                    unlogged = []
+                    results = self._evaluate(step, state, bar) if last or step % c.eval.every == 0 else {}
+                    if last or step % c.checkpoint.every == 0:
+                        self._checkpoints.save(step, state, results)
+                        saved = step
+                    self._log_started = time.perf_counter()
+        if unlogged:
+            self._log(step, unlogged, bar)
+        if step > saved:
+            self._checkpoints.save(step, state, {})
+        status = "finished" if step == c.train.steps else "stopped" if step == stop else "preempted"
+        return Outcome(state, step, status, results)
+
+    def _log(self, step: int, unlogged: list[StepMetrics], bar: tqdm) -> None:
+        """Fetches and writes the means over the steps since the last line, which ended with `step`."""
+        fetched: list[StepMetrics] = jax.device_get(unlogged)
+        now = time.perf_counter()
+        sums = LossSums(*(float(np.sum(values)) for values in zip(*(m.sums for m in fetched), strict=True)))
+        tokens = len(fetched) * self._config.data.batch_size * self._config.data.length
+        metrics = {
+            "train/loss": sums.loss / max(sums.weight, 1e-30),
+            "train/accuracy": sums.correct / max(sums.masked, 1.0),
+            "train/mask_fraction": sums.masked / max(sums.maskable, 1.0),
+            "train/gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
+            "train/learning_rate": float(self._schedule(step - 1)),
+            "train/tokens_per_second": tokens / (now - self._log_started),
+        }
+        self._log_started = now
+        self._writer.write(step, metrics)
+        bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
+
+    def _evaluate(self, step: int, state: TrainState, bar: tqdm) -> dict[str, float | str]:
+        results: dict[str, float | str] = {}
+        for name, evaluator in self._evaluators.items():
+            bar.set_postfix_str(f"evaluating {name}")
+            results |= evaluator(state.params, step)
+        self._writer.write(step, results)
+        for name, value in results.items():
+            text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
+            tqdm.write(f"step {step}: {text}")
+        return results
+
+
+def _put(batch: Batch, rows_sharding: jax.sharding.NamedSharding) -> Batch:
+    """Makes global arrays of the rows that this process holds."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows_sharding, x), batch)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM (preemption) or SIGINT (Ctrl-C) into a clean stop; a second one kills as usual."""
+    received = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

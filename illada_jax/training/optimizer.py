@@ -1,0 +1,79 @@
+"""Optimizers and the learning-rate schedule: all optax, put together from the config."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from illada_jax.config import Config
+
+# Which axes of a stacked matrix of the layers are its input and output; the leading axis is the layer.
+MUON_DIMENSIONS = {
+    "q": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
+    "k": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
+    "v": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
+    "o": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),
+    "gate": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+    "up": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+    "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+}
+
+
+def make_schedule(config: Config, peak: float) -> optax.Schedule:
+    """Warm-up from 0, constant at `peak`, decay to the floor (iLLaDA paper, pre-training).
+
+    Args:
+      config: the experiment; its `optimizer` section gives the shape.
+      peak: the constant rate; the floor keeps its ratio to config.optimizer.learning_rate.
+    """
+    c = config.optimizer
+    floor = c.final_learning_rate / c.learning_rate
+    schedules = [optax.constant_schedule(peak)]
+    boundaries = []
+    if c.warmup_steps:
+        schedules.insert(0, optax.linear_schedule(0.0, peak, c.warmup_steps))
+        boundaries.append(c.warmup_steps)
+    if c.decay_steps:
+        if c.decay_shape == "cosine":
+            schedules.append(optax.cosine_decay_schedule(peak, c.decay_steps, alpha=floor))
+        else:
+            schedules.append(optax.linear_schedule(peak, peak * floor, c.decay_steps))
+        boundaries.append(config.decay_start)
+    return optax.join_schedules(schedules, boundaries)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on embedding, head and norms.
+
+    Weight decay acts on matrices, not on norms; with Muon on the matrices of the layers only.
+    """
+    c = config.optimizer
+    schedule = make_schedule(config, c.learning_rate)
+    if c.name == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
+            beta=c.muon_momentum,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            adam_learning_rate=make_schedule(config, c.adam_learning_rate),
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    else:
+        optimizer = optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=_is_matrix)
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def _name(path: Any) -> str:
+    return path[-1].key
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) != "scale", params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_DIMENSIONS.get(_name(path)), params)

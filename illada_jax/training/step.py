@@ -1,0 +1,111 @@
+"""The training step: corrupt, loss, gradient, update, as one sharded jit."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from illada_jax import model
+from illada_jax.config import Config
+from illada_jax.data.batch import Batch
+from illada_jax.diffusion.loss import LossSums, loss_sums, token_losses
+from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
+from illada_jax.keys import Purpose, key_for
+from illada_jax.parallel import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      params: float32 params of the model.
+      opt_state: the optax state.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports: float32 scalars on the device."""
+
+    sums: LossSums
+    gradient_norm: jax.Array
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; jit it with `state_shardings` so that it is born sharded."""
+    params = model.init_params(config.model, key_for(config.seed, Purpose.PARAMS))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings: nothing is allocated."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    params = sharding.param_shardings(mesh, model.param_axes(config.model))
+    shardings = TrainState(
+        step=sharding.replicated(mesh), params=params, opt_state=sharding.like_params(mesh, shapes.opt_state, params)
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Builds the jitted step (state, global batch) → (state, metrics). The state is donated.
+
+    Keys derive from (seed, step, global row): the masks are the same for any mesh and any number of micro-batches.
+    """
+    process = MaskProcess(config.diffusion.mask_id, config.diffusion.eps, config.diffusion.time_sampling)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, process)
+        grads, sums = loss_gradients(config, state.params, batch, corrupted)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, optax.global_norm(grads))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def loss_gradients(config: Config, params: Any, batch: Batch, corrupted: Corrupted) -> tuple[Any, LossSums]:
+    """Gradients of Σ masked w·CE/p ÷ Σ maskable w over the global batch, and the sums that it is made of.
+
+    With micro-batches the parts are added up after dividing by the weight of the WHOLE batch, so that the number of
+    parts changes nothing but the order of additions.
+    """
+    total_weight = jnp.maximum(jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)), 1e-30)
+
+    def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
+        hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
+        head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
+        ce_BL, correct_BL = token_losses(head, hidden_BLD, part.tokens_BL, config.train.logits_chunk)
+        sums = loss_sums(ce_BL, correct_BL, part, corrupted)
+        return sums.loss / total_weight, sums
+
+    gradients_of_part = jax.grad(loss_of_part, has_aux=True)
+    parts = config.train.microbatches
+    if parts == 1:
+        return gradients_of_part(params, batch, corrupted)
+
+    def add_part(total: Any, part: tuple[Batch, Corrupted]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients_of_part(params, *part)), None
+
+    # Part m takes rows m, m + parts, …: each device cuts its own rows and nothing moves between devices.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (batch, corrupted))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+        lambda: gradients_of_part(params, *jax.tree.map(lambda x: x[0], split))))
+    return jax.lax.scan(add_part, zeros, split)[0]
