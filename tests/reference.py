@@ -1,7 +1,7 @@
 """The decoder as one would explain it: one row, one step, one position at a time, in plain Python and numpy.
 
-The compiled decoder must give the same tokens, steps and confidences. No padding, no batch, no buckets, no jit; the only
-thing shared with it is how a key is derived from (seed, row, draw, step, column).
+The compiled decoder must give the same tokens, steps and confidences. No padding, no batch, no buckets, no jit. Shared
+is only which key a draw takes, that of (seed, row, step, draw), with one number for each slot of the block.
 """
 
 import math
@@ -25,8 +25,8 @@ class Trace:
       steps: network evaluations (a guided step counts as one).
       reveal_step: of each canvas column, -1 where nothing was written.
       log_prob: of each canvas column, 0 where nothing was written.
-      closest: the smallest difference between two candidates of which one was preferred: float32 results of two programs
-        may differ where this is below 1e-5.
+      closest: the smallest difference between two candidates of which one was preferred: two float32 programs may
+        differ where this is below 1e-5.
     """
 
     canvas: list[int]
@@ -81,12 +81,16 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         logits[:, ids.vocab_size :] = -np.inf
         logits[:, sorted(never)] = -np.inf
 
+        shape = (settings.block_length, logits.shape[1])
+        gumbel = np.asarray(jax.random.gumbel(step_key(row_key, trace, TOKEN_DRAW), (math.prod(shape),), mode="high"))
+        uniform = np.asarray(jax.random.uniform(step_key(row_key, trace, ORDER_DRAW), shape[:1]))
+
         guesses = []
         for column in masked:
-            token = choose(trace, logits[column], settings.temperature, key(row_key, TOKEN_DRAW, trace.steps, column))
+            slot = block.index(column)
+            token = choose(trace, logits[column], settings.temperature, gumbel.reshape(shape)[slot])
             log_p = log_softmax(logits[column])
-            confidence = CONFIDENCES[settings.confidence](
-                log_p, token, key(row_key, ORDER_DRAW, trace.steps, column))
+            confidence = CONFIDENCES[settings.confidence](log_p, token, uniform[slot])
             guesses.append((confidence, column, token, log_p[token]))
         guesses.sort(key=lambda guess: (-guess[0], guess[1]))
 
@@ -101,8 +105,8 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         trace.steps += 1
 
 
-def key(row_key, draw: int, step: int, column: int):
-    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(row_key, draw), step), column)
+def step_key(row_key, trace: Trace, draw: int):
+    return jax.random.fold_in(row_key, trace.steps * 2 + draw)
 
 
 def note_gap(trace: Trace, larger: float, smaller: float) -> None:
@@ -111,11 +115,10 @@ def note_gap(trace: Trace, larger: float, smaller: float) -> None:
         trace.closest = min(trace.closest, float(larger - smaller))
 
 
-def choose(trace: Trace, logits, temperature: float, token_key) -> int:
+def choose(trace: Trace, logits, temperature: float, gumbel) -> int:
     """The most probable token, or a sample from softmax(logits / temperature)."""
     if temperature > 0:
-        noise = np.asarray(jax.random.gumbel(token_key, logits.shape, mode="high"))
-        logits = logits / np.float32(temperature) + noise
+        logits = logits / np.float32(temperature) + gumbel
     best, second = np.sort(logits)[::-1][:2]
     note_gap(trace, best, second)
     return int(np.argmax(logits))
@@ -129,12 +132,12 @@ def log_softmax(logits):
     return shifted - np.log1p(np.sum(np.exp(others), dtype=np.float32))
 
 
-def low_confidence(log_p, token, order_key):
+def low_confidence(log_p, token, uniform):
     return log_p[token]
 
 
-def random(log_p, token, order_key):
-    return np.log(np.asarray(jax.random.uniform(order_key)))
+def random(log_p, token, uniform):
+    return np.log(uniform)
 
 
 def top_k(settings, total: int, step: int) -> int:

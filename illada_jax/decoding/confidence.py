@@ -1,0 +1,73 @@
+"""How sure the model is of each masked position: the order in which positions are revealed follows it.
+
+A confidence is a frozen dataclass that maps a `Guess` to float32 [B, Q], at most 0, larger is surer. All of them are
+logarithms of a number in (0, 1], so that every reveal strategy can be combined with every confidence. To add one, write
+it here and enter it in CONFIDENCES under the name that `config.decode.confidence` will take.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Guess(NamedTuple):
+    """What the network says about the active block.
+
+    Attributes:
+      tokens_BQ: int32, the token that each position would take.
+      log_probs_BQV: float32 log-probabilities, from the untempered logits without noise.
+      uniform_BQ: float32 in [0, 1), for confidences that draw.
+    """
+
+    tokens_BQ: jax.Array
+    log_probs_BQV: jax.Array
+    uniform_BQ: jax.Array
+
+
+def log_probs(logits_BQV: jax.Array) -> jax.Array:
+    """Log softmax without saturation: log p = (z - z_max) - log1p(Σ_{v≠argmax} exp(z_v - z_max)), in float32.
+
+    A float32 softmax reaches exactly 1 on a trained model, which makes false ties between confident positions; here the
+    distance from 1 survives down to 1e-38.
+    """
+    best_BQ1 = jnp.argmax(logits_BQV, axis=-1, keepdims=True)
+    shifted_BQV = logits_BQV - jnp.take_along_axis(logits_BQV, best_BQ1, axis=-1)
+    is_best_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2) == best_BQ1
+    others_BQ1 = jnp.sum(jnp.where(is_best_BQV, 0.0, jnp.exp(shifted_BQV)), axis=-1, keepdims=True)
+    return shifted_BQV - jnp.log1p(others_BQ1)
+
+
+def chosen_log_prob(guess: Guess) -> jax.Array:
+    """Log p of the token that each position would take, float32 [B, Q]."""
+    return jnp.take_along_axis(guess.log_probs_BQV, guess.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
+
+
+def entropy(guess: Guess) -> jax.Array:
+    """Entropy of each position's distribution in nats, float32 [B, Q]."""
+    probs_BQV = jnp.exp(guess.log_probs_BQV)
+    return -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * guess.log_probs_BQV, 0.0), axis=-1)
+
+
+@dataclass(frozen=True)
+class LowConfidence:
+    """Log p(chosen token). LLaDA's `low_confidence` remasking: the least probable stay masked."""
+
+    def __call__(self, guess: Guess) -> jax.Array:
+        """Confidence [B, Q]."""
+        return chosen_log_prob(guess)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Log u with u uniform in [0, 1): a random order. LLaDA's `random` remasking; the order of the training process."""
+
+    def __call__(self, guess: Guess) -> jax.Array:
+        """Confidence [B, Q]."""
+        return jnp.log(guess.uniform_BQ)
+
+
+Confidence = Callable[[Guess], jax.Array]
+CONFIDENCES: dict[str, type] = {"low_confidence": LowConfidence, "random": Random}

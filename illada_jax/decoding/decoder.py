@@ -1,0 +1,273 @@
+"""The host's side of decoding: many prompts through a few compiled shapes, results in the order of the prompts."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from illada_jax.config import DecodeConfig
+from illada_jax.decoding.confidence import CONFIDENCES
+from illada_jax.decoding.contract import LogitsFn, SpecialIds
+from illada_jax.decoding.loop import Carry, Rules, next_length, run_blocks
+from illada_jax.decoding.reveal import REVEALS
+from illada_jax.decoding.sampling import row_keys
+from illada_jax.errors import ConfigError, InputError
+
+UNLIMITED = np.int32(2**30)
+
+OnBlock = Callable[[int, list[int]], bool | None]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of one prompt.
+
+    Attributes:
+      tokens: `generate`: the new tokens, up to and without the stop id. `infill`: all tokens, gaps filled.
+      nfe: network evaluations that the row took part in.
+      stopped_by: `eos`, `stop_id`, `callback` (the caller's on_block), `length` (the budget), or `filled` (infilling).
+      reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
+      confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
+    """
+
+    tokens: list[int]
+    nfe: int
+    stopped_by: str
+    reveal_step: list[int]
+    confidence: list[float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt on its way into the batch.
+
+    Attributes:
+      index: where its result belongs.
+      tokens: the canvas at the start, MASK where something is to be written.
+      start: the first column of the result: behind the prompt, or 0 in infilling.
+      limit: columns that the row may grow to.
+      ends_by: what `Decoded.stopped_by` says when everything is written.
+    """
+
+    index: int
+    tokens: list[int]
+    start: int
+    limit: int
+    ends_by: str
+
+
+def canvas_buckets(max_length: int) -> tuple[int, ...]:
+    """Canvas lengths that are compiled: 64, 96, 128, 192, 256, … and max_length itself. At most a third is waste."""
+    lengths = (base << power for power in itertools.count() for base in (64, 96))
+    return (*itertools.takewhile(lambda length: length < max_length, lengths), max_length)
+
+
+def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False) -> Rules:
+    """The part of the settings that is compiled. Raises ConfigError for an unknown strategy, listing the known."""
+    for key, value, known in (("reveal", settings.reveal, REVEALS), ("confidence", settings.confidence, CONFIDENCES)):
+        if value not in known:
+            raise ConfigError(f"config.decode.{key} = {value!r}: must be one of {', '.join(map(repr, known))}")
+    return Rules(
+        block_length=settings.block_length,
+        reveal=REVEALS[settings.reveal](settings),
+        confidence=CONFIDENCES[settings.confidence](),
+        temperature=settings.temperature,
+        mask_id=ids.mask,
+        vocab_size=ids.vocab_size,
+        suppressed_ids=(ids.eos, ids.pad) if infill else (),
+        stop_ids=() if infill else (ids.eos,),
+    )
+
+
+class Decoder:
+    """Decodes prompts of any length with one network.
+
+    What a row becomes depends on its prompt, the seed and its row number; not on the other prompts, the batch size or
+    the order (in float32; design law 3).
+    """
+
+    def __init__(self, logits_fn: LogitsFn, settings: DecodeConfig, ids: SpecialIds, max_length: int,
+                 buckets: Sequence[int] | None = None):
+        """Prepares decoding; nothing is compiled yet.
+
+        Args:
+          logits_fn: the network, see `contract.LogitsFn`. A Partial with other params does not compile again.
+          settings: the sampler.
+          ids: ids with a meaning.
+          max_length: the context: columns of the longest canvas.
+          buckets: canvas lengths to compile, ascending; by default `canvas_buckets(max_length)`.
+        """
+        if settings.block_length > max_length:
+            raise ConfigError(f"config.decode.block_length = {settings.block_length}: must not exceed the context "
+                              f"of {max_length} tokens")
+        self.logits_fn = logits_fn
+        self.settings = settings
+        self.ids = ids
+        self.max_length = max_length
+        # A canvas holds a block at least: what a row draws must not depend on its canvas.
+        self.buckets = tuple(b for b in buckets or canvas_buckets(max_length) if b >= settings.block_length)
+
+    def generate(self, prompts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
+                 on_block: OnBlock | None = None, progress: bool = False) -> list[Decoded]:
+        """Continues prompts.
+
+        Args:
+          prompts: token ids, used as they are. An empty prompt starts from nothing.
+          rows: numbers that the rows draw by (row r of seed s is always the same draw); by default 0, 1, 2, …
+          on_block: called with (index of the prompt, its new tokens so far) after each of its blocks; a true result
+            stops the row.
+          progress: shows a progress bar on stderr.
+
+        Returns:
+          One result for each prompt, in the order of the prompts.
+
+        Raises:
+          InputError: a prompt does not fit or holds a mask.
+        """
+        prepared = [self._continuation(index, list(prompt)) for index, prompt in enumerate(prompts)]
+        return self._collect(prepared, make_rules(self.settings, self.ids), rows, on_block, progress)
+
+    def infill(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
+               progress: bool = False) -> list[Decoded]:
+        """Fills gaps: every MASK in `texts` becomes a token; nothing else changes and nothing is appended.
+
+        Blocks are counted over masked positions, from left to right. MASK, EOS and PAD are never chosen. For the other
+        arguments see `generate`.
+        """
+        prepared = [self._gaps(index, list(text)) for index, text in enumerate(texts)]
+        return self._collect(prepared, make_rules(self.settings, self.ids, infill=True), rows, None, progress)
+
+    def _continuation(self, index: int, prompt: list[int]) -> Row:
+        self._check_ids(index, prompt)
+        if self.ids.mask in prompt:
+            raise InputError(f"prompt {index}: holds a mask (id {self.ids.mask}) at position "
+                             f"{prompt.index(self.ids.mask)}: gaps are filled by infilling only")
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise InputError(f"prompt {index}: its {len(prompt)} tokens leave no room in the context of "
+                             f"{self.max_length} tokens")
+        return Row(index, prompt, len(prompt), len(prompt) + min(room, self.settings.max_new_tokens), "length")
+
+    def _gaps(self, index: int, text: list[int]) -> Row:
+        self._check_ids(index, text)
+        if self.ids.mask not in text:
+            raise InputError(f"text {index}: has no gap to fill (no mask, id {self.ids.mask})")
+        if len(text) > self.max_length:
+            raise InputError(f"text {index}: its {len(text)} tokens exceed the context of {self.max_length} tokens")
+        return Row(index, text, 0, len(text), "filled")
+
+    def _check_ids(self, index: int, tokens: list[int]) -> None:
+        for id_ in tokens:
+            if not 0 <= id_ < self.ids.vocab_size:
+                raise InputError(f"prompt {index}: id {id_} lies outside the vocabulary of {self.ids.vocab_size}")
+
+    def _collect(self, prepared: list[Row], rules: Rules, numbers: Sequence[int] | None, on_block: OnBlock | None,
+                 progress: bool) -> list[Decoded]:
+        results: dict[int, Decoded] = {}
+        finished = self._run(prepared, rules, numbers, on_block)
+        for index, decoded in tqdm(finished, total=len(prepared), unit="row", disable=not progress):
+            results[index] = decoded
+        return [results[index] for index in range(len(prepared))]
+
+    def _run(self, prepared: list[Row], rules: Rules, numbers: Sequence[int] | None,
+             on_block: OnBlock | None) -> Iterator[tuple[int, Decoded]]:
+        """The queue: yields (index, result) as rows finish; a finished row gives its slot to the next prompt."""
+        if not prepared:
+            return
+        numbers = range(len(prepared)) if numbers is None else numbers
+        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(numbers)))
+        pending = collections.deque(prepared)
+        slots: list[Row | None] = [None] * _batch_bucket(len(prepared), self.settings.batch_size)
+        carry = _empty_carry(len(slots), self.buckets[0], self.ids)
+        while pending or any(slots):
+            for slot, row in enumerate(slots):
+                if row is None and pending:
+                    slots[slot] = pending.popleft()
+                    carry = _admit(carry, slot, slots[slot], keys[slots[slot].index], self.ids)
+            carry = _resize(carry, self._bucket(carry, rules), self.ids)
+            # The host has something to do after every block: a prompt that waits for a slot, or the caller's callback.
+            num_blocks = np.int32(1) if pending or on_block else UNLIMITED
+            carry = Carry(*map(np.array, jax.device_get(
+                run_blocks(self.logits_fn, jax.device_put(carry), jax.device_put(num_blocks), rules=rules))))
+            for slot, row in enumerate(slots):
+                if row is None:
+                    continue
+                called_off = bool(on_block and on_block(row.index, self._tokens(carry, slot, row, rules)))
+                if carry.done_B[slot] or called_off:
+                    carry.done_B[slot] = True
+                    slots[slot] = None
+                    yield row.index, self._decoded(carry, slot, row, rules, called_off)
+
+    def _bucket(self, carry: Carry, rules: Rules) -> int:
+        needed_B = next_length(carry.length_B, carry.limit_B, rules.block_length)
+        needed = int(needed_B[~carry.done_B].max())
+        return next(length for length in self.buckets if length >= needed)
+
+    def _tokens(self, carry: Carry, slot: int, row: Row, rules: Rules) -> list[int]:
+        tokens = carry.tokens_BL[slot, row.start : carry.length_B[slot]].tolist()
+        stop = next((column for column, id_ in enumerate(tokens) if id_ in rules.stop_ids), len(tokens))
+        return tokens[:stop]
+
+    def _decoded(self, carry: Carry, slot: int, row: Row, rules: Rules, called_off: bool) -> Decoded:
+        tokens = self._tokens(carry, slot, row, rules)
+        end = row.start + len(tokens)
+        if end < carry.length_B[slot]:
+            stopped_by = "eos" if carry.tokens_BL[slot, end] == self.ids.eos else "stop_id"
+        else:
+            stopped_by = "callback" if called_off else row.ends_by
+        return Decoded(
+            tokens=tokens,
+            nfe=int(carry.steps_B[slot]),
+            stopped_by=stopped_by,
+            reveal_step=carry.reveal_step_BL[slot, row.start : end].tolist(),
+            confidence=carry.log_prob_BL[slot, row.start : end].tolist(),
+        )
+
+
+def _batch_bucket(rows: int, batch_size: int) -> int:
+    """The smallest power of two that holds all rows, or the batch size."""
+    return min(batch_size, 1 << (rows - 1).bit_length())
+
+
+def _empty_carry(batch: int, length: int, ids: SpecialIds) -> Carry:
+    return Carry(
+        tokens_BL=np.full((batch, length), ids.pad, np.int32),
+        length_B=np.zeros(batch, np.int32),
+        limit_B=np.zeros(batch, np.int32),
+        done_B=np.ones(batch, bool),
+        keys_B2=np.zeros((batch, 2), np.uint32),
+        steps_B=np.zeros(batch, np.int32),
+        reveal_step_BL=np.full((batch, length), -1, np.int32),
+        log_prob_BL=np.zeros((batch, length), np.float32),
+    )
+
+
+def _admit(carry: Carry, slot: int, row: Row, key_2: np.ndarray, ids: SpecialIds) -> Carry:
+    """Puts a row into a free slot."""
+    length = len(row.tokens)
+    if length > carry.tokens_BL.shape[1]:
+        carry = _resize(carry, length, ids)
+    fresh = _empty_carry(1, carry.tokens_BL.shape[1], ids)
+    fresh.tokens_BL[0, :length] = row.tokens
+    fresh = fresh._replace(length_B=np.int32([length]), limit_B=np.int32([row.limit]), done_B=np.array([False]),
+                           keys_B2=key_2[None])
+    for batch, one in zip(carry, fresh, strict=True):
+        batch[slot] = one[0]
+    return carry
+
+
+def _resize(carry: Carry, length: int, ids: SpecialIds) -> Carry:
+    """Moves the rows to a canvas of another length; unfinished rows fit in it."""
+    kept = min(length, carry.tokens_BL.shape[1])
+    moved = _empty_carry(carry.tokens_BL.shape[0], length, ids)
+    for old, new in zip(carry, moved, strict=True):
+        if old.ndim == 2 and old is not carry.keys_B2:
+            new[:, :kept] = old[:, :kept]
+        else:
+            new[...] = old
+    return moved
