@@ -1,28 +1,31 @@
 """What runs during training: the bound on held-out text, and what the model writes.
 
-The one room that knows training, decoding and scoring. An evaluator is a function (params, step) → {name: number or text}
-that `main` builds from `config.eval` and hands to the loop.
+The one room that knows training, decoding and scoring. An evaluator is a function (params, step) → {name: number or
+text} that `main` builds from `config.eval` and hands to the loop.
 """
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from illada_jax import model
-from illada_jax.config import Config
+from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.pipeline import Pipeline
+from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.diffusion.loss import row_losses, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
+from illada_jax.parallel.mesh import use_mesh
 
 Evaluator = Callable[[Any, int], dict[str, float | str]]
 
@@ -44,9 +47,9 @@ def make_evaluators(
 def bits_per_byte(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
-    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that of
-    a ratio over windows, so it covers the draw of masks and the choice of text; counts are stratified within a batch,
-    which makes it an overestimate rather than an underestimate.
+    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that
+    of a ratio over windows, so it covers the draw of masks and the choice of text; counts are stratified within a
+    batch, which makes it an overestimate rather than an underestimate.
     """
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)
     rows_sharding = sharding.batch_sharding(mesh)
@@ -69,8 +72,9 @@ def bits_per_byte(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh
         for start in range(0, num_rows, batch_size):
             part = jax.tree.map(lambda x: _pad_rows(x[start : start + batch_size], batch_size), windows)  # noqa: B023
             batch = jax.device_put(part, rows_sharding)
-            draws = [nats(params, batch, jax.random.fold_in(jax.random.fold_in(key, start), draw))
-                     for draw in range(config.eval.draws)]
+            with use_mesh(mesh):
+                draws = [nats(params, batch, jax.random.fold_in(jax.random.fold_in(key, start), draw))
+                         for draw in range(config.eval.draws)]
             nats_N[start : start + batch_size] = np.mean(jax.device_get(draws), axis=0)[: num_rows - start]
         tokens_N = windows.maskable_BL.sum(axis=1)
         mean, stderr = ratio_and_stderr(nats_N, tokens_N)
@@ -99,4 +103,130 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-EVALUATORS: dict[str, Callable[[Config, Corpus, Pipeline, Mesh], Evaluator]] = {"bits_per_byte": bits_per_byte}
+def _decoder(config: Config, corpus: Corpus, settings: DecodeConfig, params: Any) -> Decoder:
+    logits_fn = model.make_logits_fn(config.model, params)
+    return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length)
+
+
+def samples(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+    """Texts written by the model with the settings of `config.decode`, from `config.eval.prompts` in turn."""
+    del pipeline
+    texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
+    prompts = [corpus.tokenizer.encode(text) for text in texts]
+
+    def evaluate(params: Any, step: int) -> dict[str, float | str]:
+        del step
+        with use_mesh(mesh):
+            written = _decoder(config, corpus, config.decode, params).generate(prompts)
+        lines = [f"[{number}] {text}{corpus.tokenizer.decode(result.tokens)}"
+                 for number, (text, result) in enumerate(zip(texts, written, strict=True), 1)]
+        return {"eval/samples": "\n".join(lines)}
+
+    return evaluate
+
+
+def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+    """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit."""
+    tokenizer = corpus.tokenizer
+    windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
+    whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
+    chosen = whole[np.linspace(0, len(whole) - 1, config.eval.rows + 2).astype(int)[1:-1]]
+    passages = [windows.tokens_BL[row].tolist() for row in chosen]
+    width, count = config.eval.gap_length, config.eval.gaps
+    starts = [round((i + 1) * config.data.length / (count + 1) - width / 2) for i in range(count)]
+    if starts[0] < 0 or any(b - a <= width for a, b in itertools.pairwise([*starts, config.data.length])):
+        raise ConfigError(f"config.eval.gaps = {count}: gaps of {width} tokens (config.eval.gap_length) do not fit "
+                          f"into windows of {config.data.length} tokens")
+    settings = dataclasses.replace(config.decode, temperature=0.0)
+
+    def with_gaps(passage: list[int]) -> list[int]:
+        hidden = {column for start in starts for column in range(start, start + width)}
+        return [config.diffusion.mask_id if column in hidden else token for column, token in enumerate(passage)]
+
+    def show(passage: list[int], filled: list[int]) -> str:
+        text, end = "", 0
+        for start in starts:
+            guess, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
+            text += tokenizer.decode(passage[end:start])
+            text += f"⟦{guess} ✓⟧" if guess == truth else f"⟦{guess} ✗ {truth}⟧"
+            end = start + width
+        return text + tokenizer.decode(passage[end:])
+
+    def evaluate(params: Any, step: int) -> dict[str, float | str]:
+        del step
+        with use_mesh(mesh):
+            results = _decoder(config, corpus, settings, params).infill([with_gaps(p) for p in passages])
+        hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
+                for start in starts for column in range(start, start + width)]
+        lines = [f"[{number}] {show(passage, result.tokens)}"
+                 for number, (passage, result) in enumerate(zip(passages, results, strict=True), 1)]
+        return {"eval/infill_accuracy": float(np.mean(hits)),
+                "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧", *lines])}
+
+    return evaluate
+
+
+def exact_match(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+    """The share of held-out documents whose answer, all after `config.eval.separator`, is decoded exactly."""
+    del pipeline
+    prompts, answers = _questions(config, corpus)
+
+    def evaluate(params: Any, step: int) -> dict[str, float | str]:
+        del step
+        return {"eval/exact_match": _exact_match(config, corpus, mesh, config.decode, params, prompts, answers)[0]}
+
+    return evaluate
+
+
+def decoding_orders(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+    """A table of exact match by order and number of steps: why it pays to reveal first what is surest."""
+    del pipeline
+    prompts, answers = _questions(config, corpus)
+    steps = config.decode.steps_per_block
+    variants = [(order, count) for count in sorted({steps, max(1, steps // 4), 1}, reverse=True)
+                for order in ("low_confidence", "random")]
+
+    def evaluate(params: Any, step: int) -> dict[str, float | str]:
+        del step
+        lines = ["order            steps  evaluations  exact match"]
+        for order, count in variants:
+            settings = dataclasses.replace(config.decode, confidence=order, steps_per_block=count)
+            share, nfe = _exact_match(config, corpus, mesh, settings, params, prompts, answers)
+            error = math.sqrt(share * (1 - share) / len(prompts))
+            lines.append(f"{order:15} {count:6} {nfe:12.1f}  {share:.3f} ± {error:.3f}")
+        return {"eval/decoding_orders": "\n".join(lines)}
+
+    return evaluate
+
+
+def _questions(config: Config, corpus: Corpus) -> tuple[list[list[int]], list[str]]:
+    """Prompts as ids and answers as text, from the first `config.eval.rows` held-out documents."""
+    separator = config.eval.separator
+    prompts, answers = [], []
+    for index in range(min(config.eval.rows, corpus.heldout.num_documents)):
+        text = corpus.tokenizer.decode(corpus.heldout.document(index))
+        prompt, found, answer = text.partition(separator)
+        if not found:
+            raise ConfigError(f"config.eval.separator = {separator!r}: not in held-out document {index}: {text[:60]!r}")
+        prompts.append(corpus.tokenizer.encode(prompt + found))
+        answers.append(answer)
+    return prompts, answers
+
+
+def _exact_match(config: Config, corpus: Corpus, mesh: Mesh, settings: DecodeConfig, params: Any,
+                 prompts: list[list[int]], answers: list[str]) -> tuple[float, float]:
+    """(Share of answers decoded exactly, mean network evaluations)."""
+    with use_mesh(mesh):
+        results = _decoder(config, corpus, settings, params).generate(prompts)
+    texts = [corpus.tokenizer.decode(result.tokens) for result in results]
+    share = float(np.mean([text == answer for text, answer in zip(texts, answers, strict=True)]))
+    return share, float(np.mean([result.nfe for result in results]))
+
+
+EVALUATORS: dict[str, Callable[[Config, Corpus, Pipeline, Mesh], Evaluator]] = {
+    "bits_per_byte": bits_per_byte,
+    "samples": samples,
+    "infill": infill,
+    "exact_match": exact_match,
+    "decoding_orders": decoding_orders,
+}

@@ -4,14 +4,13 @@ Example:
   python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
   python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
 
-The same command resumes a workdir that has a checkpoint. Exit codes: 0 done, 2 bad input, 75 told to stop and saved (run
-the same command again).
+The same command resumes a workdir that has a checkpoint. Exit codes: 0 done, 2 bad input, 75 told to stop and saved
+(run the same command again).
 """
 
 import dataclasses
 import pathlib
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags

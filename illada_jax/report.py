@@ -31,8 +31,8 @@ def print_end(outcome: Outcome, results: dict[str, float | str], workdir: epath.
     """Says how the run ended, what the evaluators found, and what to type next."""
     print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}.\n")
     if "eval/bits_per_byte" in results:
-        print(f"Held-out text: at most {results['eval/bits_per_byte']:.3f} ± {results['eval/bits_per_byte_stderr']:.3f} "
-              "bits per byte (bound ± standard error).")
+        bound, stderr = results["eval/bits_per_byte"], results["eval/bits_per_byte_stderr"]
+        print(f"Held-out text: at most {bound:.3f} ± {stderr:.3f} bits per byte (bound ± standard error).")
         for name, value in corpus.statistics.items():
             print(f"  for comparison, {name}: {value:.3f}")
         print()

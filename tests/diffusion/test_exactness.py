@@ -31,7 +31,7 @@ def conditionals(joint):
     """Log of the true conditionals, [4, 4, 4, 4, L, V]: the first indices are the noisy tokens; MASK has none."""
     table = np.full((SYMBOLS + 1,) * LENGTH + (LENGTH, SYMBOLS + 1), -1e9, np.float32)
     for noisy in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):
-        fits = np.all((OUTCOMES == noisy) | (np.array(noisy) == MASK), axis=1)
+        fits = np.all((noisy == OUTCOMES) | (np.array(noisy) == MASK), axis=1)
         for i, v in itertools.product(range(LENGTH), range(SYMBOLS)):
             mass = joint[fits & (OUTCOMES[:, i] == v)].sum()
             if mass > 0:
@@ -55,7 +55,8 @@ def enumerated(table, tokens_L, measure):
     """Σ over masks of measure(number masked) · Σ CE of the masked, for one outcome."""
     batch = make_batch(np.tile(tokens_L, (len(MASKS), 1)))
     corrupted = Corrupted(np.where(MASKS, MASK, batch.tokens_BL), MASKS, np.ones(MASKS.shape, np.float32))
-    return sum(measure(m.sum()) * v for m, v in zip(MASKS, np.asarray(nats_of_rows(table, batch, corrupted)), strict=True))
+    nats = np.asarray(nats_of_rows(table, batch, corrupted))
+    return sum(measure(m.sum()) * v for m, v in zip(MASKS, nats, strict=True))
 
 
 def exact_measure(masked):

@@ -108,7 +108,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_initialisation_has_the_public_scales():
-    config = dataclasses.replace(SMALL, vocab_size=4000, d_model=256, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=512)
+    config = ModelConfig(vocab_size=4000, d_model=256, num_layers=2, num_heads=8, num_kv_heads=8, d_ff=512)
     params = jax.jit(lambda: model.init_params(config, jax.random.key(0)))()
     std = (2 / (5 * 256)) ** 0.5
     attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]

@@ -1,0 +1,192 @@
+"""Training as a whole: resume, devices, accumulation. A tiny model on the byte-level text of a few files."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from illada_jax.config import Config, from_dict, to_dict
+from illada_jax.data.corpus import open_corpus
+from illada_jax.data.pipeline import Pipeline
+from illada_jax.errors import InputError
+from illada_jax.evaluators import make_evaluators, ratio_and_stderr
+from illada_jax.main import resolve
+from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.checkpoints import load_inference
+from illada_jax.training.loop import train
+
+WORDS = ["mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end"]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (path / f"{i:02}.txt").write_text(" ".join(rng.choice(WORDS, 120)) + ".\n")
+    return path
+
+
+def make_config(text_file, cache_dir, **changes) -> Config:
+    """A tiny experiment; `changes` are `section__field=value`."""
+    values = to_dict(Config())
+    values["data"] |= {"sources": (f"text:{text_file}",), "tokenizer": "bytes", "cache_dir": str(cache_dir),
+                       "length": 32, "batch_size": 8, "heldout_fraction": 0.2}
+    values["model"] |= {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
+                        "head_dim": 8, "d_ff": 32, "max_length": 64}
+    values["train"] |= {"steps": 10, "log_every": 3, "tensorboard": False}
+    values["optimizer"] |= {"learning_rate": 3e-3, "warmup_steps": 2, "decay_steps": 4}
+    values["eval"] |= {"evaluators": (), "windows": 8}
+    values["checkpoint"] |= {"every": 1000}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        assert name in values[section]
+        values[section][name] = value
+    return from_dict(values)
+
+
+@pytest.fixture
+def run(text_file, tmp_path_factory):
+    """run(workdir, num_devices, **changes) trains and returns (outcome, metrics lines)."""
+
+    def run(workdir, num_devices=1, **changes):
+        config = make_config(text_file, tmp_path_factory.getbasetemp() / "cache", **changes)
+        mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+        corpus = open_corpus(config.data)
+        config = resolve(config, corpus.tokenizer)
+        pipeline = Pipeline(config, corpus)
+        evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
+        outcome = train(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators)
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return outcome, lines
+
+    return run
+
+
+def leaves(outcome):
+    return [np.asarray(x) for x in jax.tree.leaves(outcome.state)]
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, num_devices, optimizer):
+    whole, _ = run(tmp_path / "whole", num_devices, optimizer__name=optimizer)
+    half, _ = run(tmp_path / "parts", num_devices, optimizer__name=optimizer, train__stop_step=5)
+    assert (half.step, half.status) == (5, "stopped")
+    resumed, lines = run(tmp_path / "parts", num_devices, optimizer__name=optimizer)
+    assert (resumed.step, resumed.status) == (10, "finished")
+    for a, b in zip(leaves(whole), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+
+
+@pytest.fixture(scope="module")
+def one_device(text_file, tmp_path_factory):
+    """Ten steps on one device: what every mesh must reproduce."""
+    return {}
+
+
+@pytest.mark.parametrize(("fsdp", "tensor", "data"), [(8, 1, 1), (4, 2, 1), (2, 4, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(run, tmp_path, one_device, fsdp, tensor, data):
+    if not one_device:
+        one_device["run"] = run(tmp_path / "one")
+    one, one_lines = one_device["run"]
+    many, many_lines = run(tmp_path / "many", 8, mesh__fsdp=fsdp, mesh__tensor=tensor, mesh__data=data)
+    for a, b in zip(one_lines, many_lines, strict=True):
+        np.testing.assert_allclose(b["train/loss"], a["train/loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=2e-4),
+                 one.state.params, many.state.params)
+    q = many.state.params["layers"]["attention"]["q"]
+    assert q.addressable_shards[0].data.size * fsdp * tensor == q.size
+
+
+def test_saved_on_eight_devices_goes_on_with_two(run, tmp_path):
+    whole, _ = run(tmp_path / "whole", 2)
+    run(tmp_path / "parts", 8, train__stop_step=5)
+    resumed, _ = run(tmp_path / "parts", 2)
+    for a, b in zip(leaves(whole), leaves(resumed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_changes_nothing(run, tmp_path, microbatches):
+    whole, whole_lines = run(tmp_path / "whole", 2)
+    parts, parts_lines = run(tmp_path / "parts", 2, train__microbatches=microbatches)
+    for a, b in zip(whole_lines, parts_lines, strict=True):
+        np.testing.assert_allclose(b["train/loss"], a["train/loss"], rtol=1e-5)
+        assert b["train/mask_fraction"] == a["train/mask_fraction"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole.state.params, parts.state.params)
+
+
+def test_it_learns_and_the_bound_is_reported(run, tmp_path):
+    outcome, lines = run(tmp_path / "w", train__steps=150, eval__evaluators=("bits_per_byte",), eval__every=75,
+                         optimizer__learning_rate=1e-2)
+    evaluations = [line for line in lines if "eval/bits_per_byte" in line]
+    assert [line["step"] for line in evaluations] == [75, 150]
+    assert evaluations[-1]["eval/bits_per_byte"] < 4.0 < np.log2(264) - 3
+    assert 0 < evaluations[-1]["eval/bits_per_byte_stderr"] < 1
+    assert outcome.final["eval/bits_per_byte"] == evaluations[-1]["eval/bits_per_byte"]
+    assert {"train/loss", "train/tokens_per_second"} <= lines[0].keys()
+
+
+def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
+    workdir = tmp_path / "w"
+    outcome, _ = run(workdir, checkpoint__every=4, checkpoint__keep=1)
+    assert {p.name for p in workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tokenizer"}
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["10"]
+    for path in (workdir, workdir / "checkpoints" / "10"):
+        loaded = load_inference(path)
+        assert loaded.step == 10
+        assert loaded.tokenizer.decode(loaded.tokenizer.encode("mask")) == "mask"
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(outcome.state.params))
+
+
+def test_a_run_starts_from_the_params_of_another(run, tmp_path):
+    first, _ = run(tmp_path / "first")
+    second, _ = run(tmp_path / "second", train__steps=1, init__checkpoint=str(tmp_path / "first"),
+                    optimizer__learning_rate=1e-9, optimizer__warmup_steps=0, optimizer__decay_steps=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.state.params, second.state.params)
+    with pytest.raises(InputError, match=r"another architecture: model\.d_ff: 32 → 48"):
+        run(tmp_path / "third", init__checkpoint=str(tmp_path / "first"), model__d_ff=48)
+
+
+def test_a_workdir_of_another_config_is_refused(run, tmp_path):
+    run(tmp_path / "w", train__stop_step=2)
+    with pytest.raises(InputError, match=r"optimizer\.b2: 0\.95 → 0\.9"):
+        run(tmp_path / "w", optimizer__b2=0.9)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="neither empty nor a workdir"):
+        run(tmp_path / "other")
+    with pytest.raises(InputError, match="cannot be written"):
+        run(tmp_path / "other" / "thesis.txt" / "w")
+
+
+def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path):
+    for changes, message in (
+        ({"mesh__fsdp": 3}, r"config\.mesh = .*must multiply to the number of devices, 8"),
+        ({"data__batch_size": 12}, r"batch_size.* = 12: must be divisible by mesh\.data × mesh\.fsdp = 8"),
+        ({"mesh__tensor": 8, "mesh__fsdp": 1}, r"num_heads = 4: must be divisible by mesh\.tensor = 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "w", 8, **changes)
+        assert not (tmp_path / "w").exists()
+
+
+def test_the_standard_error_of_a_ratio_is_the_spread_of_repeats():
+    rng = np.random.default_rng(0)
+    sizes_KN = rng.integers(5, 20, (2000, 50))
+    totals_KN = sizes_KN * rng.normal(3, 1, (2000, 50))
+    ratios, stderrs = zip(*(ratio_and_stderr(t, s) for t, s in zip(totals_KN, sizes_KN, strict=True)), strict=True)
+    assert abs(np.mean(stderrs) / np.std(ratios) - 1) < 0.1
+    assert np.isnan(ratio_and_stderr(np.ones(1), np.ones(1))[1])
+
+
+def test_config_of_a_run_is_kept(run, tmp_path, text_file):
+    run(tmp_path / "w", train__stop_step=1)
+    kept = from_dict(json.loads((tmp_path / "w" / "config.json").read_text()))
+    assert kept.diffusion.mask_id >= 0
+    assert dataclasses.replace(kept.train, stop_step=0).steps == 10
