@@ -1,0 +1,98 @@
+"""From `config.data` to token streams: a small corpus prepares itself into a cache, a prepared one is opened."""
+
+import os
+import pathlib
+import shutil
+from dataclasses import dataclass
+
+from illada_jax.config import DataConfig
+from illada_jax.data import preparing, shards
+from illada_jax.data.shards import TokenStream
+from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.errors import ConfigError, InputError
+
+_PREPARED = "prepared:"
+_LARGEST_BYTES = 2**30  # what prepares itself
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as tokens.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      train: the stream to learn from.
+      heldout: the stream that training never sees; empty if nothing is held out.
+      statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora.
+      fingerprint: identifies tokens and split.
+    """
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    heldout: TokenStream
+    statistics: dict[str, float]
+    fingerprint: str
+
+
+def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
+    """Opens what the config names.
+
+    Sources other than `prepared:DIR` are prepared into the cache first, if they are not there; the key is a hash of
+    their content and of the settings.
+
+    Args:
+      data: the section of the config.
+      progress: show a bar on stderr while preparing.
+
+    Raises:
+      InputError: a source, the tokenizer or a shard is no good; names it.
+    """
+    prepared = [pathlib.Path(spec.removeprefix(_PREPARED)) for spec in data.sources if spec.startswith(_PREPARED)]
+    if not prepared:
+        return _open([_prepare_in_cache(data, progress)])
+    if len(prepared) != len(data.sources):
+        raise ConfigError(f"config.data.sources = {data.sources!r}: prepared corpora and others do not mix; prepare "
+                          "the others too (python -m illada_jax.prepare)")
+    return _open(prepared)
+
+
+def _open(directories: list[pathlib.Path]) -> Corpus:
+    opened = [shards.open_shards(directory) for directory in directories]
+    manifest, tokenizer, streams = opened[0]
+    return Corpus(tokenizer, streams["train"], streams["heldout"], manifest.statistics, manifest.fingerprint)
+
+
+def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
+    settings = preparing.Settings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction)
+    parts = preparing.list_parts(data.sources)
+    size = sum(part.num_bytes for part in parts)
+    if size > _LARGEST_BYTES:
+        raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB are too much to prepare on "
+                         f"the fly; type: python -m illada_jax.prepare --source={','.join(data.sources)} --target=DIR "
+                         f"--tokenizer={data.tokenizer}, then set config.data.sources to ('prepared:DIR',)")
+    cache = _cache_directory(data)
+    target = cache / preparing.content_key(settings, parts)
+    if not (target / shards.MANIFEST).exists():
+        unfinished = shards.temporary_name(target)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            preparing.prepare(settings, unfinished, progress=progress)
+            _rename(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError:
+        if not (target / shards.MANIFEST).exists():  # else another process was faster, with the same result
+            raise
+
+
+def _cache_directory(data: DataConfig) -> pathlib.Path:
+    if data.cache_dir:
+        return pathlib.Path(data.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "illada_jax"

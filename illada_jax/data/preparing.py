@@ -1,0 +1,388 @@
+"""Text to token shards: what `python -m illada_jax.prepare` and small corpora that prepare themselves have in common.
+
+A preparation is planned first: the sources are listed and their parts put together to shards. Each shard depends on
+its parts, the tokenizer and the split only, so shards are made on any number of processes, in any order, and a
+preparation that was killed goes on with the shards that are missing. The manifest comes last.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import tqdm
+
+from illada_jax.data import shards, sources
+from illada_jax.data.shards import Manifest, ShardInfo, ShardWriter
+from illada_jax.data.sources import Document, Part
+from illada_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.errors import ConfigError, InputError
+
+T = TypeVar("T")
+
+SMALL_BYTES = 64 * 2**20  # what is read into memory as a whole
+_SHARD_BYTES = 128 * 2**20  # text in a shard, about: parts are not cut
+_TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
+_PLAN = "plan.json"
+_DONE_DIRECTORY = "done"
+_PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a preparation depends on, besides the text.
+
+    Attributes:
+      sources: see `data/sources.py`.
+      tokenizer: `bytes`, `sentencepiece` (trained here) or a path.
+      vocab_size: size of a tokenizer that is trained here.
+      heldout_fraction: share of the documents, chosen by hash.
+      drop_duplicates: keep only the first of documents with the same text.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    vocab_size: int
+    heldout_fraction: float
+    drop_duplicates: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.heldout_fraction < 1:
+            raise ConfigError(f"heldout_fraction = {self.heldout_fraction}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard of each split: what a process needs to make it.
+
+    Attributes:
+      index: number of the shard.
+      parts: what is read.
+      split_below: documents whose split hash is below are held out.
+      dropped: positions, among the documents of these parts, of duplicates; they are left out.
+    """
+
+    index: int
+    parts: tuple[Part, ...]
+    split_below: int
+    dropped: frozenset[int] = frozenset()
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much text there is."""
+        return sum(part.num_bytes for part in self.parts)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents that are kept. Empty ones are not."""
+        everything = (document for part in self.parts for document in part.read())
+        for n, document in enumerate(everything):
+            if document.text and n not in self.dropped:
+                yield document
+
+    def split_of(self, document: Document) -> str:
+        """`heldout` or `train`."""
+        return "heldout" if document.split_hash < self.split_below else "train"
+
+
+def list_parts(specs: Iterable[str]) -> list[Part]:
+    """The parts of all sources.
+
+    Raises:
+      InputError: a source is unknown or holds nothing.
+    """
+    found = [part for spec in specs for part in sources.parts(spec)]
+    if not sum(part.num_bytes for part in found):
+        raise InputError(f"source {', '.join(specs)}: empty, there is no text to learn from")
+    return found
+
+
+def content_key(settings: Settings, parts: Iterable[Part]) -> str:
+    """Identifies settings and text, by the bytes of every file."""
+    digest = hashlib.sha256(json.dumps([shards.FORMAT_VERSION, dataclasses.asdict(settings)]).encode())
+    for path in dict.fromkeys(path for part in parts for path in part.files):
+        digest.update(shards.file_sha256(path).encode())
+    tokenizer = pathlib.Path(settings.tokenizer)
+    if tokenizer.exists():
+        digest.update(load_tokenizer(tokenizer).fingerprint.encode())
+    return digest.hexdigest()[:24]
+
+
+def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1, progress: bool = True) -> Manifest:
+    """Prepares a corpus in a directory, or goes on with a preparation that was stopped.
+
+    Args:
+      settings: sources, tokenizer and split.
+      directory: the target; new, empty, or an unfinished preparation of the same.
+      num_processes: processes that make shards. The result does not depend on it.
+      progress: show a bar on stderr.
+
+    Raises:
+      InputError: the sources or the target are no good.
+    """
+    parts = list_parts(settings.sources)
+    _claim(directory, settings, parts)
+    if sum(part.num_bytes for part in parts) <= SMALL_BYTES:
+        tasks, tokenizer, statistics = _prepare_small(settings, directory, parts, progress)
+        num_processes = 1
+    else:
+        tasks, tokenizer, statistics = _prepare_large(settings, directory, parts, num_processes, progress)
+    done = _make_shards(tasks, directory, tokenizer, num_processes, progress)
+    splits = {split: tuple(infos[split] for infos in done if split in infos) for split in shards.SPLITS}
+    if not splits["train"]:
+        raise InputError(f"source {', '.join(settings.sources)}: no document is left for training; a lower "
+                         "heldout_fraction or more documents are needed")
+    manifest = Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction,
+                        statistics, splits)
+    manifest.save(directory)
+    shutil.rmtree(directory / _DONE_DIRECTORY)
+    (directory / _PLAN).unlink()
+    return manifest
+
+
+def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> None:
+    """Makes the target ours: writes the plan, or finds the same one there."""
+    plan = {
+        "format_version": shards.FORMAT_VERSION,
+        "settings": dataclasses.asdict(settings),
+        "parts": [[part.name, part.num_bytes, [_stamp(path) for path in part.files[:1]]] for part in parts],
+    }
+    content = json.dumps(plan, indent=1).encode()
+    path = directory / _PLAN
+    if (directory / shards.MANIFEST).exists():
+        raise InputError(f"{directory}: already holds a prepared corpus; choose another target")
+    if path.exists():
+        if path.read_bytes() != content:
+            raise InputError(f"{directory}: holds an unfinished preparation with other sources, files or settings (see "
+                             f"{path}); repeat its command, or choose another target")
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: is not empty, and what it holds is no unfinished preparation; choose another "
+                         "target")
+    try:
+        (directory / _DONE_DIRECTORY).mkdir(parents=True, exist_ok=True)
+        shards.write_atomically(path, content)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror}") from error
+    for leftover in directory.rglob("*.tmp-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _stamp(path: pathlib.Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _prepare_small(settings: Settings, directory: pathlib.Path, parts: list[Part], progress: bool
+                   ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
+    """Reads everything into memory once: for the split, the tokenizer, the statistics and the shards."""
+    bar = _bar(progress, sum(part.num_bytes for part in parts), "reading text")
+    read = []
+    for part in parts:
+        read.append([document for document in part.read() if document.text])
+        bar.update(part.num_bytes)
+    bar.close()
+    if settings.drop_duplicates:
+        unique = dict.fromkeys(document.text for documents in read for document in documents)
+        read = [[d for d in documents if unique.pop(d.text, d) is None] for documents in read]
+    everything = [document for documents in read for document in documents]
+    split_below = _small_split(settings, everything)
+    tokenizer = _tokenizer(settings, directory, (d.text for d in everything if d.split_hash >= split_below), progress)
+    in_memory = tuple(
+        Part(part.name, documents.__iter__, sum(len(document.text.encode()) for document in documents))
+        for part, documents in zip(parts, read, strict=True))
+    return [Task(0, in_memory, split_below)], tokenizer, _statistics(everything)
+
+
+def _small_split(settings: Settings, documents: list[Document]) -> int:
+    """Where the split lies. A fraction that is not 0 holds out one document (or group) at least."""
+    if not documents:
+        raise InputError(f"source {', '.join(settings.sources)}: empty, there is no text to learn from")
+    if not settings.heldout_fraction:
+        return 0
+    hashes = sorted({document.split_hash for document in documents})
+    if len(hashes) < 2:
+        raise InputError(f"source {', '.join(settings.sources)}: a single document cannot be split into training and "
+                         "held-out text; add documents, or set heldout_fraction to 0")
+    return min(max(_fraction_hash(settings), hashes[0] + 1), hashes[-1])
+
+
+def _fraction_hash(settings: Settings) -> int:
+    return int(settings.heldout_fraction * 2**64)
+
+
+def _prepare_large(settings: Settings, directory: pathlib.Path, parts: list[Part], num_processes: int, progress: bool
+                   ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
+    tasks = [Task(index, group, _fraction_hash(settings)) for index, group in enumerate(group_parts(parts))]
+    tokenizer = _tokenizer(settings, directory, _training_sample(tasks), progress)
+    if settings.drop_duplicates:
+        tasks = _without_duplicates(tasks, num_processes, progress)
+    return tasks, tokenizer, {}
+
+
+def _without_duplicates(tasks: list[Task], num_processes: int, progress: bool) -> list[Task]:
+    """Tells each task which of its documents stood in an earlier place already."""
+    digests: list[np.ndarray] = [np.empty(0)] * len(tasks)
+    bar = _bar(progress, sum(task.num_bytes for task in tasks), "looking for duplicates")
+    for index, found in in_processes(document_digests, tasks, num_processes):
+        digests[index] = found
+        bar.update(tasks[index].num_bytes)
+    bar.close()
+    _, first = np.unique(np.concatenate(digests), return_index=True)
+    repeated = np.ones(sum(map(len, digests)), bool)
+    repeated[first] = False
+    per_task = np.split(repeated, np.cumsum([len(found) for found in digests])[:-1])
+    return [dataclasses.replace(task, dropped=frozenset(np.flatnonzero(positions).tolist()))
+            for task, positions in zip(tasks, per_task, strict=True)]
+
+
+def document_digests(task: Task) -> tuple[int, np.ndarray]:
+    """The index of a task and a hash of every document in it, in order."""
+    found = [hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+             for part in task.parts for document in part.read()]
+    return task.index, np.array(found, "V16")
+
+
+def group_parts(parts: Iterable[Part], shard_bytes: int = _SHARD_BYTES) -> list[tuple[Part, ...]]:
+    """Puts consecutive parts together until they hold enough for a shard."""
+    groups: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if groups[-1] and size + part.num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.num_bytes
+    return [tuple(group) for group in groups]
+
+
+def _training_sample(tasks: list[Task]) -> Iterator[str]:
+    """Training text from the beginning of each shard's parts, the same share of each."""
+    share = _TRAINING_BYTES // len(tasks)
+    for task in tasks:
+        left = share
+        for document in task.documents():
+            if left <= 0:
+                break
+            if task.split_of(document) == "train":
+                left -= len(document.text.encode())
+                yield document.text
+
+
+def _tokenizer(settings: Settings, directory: pathlib.Path, texts: Iterable[str], progress: bool) -> Tokenizer:
+    """The tokenizer of the settings, saved in the directory; one that is already there is taken."""
+    target = directory / shards.TOKENIZER_DIRECTORY
+    if target.exists():
+        return load_tokenizer(target)
+    if settings.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
+    elif settings.tokenizer == "sentencepiece":
+        if progress:
+            print(f"training a SentencePiece tokenizer of {settings.vocab_size:,} ids", file=sys.stderr, flush=True)
+        tokenizer = train_sentencepiece(texts, settings.vocab_size)
+    else:
+        tokenizer = load_tokenizer(settings.tokenizer)
+        check_lossless(tokenizer, settings.tokenizer)
+    temporary = shards.temporary_name(target)
+    tokenizer.save(temporary)
+    os.replace(temporary, target)
+    return tokenizer
+
+
+def check_lossless(tokenizer: Tokenizer, name: str) -> None:
+    """Checks on a text full of traps that text survives.
+
+    Raises:
+      InputError: it does not.
+    """
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    if back != _PROBE:
+        at = next((i for i, (a, b) in enumerate(zip(_PROBE, back, strict=False)) if a != b), len(back))
+        raise InputError(f"tokenizer {name}: text does not survive it: {_PROBE[at:at + 8]!r} comes back as "
+                         f"{back[at:at + 8]!r}; a byte-level tokenizer, or one with byte fallback, is needed")
+
+
+def _statistics(documents: list[Document]) -> dict[str, float]:
+    """What needs no model: bits per byte of the whole corpus by byte frequencies and by gzip."""
+    text = "".join(document.text for document in documents).encode()
+    frequency = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
+    entropy = -sum(p * math.log2(p) for p in frequency.tolist() if p)
+    return {
+        "order-0 entropy of bytes": entropy,
+        "gzip -9": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+    }
+
+
+def _make_shards(tasks: list[Task], directory: pathlib.Path, tokenizer: Tokenizer, num_processes: int, progress: bool
+                 ) -> list[dict[str, ShardInfo]]:
+    """Makes the shards that are missing; returns those of every task, in order."""
+    missing = [task for task in tasks if not _done_path(directory, task.index).exists()]
+    total = sum(task.num_bytes for task in tasks)
+    bar = _bar(progress, total, "tokenizing")
+    bar.update(total - sum(task.num_bytes for task in missing))
+    if num_processes == 1:
+        for task in missing:
+            make_shard(task, directory, tokenizer, bar.update)
+    else:
+        for task in in_processes(functools.partial(_make_shard_alone, directory), missing, num_processes):
+            bar.update(task.num_bytes)
+    bar.close()
+    done = [json.loads(_done_path(directory, task.index).read_bytes()) for task in tasks]
+    return [{split: ShardInfo(**info) for split, info in infos.items()} for infos in done]
+
+
+def make_shard(task: Task, directory: pathlib.Path, tokenizer: Tokenizer,
+               advance: Callable[[int], object] = lambda num_bytes: None) -> None:
+    """Makes the shard of a task, of either split, and notes that it is done.
+
+    Args:
+      task: what to read.
+      directory: the target.
+      tokenizer: what makes ids of text.
+      advance: told the bytes of every document.
+    """
+    writers = {split: ShardWriter(directory / f"{split}-{task.index:06d}.array_record", tokenizer)
+               for split in shards.SPLITS}
+    for document in task.documents():
+        num_bytes = len(document.text.encode())
+        writers[task.split_of(document)].add(tokenizer.encode(document.text), num_bytes)
+        advance(num_bytes)
+    infos = {split: writer.close() for split, writer in writers.items()}
+    done = {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None}
+    shards.write_atomically(_done_path(directory, task.index), json.dumps(done).encode())
+
+
+def _make_shard_alone(directory: pathlib.Path, task: Task) -> Task:
+    make_shard(task, directory, load_tokenizer(directory / shards.TOKENIZER_DIRECTORY))
+    return task
+
+
+def in_processes(function: Callable[[Task], T], tasks: Sequence[Task], num_processes: int) -> Iterator[T]:
+    """Yields function(task) for every task, as they get done. The first error stops the rest."""
+    # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+        futures = [pool.submit(function, task) for task in tasks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _done_path(directory: pathlib.Path, index: int) -> pathlib.Path:
+    return directory / _DONE_DIRECTORY / f"{index:06d}.json"
+
+
+def _bar(progress: bool, total: int, what: str) -> tqdm.tqdm:
+    return tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress, file=sys.stderr)

@@ -1,0 +1,299 @@
+"""Tokenizers: lossless, with the special ids that diffusion needs, behind one small interface.
+
+Text never becomes a special token: whatever a document says, `encode` yields ids of text only. Three kinds exist:
+bytes, SentencePiece (trained by `train_sentencepiece` or somebody else's model) and Hugging Face `tokenizer.json`
+(`data/huggingface.py`). A tokenizer is its files, so a checkpoint can embed it.
+"""
+
+import abc
+import functools
+import hashlib
+import io
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from illada_jax.errors import ConfigError, InputError
+
+SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
+_SPECIALS_FILE = "special_ids.json"
+_SENTENCEPIECE_FILE = "sentencepiece.model"
+_HUGGING_FACE_FILE = "tokenizer.json"
+_BLANK = "\u2581"  # how SentencePiece writes a space
+_MIN_TRAINED_VOCAB_SIZE = 5 + 256
+_LONGEST_TRAINING_CHUNK = 2048
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+      vocab_size: number of ids, special ones included.
+      mask_id: id of MASK; `eos_id`, `bos_id`, `pad_id` likewise.
+    """
+
+    def __init__(self, vocab_size: int, special_ids: Mapping[str, int]):
+        for name in SPECIAL_NAMES:
+            if not 0 <= special_ids[name] < vocab_size:
+                raise InputError(f"tokenizer: {name} id {special_ids[name]} is not among the {vocab_size} ids")
+        self.vocab_size = vocab_size
+        self.mask_id = special_ids["mask"]
+        self.eos_id = special_ids["eos"]
+        self.bos_id = special_ids["bos"]
+        self.pad_id = special_ids["pad"]
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special ids by name."""
+        return {"bos": self.bos_id, "pad": self.pad_id, "eos": self.eos_id, "mask": self.mask_id}
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Never a special id, no BOS, no EOS."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids. Special ids yield nothing; bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def id_to_piece(self, token_id: int) -> str:
+        """A short name of an id, for display."""
+
+    @abc.abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """The files that make up the tokenizer; `tokenizer_from_files` is the inverse."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the tokenizer: a hash of its files."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self.files().items()):
+            digest.update(f"{name}:{len(content)}:".encode() + content)
+        return digest.hexdigest()[:16]
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes the files into a directory (any path object that has mkdir and `/`, so also an epath)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
+
+
+class ByteTokenizer(Tokenizer):
+    """The UTF-8 bytes themselves, after the four special ids."""
+
+    _OFFSET = len(SPECIAL_NAMES)
+
+    def __init__(self):
+        super().__init__(self._OFFSET + 256, {name: i for i, name in enumerate(SPECIAL_NAMES)})
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return [byte + self._OFFSET for byte in text.encode()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See Tokenizer."""
+        return bytes(i - self._OFFSET for i in ids if self._OFFSET <= i < self.vocab_size).decode(errors="replace")
+
+    def id_to_piece(self, token_id: int) -> str:
+        """See Tokenizer."""
+        if token_id < self._OFFSET:
+            return f"<{SPECIAL_NAMES[token_id]}>"
+        byte = token_id - self._OFFSET
+        return chr(byte) if 0x20 <= byte < 0x7F else f"<0x{byte:02X}>"
+
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer."""
+        return {_SPECIALS_FILE: _specials_file("bytes", self.special_ids)}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, made lossless.
+
+    Whatever the model says, text is not normalised, gets no dummy prefix and keeps its white space. SentencePiece
+    cannot tell U+2581 from a space: that character is encoded as its three bytes. Special ids that the model does not
+    have are added after its vocabulary.
+    """
+
+    def __init__(self, model: bytes, special_ids: Mapping[str, int] | None = None):
+        """Loads a model.
+
+        Args:
+          model: a serialised ModelProto.
+          special_ids: ids by name; those left out are looked up in the model.
+
+        Raises:
+          InputError: it is no SentencePiece model, or it has no byte fallback.
+        """
+        proto = sentencepiece_model_pb2.ModelProto()
+        try:
+            proto.ParseFromString(model)
+        except Exception as error:  # protobuf's DecodeError, whose module depends on its version
+            raise InputError("not a SentencePiece model") from error
+        if not proto.pieces:
+            raise InputError("not a SentencePiece model: it has no pieces")
+        normalizer = proto.normalizer_spec
+        normalizer.name = "identity"
+        normalizer.precompiled_charsmap = b""
+        normalizer.add_dummy_prefix = False
+        normalizer.remove_extra_whitespaces = False
+        normalizer.escape_whitespaces = True
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._bytes_of_id = [_bytes_of_piece(piece) for piece in proto.pieces]
+        byte_ids = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == piece.BYTE}
+        if len(byte_ids) != 256:
+            raise InputError("the SentencePiece model has no byte fallback, so it cannot hold every text")
+        self._blank_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _BLANK.encode()]
+        num_pieces = len(proto.pieces)
+        special_ids = dict(special_ids or _special_ids_of_model(self._processor, proto))
+        super().__init__(max(num_pieces, 1 + max(special_ids.values())), special_ids)
+        for token_id in special_ids.values():
+            if token_id < num_pieces:
+                self._bytes_of_id[token_id] = b""
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        ids = self._processor.encode(text.split(_BLANK))
+        return [i for n, part in enumerate(ids) for i in (self._blank_ids + part if n else part)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See Tokenizer."""
+        table = self._bytes_of_id
+        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
+
+    def id_to_piece(self, token_id: int) -> str:
+        """See Tokenizer."""
+        for name, special_id in self.special_ids.items():
+            if token_id == special_id:
+                return f"<{name}>"
+        return self._processor.id_to_piece(token_id)
+
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer."""
+        return {_SENTENCEPIECE_FILE: self._model, _SPECIALS_FILE: _specials_file("sentencepiece", self.special_ids)}
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """Trains a byte-pair SentencePiece model. The same texts give the same model, byte for byte.
+
+    Args:
+      texts: the training documents.
+      vocab_size: ids to have, special ids and the 256 byte pieces included. A small corpus may have fewer.
+
+    Raises:
+      ConfigError: vocab_size does not leave room for special ids and bytes.
+      InputError: there is no text.
+    """
+    if vocab_size < _MIN_TRAINED_VOCAB_SIZE:
+        raise ConfigError(f"config.data.tokenizer_vocab_size = {vocab_size}: must be at least "
+                          f"{_MIN_TRAINED_VOCAB_SIZE} (special ids and bytes)")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_chunks(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _LONGEST_TRAINING_CHUNK,
+            num_threads=2,
+            bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+            control_symbols=["<mask>"],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"SentencePiece could not be trained on this corpus: {str(error).splitlines()[0]}") from error
+    return SentencePieceTokenizer(model.getvalue(), {"bos": 0, "pad": 1, "eos": 2, "mask": 4})
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Loads what `save` wrote (a directory), a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+    Raises:
+      InputError: there is none, or it is broken; names the path.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            return tokenizer_from_files({f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.is_file()})
+        files = {_SENTENCEPIECE_FILE if path.suffix == ".model" else _HUGGING_FACE_FILE: path.read_bytes()}
+        beside = path.parent / "tokenizer_config.json"
+        if path.suffix == ".json" and beside.is_file():
+            files[beside.name] = beside.read_bytes()
+        return tokenizer_from_files(files)
+    except OSError as error:
+        raise InputError(f"tokenizer {path}: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"tokenizer {path}: {error}") from error
+
+
+def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer that `files()` describes.
+
+    Raises:
+      InputError: the files are no tokenizer's.
+    """
+    from illada_jax.data.huggingface import HuggingFaceTokenizer  # it subclasses Tokenizer
+
+    special_ids = None
+    if _SPECIALS_FILE in files:
+        try:
+            described = json.loads(files[_SPECIALS_FILE])
+            special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{_SPECIALS_FILE} does not name the ids {', '.join(SPECIAL_NAMES)}") from error
+    if _SENTENCEPIECE_FILE in files:
+        return SentencePieceTokenizer(files[_SENTENCEPIECE_FILE], special_ids)
+    if _HUGGING_FACE_FILE in files:
+        return HuggingFaceTokenizer(files[_HUGGING_FACE_FILE], files.get("tokenizer_config.json"), special_ids)
+    if special_ids is not None and described.get("kind") == "bytes":
+        return ByteTokenizer()
+    raise InputError(f"no tokenizer among {sorted(files)}: expected {_SENTENCEPIECE_FILE}, {_HUGGING_FACE_FILE} or "
+                     f"{_SPECIALS_FILE}")
+
+
+def _specials_file(kind: str, special_ids: Mapping[str, int]) -> bytes:
+    return json.dumps({"kind": kind, **special_ids}, indent=1).encode()
+
+
+def _bytes_of_piece(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> bytes:
+    if piece.type == piece.BYTE:
+        return bytes([int(piece.piece[3:-1], 16)])
+    if piece.type in (piece.CONTROL, piece.UNKNOWN):
+        return b""
+    return piece.piece.replace(_BLANK, " ").encode()
+
+
+def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor,
+                          proto: sentencepiece_model_pb2.ModelProto) -> dict[str, int]:
+    """The special ids that a model declares; what it lacks is numbered after its vocabulary."""
+    ids = {"bos": processor.bos_id(), "pad": processor.pad_id(), "eos": processor.eos_id(), "mask": -1}
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == piece.CONTROL and re.fullmatch(r"[<\[|]*mask[>\]|]*", piece.piece, re.IGNORECASE):
+            ids["mask"] = i
+    free = len(proto.pieces)
+    for name, token_id in ids.items():
+        if token_id < 0:
+            ids[name] = free
+            free += 1
+    return ids
+
+
+def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts after blank lines, or where a chunk gets long, since the trainer skips what is too long for it."""
+    for text in texts:
+        for piece in text.split(_BLANK):
+            for paragraph in re.findall(r"(?s:.+?)(?:\n\n+|\Z)", piece):
+                for start in range(0, len(paragraph), _LONGEST_TRAINING_CHUNK):
+                    yield paragraph[start : start + _LONGEST_TRAINING_CHUNK]

@@ -1,0 +1,57 @@
+"""Turns text into token shards for training, and trains a tokenizer when asked.
+
+Example:
+  python -m illada_jax.prepare --source=text:books/ --target=corpora/books --tokenizer=sentencepiece --vocab_size=8192
+  python -m illada_jax.prepare --source='jsonl:web/*.jsonl.zst#content' --target=corpora/web --tokenizer=tokenizer.json
+
+Then train on it with --config.data.sources="('prepared:corpora/books',)". Kinds of sources: text, jsonl, python_docs,
+python_source, sudoku. A preparation that was stopped goes on when the same command is typed again.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from illada_jax import cli
+from illada_jax.data import preparing
+from illada_jax.errors import InputError
+
+_SOURCE = flags.DEFINE_multi_string("source", None, "what to read, KIND or KIND:PATH[#FIELD]; may be given repeatedly")
+_TARGET = flags.DEFINE_string("target", None, "directory to write; new, empty or an unfinished preparation of the same")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "sentencepiece",
+    "bytes, sentencepiece (trained on the corpus), or the path of a .model, a tokenizer.json or a saved tokenizer")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "ids of a tokenizer that is trained here")
+_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents that training never sees")
+_DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "keep only the first of documents with the same text")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "processes that make shards; 0: as many as there are cores")
+
+
+def main(_: list[str]) -> None:
+    """Prepares one corpus."""
+    if not _SOURCE.value:
+        raise InputError("--source is required, for example --source=text:books/")
+    if not _TARGET.value:
+        raise InputError("--target is required: the directory to write")
+    if _PROCESSES.value < 0:
+        raise InputError(f"--processes={_PROCESSES.value}: must be 0 or more")
+    settings = preparing.Settings(
+        sources=tuple(_SOURCE.value),
+        tokenizer=_TOKENIZER.value,
+        vocab_size=_VOCAB_SIZE.value,
+        heldout_fraction=_HELDOUT_FRACTION.value,
+        drop_duplicates=_DROP_DUPLICATES.value,
+    )
+    target = pathlib.Path(_TARGET.value)
+    manifest = preparing.prepare(settings, target, _PROCESSES.value or os.cpu_count() or 1)
+    for split, infos in manifest.splits.items():
+        tokens, documents, num_bytes = (sum(getattr(info, f"num_{what}") for info in infos)
+                                        for what in ("tokens", "documents", "bytes"))
+        print(f"{split:8} {tokens:,} tokens, {documents:,} documents, {num_bytes:,} bytes, {len(infos)} shards")
+    print(f"vocabulary {manifest.vocab_size:,} ids, fingerprint {manifest.fingerprint}")
+    print(f"Train on it with: --config.data.sources=\"('prepared:{target}',)\"")
+
+
+if __name__ == "__main__":
+    cli.run(main)
