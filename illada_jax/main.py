@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from illada_jax import cli, report
+from illada_jax import cli, plan, report
 from illada_jax.config import Config, from_config_dict
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.pipeline import Pipeline
@@ -29,6 +29,7 @@ EXIT_RESUMABLE = 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default: workdirs/NAME_OF_CONFIG")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check everything, print the plan, train nothing; needs no corpus")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from those of the workdir on resume")
 
 
@@ -49,6 +50,27 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
+def dry_run(config: Config) -> None:
+    """Prints the plan and, where the corpus is there, the first row of the first batch. Allocates no model.
+
+    Raises:
+      ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
+    """
+    try:
+        corpus = open_corpus(config.data)
+    except InputError as error:
+        if config.model.vocab_size == 0:
+            raise ConfigError("config.model.vocab_size = 0: without a corpus, give the size of the vocabulary") from error
+        print(plan.describe(config))
+        print(f"corpus            missing: {error}")
+        return
+    config = resolve(config, corpus.tokenizer)
+    print(plan.describe(config))
+    print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
+    first = Pipeline(config, corpus).rows(0, [0]).tokens_BL[0]
+    print(f"first row\n{corpus.tokenizer.decode(first)}")
+
+
 def main(_: list[str]) -> int:
     """Wires config, corpus, mesh, evaluators and the loop together."""
     if _CONFIG.value is None:
@@ -56,12 +78,18 @@ def main(_: list[str]) -> int:
     config = from_config_dict(_CONFIG.value)
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     workdir = epath.Path(_WORKDIR.value or f"workdirs/{name}")
+    if _DRY_RUN.value:
+        dry_run(config)
+        return 0
     mesh = make_mesh(config.mesh)
+    if config.model.vocab_size:
+        plan.check_fits(config, mesh)
     corpus = open_corpus(config.data)
     config = resolve(config, corpus.tokenizer)
     pipeline = Pipeline(config, corpus)
     evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
     final = make_evaluators(config.eval.final, config, corpus, pipeline, mesh)
+    plan.check_fits(config, mesh)
     report.print_start(config, workdir, mesh, corpus)
     outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value))
     if outcome.status == "preempted":

@@ -25,7 +25,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def param_axes(config: ModelConfig) -> Any:
-    """The logical axis names of every param: a PartitionSpec for each, in a tree like the params; nothing is computed."""
+    """The logical axis names of every param: a PartitionSpec for each; nothing is computed."""
     boxed = jax.eval_shape(functools.partial(_initialise, config), jax.random.key(0))
     return nn.get_partition_spec(boxed)
 

@@ -43,7 +43,8 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_BTD.shape[-1:])
         x32_BTD = x_BTD.astype(jnp.float32)
         inverse_rms_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
-        return (x32_BTD * inverse_rms_BT1 * scale_D.astype(jnp.float32)).astype(x_BTD.dtype)
+        scale_11D = scale_D.astype(jnp.float32)[None, None, :]
+        return (x32_BTD * inverse_rms_BT1 * scale_11D).astype(x_BTD.dtype)
 
 
 def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
@@ -58,8 +59,8 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
       Array like x_BTNH; the angles are float32.
     """
     half = x_BTNH.shape[-1] // 2
-    frequencies_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h
+    frequencies_111h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None, None, :]
+    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_111h
     cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,91 @@
+"""What a run needs, before anything is allocated: for `--dry_run`, and to refuse what cannot fit."""
+
+import math
+import os
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from illada_jax import model
+from illada_jax.config import Config
+from illada_jax.errors import InputError
+from illada_jax.model.flops import training_flops_per_token
+from illada_jax.parallel.mesh import AXES, check_divisible
+from illada_jax.training.optimizer import make_optimizer
+from illada_jax.training.step import abstract_state
+
+GIB = 2**30
+
+
+def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of params, gradients (as params) and optimizer state on one device; activations come on top."""
+    state = abstract_state(config, make_optimizer(config), mesh)
+
+    def size(tree) -> int:
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    return 2 * size(state.params) + size(state.opt_state)
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Refuses a run whose state alone exceeds the memory of the devices.
+
+    Raises:
+      InputError: says what is needed, what is there and what to do instead.
+    """
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    local = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    # CPU devices share the memory of the host.
+    available = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    needed = state_bytes_per_device(config, mesh)
+    if needed > available:
+        raise InputError(
+            f"the model does not fit: params, gradients and optimizer need {needed / GIB:,.1f} GiB on each of "
+            f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Try --dry_run to plan, a smaller config such "
+            "as experiments/quickstart.py, or more devices")
+
+
+def describe(config: Config) -> str:
+    """The plan of a run as text: parameters, tokens, FLOPs, bytes per device. Allocates nothing.
+
+    Raises:
+      ConfigError: the config does not fit the mesh that it names.
+    """
+    tokens = config.data.batch_size * config.data.length
+    flops = training_flops_per_token(config.model, config.data.length)
+    count = model.num_params(config.model)
+    embeddings = config.model.vocab_size * config.model.d_model * (1 if config.model.tied_head else 2)
+    lines = [
+        f"parameters        {count:,} ({count / 1e9:.2f} B), without embedding and head {count - embeddings:,} "
+        f"({(count - embeddings) / 1e9:.2f} B)",
+        f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
+        f"steps             {config.train.steps:,} = {config.train.steps * tokens / 1e12:,.3f} T tokens "
+        f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)",
+        f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step, "
+        f"{flops * tokens * config.train.steps:.4g} in all (attention not halved, recomputation not counted)",
+    ]
+    for mesh in _meshes(config):
+        check_divisible(config, mesh)
+        axes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        lines.append(f"state per device  {state_bytes_per_device(config, mesh) / GIB:,.2f} GiB with {axes} (float32 "
+                     "params, gradients, optimizer; activations come on top)")
+    return "\n".join(lines)
+
+
+def _meshes(config: Config) -> list[AbstractMesh]:
+    """The mesh that the config names; where an axis is left open, that axis on 1, 64 and 256 devices if it divides."""
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    if -1 not in sizes:
+        return [_abstract_mesh(sizes)]
+    meshes = []
+    for size in (1, 64, 256):
+        filled = [size if s == -1 else s for s in sizes]
+        rows = config.data.batch_size // config.train.microbatches
+        if rows % (filled[0] * filled[1]) == 0 and config.model.d_model % filled[1] == 0:
+            meshes.append(_abstract_mesh(filled))
+    return meshes
+
+
+def _abstract_mesh(sizes: list[int]) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
