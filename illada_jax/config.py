@@ -389,6 +389,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def override(section: Any, key: str, changes: dict[str, Any]) -> Any:
+    """A section with some fields changed, checked like a config. `key` is its name in error messages."""
+    return _build(type(section), {**to_dict(section), **changes}, f"{key}.")
+
+
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """The typed, validated config. Raises ConfigError naming the key, its value and what is allowed."""
     return from_dict(config.to_dict())

@@ -4,6 +4,7 @@ The compiled decoder must give the same tokens, steps and confidences. No paddin
 is only which key a draw takes, that of (seed, row, step, draw), with one number for each slot of the block.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -25,8 +26,9 @@ class Trace:
       steps: network evaluations (a guided step counts as one).
       reveal_step: of each canvas column, -1 where nothing was written.
       log_prob: of each canvas column, 0 where nothing was written.
-      closest: the smallest difference between two candidates of which one was preferred: two float32 programs may
-        differ where this is below 1e-5.
+      closest: the smallest difference between two candidates of which one was preferred (for confidences close to 0,
+        relative to them): two float32 programs may differ where this is below 1e-5.
+      tied: candidates were equal. Those of a table are in every program, those of a network nearly so.
     """
 
     canvas: list[int]
@@ -34,6 +36,7 @@ class Trace:
     reveal_step: list[int] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
     closest: float = math.inf
+    tied: bool = False
 
 
 def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 0, infill: bool = False,
@@ -81,14 +84,12 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         logits[:, ids.vocab_size :] = -np.inf
         logits[:, sorted(never)] = -np.inf
 
-        shape = (settings.block_length, logits.shape[1])
-        gumbel = np.asarray(jax.random.gumbel(step_key(row_key, trace, TOKEN_DRAW), (math.prod(shape),), mode="high"))
-        uniform = np.asarray(jax.random.uniform(step_key(row_key, trace, ORDER_DRAW), shape[:1]))
+        gumbel, uniform = draws(row_key, trace.steps, settings.block_length, logits.shape[1])
 
         guesses = []
         for column in masked:
             slot = block.index(column)
-            token = choose(trace, logits[column], settings.temperature, gumbel.reshape(shape)[slot])
+            token = choose(trace, logits[column], settings.temperature, gumbel[slot])
             log_p = log_softmax(logits[column])
             confidence = CONFIDENCES[settings.confidence](log_p, token, uniform[slot])
             guesses.append((confidence, column, token, log_p[token]))
@@ -97,7 +98,8 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         count = REVEALS[settings.reveal](settings, len(block), step)
         count = min(max(count, 1), len(masked))
         if count < len(masked):
-            note_gap(trace, guesses[count - 1][0], guesses[count][0])
+            last, next_ = guesses[count - 1][0], guesses[count][0]
+            note_gap(trace, last, next_, scale=min(1.0, abs(next_)))
         for _, column, token, log_p_token in guesses[:count]:
             trace.canvas[column] = token
             trace.reveal_step[column] = trace.steps
@@ -105,14 +107,23 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         trace.steps += 1
 
 
-def step_key(row_key, trace: Trace, draw: int):
-    return jax.random.fold_in(row_key, trace.steps * 2 + draw)
+def draws(row_key, step: int, slots: int, vocabulary: int):
+    """The random numbers of a step: Gumbel noise [slots, vocabulary] and uniform numbers [slots]."""
+    gumbel, uniform = _draws(row_key, step, slots, vocabulary)
+    return np.asarray(gumbel).reshape(slots, vocabulary), np.asarray(uniform)
 
 
-def note_gap(trace: Trace, larger: float, smaller: float) -> None:
-    # Equal values are no near-tie: both programs compute them from equal numbers and take the lower position.
-    if larger != smaller:
-        trace.closest = min(trace.closest, float(larger - smaller))
+@functools.partial(jax.jit, static_argnums=(2, 3))  # only because drawing is slow otherwise
+def _draws(row_key, step, slots, vocabulary):
+    token_key, order_key = (jax.random.fold_in(row_key, step * 2 + draw) for draw in (TOKEN_DRAW, ORDER_DRAW))
+    return jax.random.gumbel(token_key, (slots * vocabulary,), mode="high"), jax.random.uniform(order_key, (slots,))
+
+
+def note_gap(trace: Trace, larger: float, smaller: float, scale: float = 1.0) -> None:
+    if larger == smaller:
+        trace.tied = True
+    else:
+        trace.closest = min(trace.closest, float(larger - smaller) / scale)
 
 
 def choose(trace: Trace, logits, temperature: float, gumbel) -> int:

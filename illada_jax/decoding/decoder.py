@@ -105,6 +105,7 @@ class Decoder:
         if settings.block_length > max_length:
             raise ConfigError(f"config.decode.block_length = {settings.block_length}: must not exceed the context "
                               f"of {max_length} tokens")
+        make_rules(settings, ids)
         self.logits_fn = logits_fn
         self.settings = settings
         self.ids = ids
@@ -114,33 +115,32 @@ class Decoder:
 
     def generate(self, prompts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
                  on_block: OnBlock | None = None, progress: bool = False) -> list[Decoded]:
-        """Continues prompts.
-
-        Args:
-          prompts: token ids, used as they are. An empty prompt starts from nothing.
-          rows: numbers that the rows draw by (row r of seed s is always the same draw); by default 0, 1, 2, …
-          on_block: called with (index of the prompt, its new tokens so far) after each of its blocks; a true result
-            stops the row.
-          progress: shows a progress bar on stderr.
-
-        Returns:
-          One result for each prompt, in the order of the prompts.
-
-        Raises:
-          InputError: a prompt does not fit or holds a mask.
-        """
-        prepared = [self._continuation(index, list(prompt)) for index, prompt in enumerate(prompts)]
-        return self._collect(prepared, make_rules(self.settings, self.ids), rows, on_block, progress)
+        """Continues prompts; one result for each, in their order. For the arguments see `as_completed`."""
+        return _in_order(self.as_completed(prompts, rows=rows, on_block=on_block), len(prompts), progress)
 
     def infill(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
                progress: bool = False) -> list[Decoded]:
-        """Fills gaps: every MASK in `texts` becomes a token; nothing else changes and nothing is appended.
+        """Fills gaps; one result for each text, in their order. For the arguments see `as_completed`."""
+        return _in_order(self.as_completed(texts, infill=True, rows=rows), len(texts), progress)
 
-        Blocks are counted over masked positions, from left to right. MASK, EOS and PAD are never chosen. For the other
-        arguments see `generate`.
+    def as_completed(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
+                     on_block: OnBlock | None = None) -> Iterator[tuple[int, Decoded]]:
+        """Decodes prompts and yields (index of the prompt, result) as they finish.
+
+        Args:
+          prompts: token ids, used as they are. An empty prompt starts from nothing.
+          infill: every MASK in the prompts becomes a token and nothing is appended. Blocks are counted over masked
+            positions, from left to right; MASK, EOS and PAD are never chosen.
+          rows: numbers that the rows draw by (row r of seed s is always the same draw); by default 0, 1, 2, …
+          on_block: called with (index of the prompt, its tokens so far) after each of its blocks; a true result stops
+            the row.
+
+        Raises:
+          InputError: a prompt does not fit, holds an id outside the vocabulary, or a mask where there must be none.
         """
-        prepared = [self._gaps(index, list(text)) for index, text in enumerate(texts)]
-        return self._collect(prepared, make_rules(self.settings, self.ids, infill=True), rows, None, progress)
+        prepare = self._gaps if infill else self._continuation
+        prepared = [prepare(index, list(prompt)) for index, prompt in enumerate(prompts)]
+        return self._run(prepared, make_rules(self.settings, self.ids, infill), rows, on_block)
 
     def _continuation(self, index: int, prompt: list[int]) -> Row:
         self._check_ids(index, prompt)
@@ -165,14 +165,6 @@ class Decoder:
         for id_ in tokens:
             if not 0 <= id_ < self.ids.vocab_size:
                 raise InputError(f"prompt {index}: id {id_} lies outside the vocabulary of {self.ids.vocab_size}")
-
-    def _collect(self, prepared: list[Row], rules: Rules, numbers: Sequence[int] | None, on_block: OnBlock | None,
-                 progress: bool) -> list[Decoded]:
-        results: dict[int, Decoded] = {}
-        finished = self._run(prepared, rules, numbers, on_block)
-        for index, decoded in tqdm(finished, total=len(prepared), unit="row", disable=not progress):
-            results[index] = decoded
-        return [results[index] for index in range(len(prepared))]
 
     def _run(self, prepared: list[Row], rules: Rules, numbers: Sequence[int] | None,
              on_block: OnBlock | None) -> Iterator[tuple[int, Decoded]]:
@@ -227,6 +219,11 @@ class Decoder:
             reveal_step=carry.reveal_step_BL[slot, row.start : end].tolist(),
             confidence=carry.log_prob_BL[slot, row.start : end].tolist(),
         )
+
+
+def _in_order(finished: Iterator[tuple[int, Decoded]], count: int, progress: bool) -> list[Decoded]:
+    results = dict(tqdm(finished, total=count, unit="row", disable=not progress))
+    return [results[index] for index in range(count)]
 
 
 def _batch_bucket(rows: int, batch_size: int) -> int:

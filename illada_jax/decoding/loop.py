@@ -128,12 +128,12 @@ def decode_block(logits_fn: LogitsFn, carry: Carry, rules: Rules) -> Carry:
 
 def open_block(carry: Carry, rules: Rules) -> tuple[Carry, Block]:
     """Lets rows grow by a block of masks where their limit allows it, and finds the first masked columns of each."""
-    columns_L = jnp.arange(carry.tokens_BL.shape[1], dtype=jnp.int32)
+    columns_BL = jax.lax.broadcasted_iota(jnp.int32, carry.tokens_BL.shape, 1)
     grown_B = jnp.where(carry.done_B, carry.length_B,
                         next_length(carry.length_B, carry.limit_B, rules.block_length))
-    new_BL = (columns_L >= carry.length_B[:, None]) & (columns_L < grown_B[:, None])
+    new_BL = (columns_BL >= carry.length_B[:, None]) & (columns_BL < grown_B[:, None])
     tokens_BL = jnp.where(new_BL, rules.mask_id, carry.tokens_BL)
-    masked_BL = (tokens_BL == rules.mask_id) & (columns_L < grown_B[:, None]) & ~carry.done_B[:, None]
+    masked_BL = (tokens_BL == rules.mask_id) & ~carry.done_B[:, None]
     columns_BQ = jnp.argsort(~masked_BL, axis=1, stable=True)[:, : rules.block_length].astype(jnp.int32)
     open_BQ = jnp.take_along_axis(masked_BL, columns_BQ, axis=1)
     return carry._replace(tokens_BL=tokens_BL, length_B=grown_B), Block(columns_BQ, open_BQ)
@@ -147,8 +147,7 @@ def masked_slots(carry: Carry, block: Block, rules: Rules) -> jax.Array:
 def denoise(logits_fn: LogitsFn, carry: Carry, block: Block, total_B: jax.Array, step: jax.Array,
             rules: Rules) -> Carry:
     """One step: the network looks at the canvas, every masked slot gets a token, and the surest are written."""
-    batch, canvas_length = carry.tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(canvas_length, dtype=jnp.int32), (batch, canvas_length))
+    positions_BL = jax.lax.broadcasted_iota(jnp.int32, carry.tokens_BL.shape, 1)
     segments_BL = (positions_BL < carry.length_B[:, None]).astype(jnp.int32)
     logits_BQV, _ = logits_fn(carry.tokens_BL, positions_BL, segments_BL, block.columns_BQ, None)
     logits_BQV = suppress(logits_BQV, rules.vocab_size, (rules.mask_id, *rules.suppressed_ids))
@@ -160,7 +159,7 @@ def denoise(logits_fn: LogitsFn, carry: Carry, block: Block, total_B: jax.Array,
     def write(canvas_BL, values_BQ):
         old_BQ = jnp.take_along_axis(canvas_BL, block.columns_BQ, axis=1)
         new_BQ = jnp.where(reveal_BQ, values_BQ, old_BQ)
-        return canvas_BL.at[jnp.arange(batch)[:, None], block.columns_BQ].set(new_BQ)
+        return canvas_BL.at[jnp.arange(len(canvas_BL))[:, None], block.columns_BQ].set(new_BQ)
 
     return carry._replace(
         tokens_BL=write(carry.tokens_BL, guessed.tokens_BQ),
@@ -176,7 +175,6 @@ def close_block(carry: Carry, block: Block, rules: Rules) -> Carry:
     stopped_BQ = jnp.zeros_like(block.open_BQ)
     for id_ in rules.stop_ids:
         stopped_BQ |= block.open_BQ & (tokens_BQ == id_)
-    columns_L = jnp.arange(carry.tokens_BL.shape[1])
-    masked_BL = (carry.tokens_BL == rules.mask_id) & (columns_L < carry.length_B[:, None])
-    exhausted_B = (carry.length_B >= carry.limit_B) & ~jnp.any(masked_BL, axis=1)
+    # Padding is PAD, so a MASK anywhere on the canvas is still to be written.
+    exhausted_B = (carry.length_B >= carry.limit_B) & ~jnp.any(carry.tokens_BL == rules.mask_id, axis=1)
     return carry._replace(done_B=carry.done_B | jnp.any(stopped_BQ, axis=1) | exhausted_B)

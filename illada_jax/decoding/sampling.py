@@ -29,11 +29,11 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
 
 def suppress(logits_BQV: jax.Array, vocab_size: int, suppressed: tuple[int, ...]) -> jax.Array:
     """Sets the logits of ids beyond the tokenizer and of the given ids to -inf."""
-    ids_V = jnp.arange(logits_BQV.shape[-1])
-    never_V = ids_V >= vocab_size
+    ids_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
+    never_BQV = ids_BQV >= vocab_size
     for id_ in suppressed:
-        never_V |= ids_V == id_
-    return jnp.where(never_V, -jnp.inf, logits_BQV)
+        never_BQV |= ids_BQV == id_
+    return jnp.where(never_BQV, -jnp.inf, logits_BQV)
 
 
 def choose(logits_BQV: jax.Array, temperature: float, keys_B: jax.Array) -> jax.Array:

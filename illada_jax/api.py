@@ -1,0 +1,179 @@
+"""For people who use a model: load one, continue text, fill gaps, look at logits.
+
+import illada_jax
+lm = illada_jax.load("workdirs/quickstart")
+print(lm.generate(["The with statement"], max_new_tokens=32)[0].text)
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from illada_jax.config import Config, DecodeConfig, override
+from illada_jax.decoding import Decoded, Decoder, SpecialIds
+from illada_jax.decoding.gaps import parse_gaps
+from illada_jax.errors import InputError
+from illada_jax.model import make_logits_fn
+from illada_jax.training.checkpoints import load_inference
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote.
+
+    Attributes:
+      text: the new text, up to the stop string; in infilling the whole text, gaps filled.
+      tokens: the new ids, without the stop id and up to the end of the stop string; in infilling all ids.
+      nfe: network evaluations that it took.
+      stopped_by: `eos`, `stop_string`, `length` (the budget was used up), `filled` (infilling) or `callback`.
+      reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
+      confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
+    """
+
+    text: str
+    tokens: list[int]
+    nfe: int
+    stopped_by: str
+    reveal_step: list[int]
+    confidence: list[float]
+
+
+def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None) -> "LanguageModel":
+    """Loads a model.
+
+    Args:
+      path: a workdir (its newest checkpoint) or one checkpoint in it.
+      dtype: type of params and compute.
+      mesh: devices to spread params and batches over; None takes the first device.
+
+    Raises:
+      InputError: there is no checkpoint.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype = {dtype!r}: must be 'float32' or 'bfloat16'")
+    loaded = load_inference(path, dtype, mesh)
+    return LanguageModel(loaded.config, loaded.params, loaded.tokenizer)
+
+
+class LanguageModel:
+    """A trained model with its tokenizer.
+
+    Attributes:
+      config: the config that made it; `config.decode` has the defaults of `generate` and `infill`.
+      params: its params.
+      tokenizer: its tokenizer.
+    """
+
+    def __init__(self, config: Config, params: Any, tokenizer: Any):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self._logits_fn = make_logits_fn(config.model, params)
+
+    def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
+        """Continues prompts; one result for each, in their order. For the options see `as_completed`."""
+        return _in_order(self.as_completed(prompts, **options), len(prompts), progress)
+
+    def infill(self, texts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
+        """Fills gaps: `[[mask:8]]` in a text asks for eight tokens. For the options see `as_completed`."""
+        return _in_order(self.as_completed(texts, infill=True, **options), len(texts), progress)
+
+    def as_completed(self, prompts: Sequence[Prompt], *, infill: bool = False, stop: Sequence[str] = (),
+                     rows: Sequence[int] | None = None, on_block: Callable[[int, str], bool | None] | None = None,
+                     **settings: Any) -> Iterator[tuple[int, Generation]]:
+        """Decodes prompts and yields (index of the prompt, result) as they finish.
+
+        Args:
+          prompts: texts, or lists of ids, which are used as they are.
+          infill: the prompts are texts with gaps (in ids: MASK), which are filled; nothing is appended.
+          stop: strings that end an answer; the text ends before the first of them.
+          rows: numbers that the rows draw by; by default 0, 1, 2, … The same seed and number give the same draw in any
+            batch.
+          on_block: called with (index of the prompt, its text so far) after each of its blocks; a true result stops
+            the row.
+          **settings: fields of DecodeConfig that differ from `config.decode`. With another `block_length` alone,
+            `steps_per_block` follows it: one token per step.
+
+        Raises:
+          InputError: a prompt or a setting is wrong; the message names it.
+        """
+        if isinstance(prompts, str):
+            raise InputError("prompts: a list of prompts is wanted, not one text")
+        if "" in stop:
+            raise InputError("stop: a stop string must not be empty")
+        decode = self._settings(settings)
+        model_length = self.config.model.max_length
+        decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), model_length)
+        sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
+        ids = [self._encode(index, source) for index, source in enumerate(sources)]
+
+        def block_done(index: int, tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens)
+            return any(s in text for s in stop) or bool(on_block and on_block(index, text))
+
+        finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
+        return ((index, self._generation(decoded, stop, sources[index], ids[index], infill))
+                for index, decoded in finished)
+
+    def logits(self, tokens_BL: Any) -> jax.Array:
+        """Logits of every position, float32 [B, L, V], for looking inside: this is the whole array, in memory.
+
+        Args:
+          tokens_BL: int ids, all rows of one length; MASK (`tokenizer.mask_id`) where the model is to predict.
+        """
+        tokens_BL = np.asarray(tokens_BL)
+        if tokens_BL.ndim != 2 or not np.issubdtype(tokens_BL.dtype, np.integer):
+            raise InputError(f"tokens: integers [rows, length] are wanted, not {tokens_BL.dtype} "
+                             f"{list(tokens_BL.shape)}")
+        if tokens_BL.shape[1] > self.config.model.max_length:
+            raise InputError(f"tokens: {tokens_BL.shape[1]} exceed the context of {self.config.model.max_length}")
+        if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < self.config.model.vocab_size:
+            raise InputError(f"tokens: ids must lie in [0, {self.config.model.vocab_size})")
+        return _all_logits(self._logits_fn, jnp.asarray(tokens_BL, jnp.int32))
+
+    def _settings(self, changes: dict[str, Any]) -> DecodeConfig:
+        if "block_length" in changes:
+            changes = {"steps_per_block": changes["block_length"], **changes}
+        return override(self.config.decode, "decode", changes)
+
+    def _encode(self, index: int, source: Any) -> list[int]:
+        if hasattr(source, "pieces"):
+            return source.tokens(self.tokenizer)
+        if not len(source):
+            raise InputError(f"prompt {index}: is empty; give some text, or ids such as [tokenizer.bos_id]")
+        if isinstance(source, str):
+            return self.tokenizer.encode(source)
+        return [int(id_) for id_ in source]
+
+    def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int],
+                    infill: bool) -> Generation:
+        decode = self.tokenizer.decode
+        text = source.fill(self.tokenizer, ids, decoded.tokens) if hasattr(source, "pieces") else decode(decoded.tokens)
+        count, stopped_by = len(decoded.tokens), decoded.stopped_by
+        starts = [text.find(s) for s in stop if s in text]
+        if starts and not infill:
+            stops = lambda n: any(s in decode(decoded.tokens[:n]) for s in stop)  # noqa: E731
+            count = bisect.bisect_left(range(count), True, key=stops)
+            text, stopped_by = text[: min(starts)], "stop_string"
+        return Generation(text, decoded.tokens[:count], decoded.nfe, stopped_by, decoded.reveal_step[:count],
+                          decoded.confidence[:count])
+
+
+@jax.jit
+def _all_logits(logits_fn, tokens_BL: jax.Array) -> jax.Array:
+    columns_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
+    return logits_fn(tokens_BL, columns_BL, jnp.ones_like(tokens_BL), columns_BL, None)[0]
+
+
+def _in_order(finished: Iterator[tuple[int, Generation]], count: int, progress: bool) -> list[Generation]:
+    results = dict(tqdm(finished, total=count, unit="prompt", disable=not progress))
+    return [results[index] for index in range(count)]

@@ -1,0 +1,61 @@
+"""Text with gaps: `The cat [[mask:3]] the mat.` asks for three tokens between the two pieces."""
+
+import re
+from typing import Any, NamedTuple
+
+from illada_jax.errors import InputError
+
+GAP = re.compile(r"\[\[mask:(\d+)\]\]")
+
+
+class GappedText(NamedTuple):
+    """A text taken apart at its gaps.
+
+    Attributes:
+      pieces: the given text between the gaps, one more than there are gaps.
+      lengths: the length of each gap, in tokens.
+    """
+
+    pieces: list[str]
+    lengths: list[int]
+
+    def tokens(self, tokenizer: Any) -> list[int]:
+        """Ids, with MASK repeated in the gaps. The pieces are tokenised apart: no token reaches across a gap."""
+        ids = tokenizer.encode(self.pieces[0])
+        for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
+            ids += [tokenizer.mask_id] * length + tokenizer.encode(piece)
+        return ids
+
+    def fill(self, tokenizer: Any, masked: list[int], filled: list[int]) -> str:
+        """The text with its gaps filled: the pieces as they were given, character for character.
+
+        Args:
+          tokenizer: the tokenizer of both lists.
+          masked: what `tokens` gave.
+          filled: the same with tokens in the gaps.
+        """
+        written = [new for old, new in zip(masked, filled, strict=True) if old == tokenizer.mask_id]
+        text = self.pieces[0]
+        for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
+            text += tokenizer.decode(written[:length]) + piece
+            written = written[length:]
+        return text
+
+
+def parse_gaps(text: str) -> GappedText:
+    """Takes a text apart at `[[mask:N]]`.
+
+    Raises:
+      InputError: there is no gap, or something that begins like one but is none.
+    """
+    parts = GAP.split(text)
+    pieces, lengths = parts[0::2], [int(n) for n in parts[1::2]]
+    if any("[[mask" in piece for piece in pieces) or 0 in lengths:
+        raise InputError(f"{_shown(text)}: a gap is written [[mask:N]] with N tokens, N at least 1")
+    if not lengths:
+        raise InputError(f"{_shown(text)}: no gap to fill: mark one with [[mask:N]], N tokens long")
+    return GappedText(pieces, lengths)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,35 @@
+"""Comparing what the decoder gives with what the oracle gives."""
+
+import numpy as np
+
+from illada_jax.config import DecodeConfig
+from illada_jax.decoding import Decoder
+from tests import reference
+from tests.decoding.toys import IDS
+
+NEAR = 1e-5
+
+
+def assert_agree(networks, settings: DecodeConfig, prompts, infill: bool = False, max_length: int = 96,
+                 exact_ties: bool = True, **arguments) -> int:
+    """Asserts that all rows equal the oracle's; returns how many may differ because of a near-tie (design law 3).
+
+    On tables equal candidates are equal in both programs (`exact_ties`); on networks they are near-ties too.
+    """
+    logits_fn, network = networks
+    decoder = Decoder(logits_fn, settings, IDS, max_length, **arguments)
+    results = decoder.infill(prompts) if infill else decoder.generate(prompts)
+    near_ties = 0
+    for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        trace = reference.decode(network, prompt, settings, IDS, row, infill)
+        if trace.closest < NEAR or (trace.tied and not exact_ties):
+            near_ties += 1
+            continue
+        start = 0 if infill else len(prompt)
+        written = trace.canvas[start:]
+        end = written.index(IDS.eos) if IDS.eos in written and not infill else len(written)
+        assert result.tokens == written[:end], f"row {row}"
+        assert result.reveal_step == trace.reveal_step[start : start + end], f"row {row}"
+        assert result.nfe == trace.steps, f"row {row}"
+        np.testing.assert_allclose(result.confidence, trace.log_prob[start : start + end], rtol=1e-4, atol=1e-5)
+    return near_ties

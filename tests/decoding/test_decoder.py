@@ -1,0 +1,147 @@
+"""What holds of every row, whatever the network says."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from illada_jax.config import DecodeConfig
+from illada_jax.decoding import Decoder, plain_logits_fn
+from illada_jax.decoding.decoder import canvas_buckets, make_rules
+from illada_jax.decoding.loop import Carry, run_blocks
+from illada_jax.errors import InputError
+from tests.decoding.toys import IDS, table, transformer
+
+SETTINGS = DecodeConfig(max_new_tokens=24, block_length=8, steps_per_block=4, batch_size=4)
+M = IDS.mask
+
+
+def test_eos_stops_a_row_and_is_not_part_of_the_answer():
+    results = Decoder(table(eos_bias=1.5)[0], SETTINGS, IDS, 96).generate([[4] * n for n in range(1, 9)])
+    stopped = [r for r in results if r.stopped_by == "eos"]
+    assert stopped
+    for result in results:
+        assert IDS.eos not in result.tokens
+        assert len(result.tokens) == len(result.reveal_step) == len(result.confidence)
+        if result.stopped_by == "length":
+            assert len(result.tokens) == 24
+    assert any(r.nfe < 12 for r in stopped)  # a row that stopped early did not pay for the rest
+
+
+def test_infilling_changes_gaps_only():
+    texts = [[4, M, M, 5, 1], [M] * 20 + [6], [7, 1, M]]
+    for text, result in zip(texts, Decoder(table(eos_bias=9.0)[0], SETTINGS, IDS, 96).infill(texts), strict=True):
+        assert len(result.tokens) == len(text)
+        for old, new, step in zip(text, result.tokens, result.reveal_step, strict=True):
+            assert (old == new and step == -1) if old != M else (new not in (M, IDS.eos, IDS.pad) and step >= 0)
+        assert result.stopped_by == "filled"
+        blocks = [min(8, text.count(M) - start) for start in range(0, text.count(M), 8)]
+        assert result.nfe == sum(min(4, masks) for masks in blocks)
+
+
+def test_finished_rows_and_padding_do_not_change():
+    rng = np.random.default_rng(0)
+    tokens_BL = rng.integers(4, 11, (3, 64)).astype(np.int32)
+    tokens_BL[:, 40:] = IDS.pad
+    tokens_BL[1, 20:] = IDS.pad
+    carry = Carry(
+        tokens_BL=tokens_BL, length_B=np.int32([40, 20, 30]), limit_B=np.int32([60, 36, 60]),
+        done_B=np.array([True, False, True]), keys_B2=np.zeros((3, 2), np.uint32), steps_B=np.int32([5, 0, 7]),
+        reveal_step_BL=rng.integers(-1, 5, (3, 64)).astype(np.int32),
+        log_prob_BL=rng.normal(size=(3, 64)).astype(np.float32))
+    after = jax.device_get(run_blocks(table(eos_bias=-20.0)[0], carry, np.int32(99), rules=make_rules(SETTINGS, IDS)))
+    for before_B, after_B in zip(carry, after, strict=True):
+        for row in (0, 2):
+            np.testing.assert_array_equal(before_B[row], after_B[row])
+    assert after.done_B.all() and after.length_B[1] == 36 and after.steps_B[1] == 8
+    np.testing.assert_array_equal(after.tokens_BL[1, :20], tokens_BL[1, :20])
+    np.testing.assert_array_equal(after.tokens_BL[1, 36:], tokens_BL[1, 36:])
+    np.testing.assert_array_equal(after.reveal_step_BL[1, 36:], carry.reveal_step_BL[1, 36:])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_company_does_not_matter(temperature):
+    settings = dataclasses.replace(SETTINGS, temperature=temperature, seed=5)
+    prompts = [list(np.random.default_rng(n).integers(4, 11, n)) for n in range(1, 40, 3)]
+    logits_fn, _ = transformer()
+
+    def decode(batch_size, order):
+        decoder = Decoder(logits_fn, dataclasses.replace(settings, batch_size=batch_size), IDS, 96)
+        results = decoder.generate([prompts[i] for i in order], rows=order)
+        return {i: (r.tokens, r.reveal_step, r.stopped_by) for i, r in zip(order, results, strict=True)}
+
+    everything = list(range(len(prompts)))
+    alone = {i: decode(1, [i])[i] for i in everything}
+    assert decode(3, everything) == alone
+    assert decode(16, everything[::-1]) == alone
+    if temperature:
+        assert len({tuple(tokens) for tokens, _, _ in alone.values()}) > 1
+
+
+def test_seeds_and_rows_change_samples_and_nothing_else_does():
+    settings = dataclasses.replace(SETTINGS, temperature=1.0)
+    logits_fn, _ = table(eos_bias=-20.0)
+    first, second = Decoder(logits_fn, settings, IDS, 96).generate([[4], [4]])
+    again = Decoder(logits_fn, settings, IDS, 96).generate([[4], [4]])
+    other = Decoder(logits_fn, dataclasses.replace(settings, seed=1), IDS, 96).generate([[4]])[0]
+    assert first.tokens != second.tokens
+    assert [r.tokens for r in again] == [first.tokens, second.tokens]
+    assert other.tokens != first.tokens
+
+
+def test_compiled_shapes_are_bounded_and_params_are_arguments():
+    traced = []
+
+    def count_traces(scale, tokens_BL):
+        traced.append(tokens_BL.shape)
+        return jax.nn.one_hot((tokens_BL + 5) % 11, 12) * scale
+
+    settings = dataclasses.replace(SETTINGS, batch_size=8)
+    rng = np.random.default_rng(0)
+    prompts = [[4] * int(n) for n in rng.integers(1, 200, 200)]
+    for scale in (1.0, 2.0):  # as an evaluator does with new params
+        logits_fn = plain_logits_fn(jax.tree_util.Partial(count_traces, np.float32(scale)))
+        Decoder(logits_fn, settings, IDS, 256).generate(prompts)
+        Decoder(logits_fn, dataclasses.replace(settings, max_new_tokens=9, seed=4), IDS, 256).generate(prompts)
+    assert len(traced) <= len(canvas_buckets(256)) == 5
+
+
+def test_buckets_cover_the_context():
+    assert canvas_buckets(256) == (64, 96, 128, 192, 256)
+    assert canvas_buckets(40) == (40,)
+    assert canvas_buckets(100) == (64, 96, 100)
+
+
+def test_callback_sees_every_block_and_stops_rows():
+    seen = {0: [], 1: []}
+
+    def on_block(index, tokens):
+        seen[index].append(tokens)
+        return index == 1 and len(seen[1]) == 2
+
+    results = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4], [5, 6]], on_block=on_block)
+    assert [len(tokens) for tokens in seen[0]] == [8, 16, 24]
+    assert [r.stopped_by for r in results] == ["length", "callback"]
+    assert results[1].tokens == seen[1][-1] and len(results[1].tokens) == 16
+    unwatched = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4]])
+    assert unwatched[0].tokens == results[0].tokens
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda d: d.generate([[4], [4] * 96]), "prompt 1: its 96 tokens leave no room in the context of 96"),
+    (lambda d: d.generate([[4, M, 5]]), "prompt 0: holds a mask (id 0) at position 1"),
+    (lambda d: d.generate([[4, 11]]), "id 11 lies outside the vocabulary of 11"),
+    (lambda d: d.infill([[4, 5]]), "no gap to fill"),
+    (lambda d: d.infill([[M] * 97]), "exceed the context of 96"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, block_length=97), IDS, 96), "decode.block_length = 97"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, reveal="best"), IDS, 96), "must be one of 'top_k'"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, confidence="x"), IDS, 96), "'low_confidence', 'random'"),
+    (lambda d: DecodeConfig(max_new_tokens=0), "config.decode.max_new_tokens = 0"),
+    (lambda d: DecodeConfig(steps_per_block=0), "config.decode.steps_per_block = 0"),
+    (lambda d: DecodeConfig(block_length=4, steps_per_block=5), "config.decode.steps_per_block = 5"),
+])
+def test_bad_input_is_one_line_that_names_it(call, message):
+    with pytest.raises(InputError) as caught:
+        call(Decoder(table()[0], SETTINGS, IDS, 96))
+    assert message in str(caught.value) and "\n" not in str(caught.value)

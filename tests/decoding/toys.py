@@ -1,0 +1,66 @@
+"""Small networks for the tests of decoding, as jax functions and as what the oracle calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from illada_jax import model
+from illada_jax.config import ModelConfig
+from illada_jax.decoding import SpecialIds, plain_logits_fn
+from tests.util import random_params
+
+IDS = SpecialIds(mask=0, eos=1, bos=2, pad=3, vocab_size=11)
+NETWORK_SIZE = 12  # one id more than the tokenizer has
+
+
+def table(seed: int = 0, length: int = 96, scale: float = 2.0, eos_bias: float = 0.0):
+    """Logits of column c: a table row, plus something of the token at column c - 1. Padding has no influence."""
+    rng = np.random.default_rng(seed)
+    by_token_VV = rng.normal(size=(NETWORK_SIZE, NETWORK_SIZE)) * scale / 2
+    by_column_LV = rng.normal(size=(length, NETWORK_SIZE)) * scale
+    by_column_LV[:, IDS.eos] += eos_bias
+    return from_tables(by_token_VV, by_column_LV)
+
+
+def from_tables(by_token_VV, by_column_LV):
+    """(LogitsFn, network of the oracle) of `by_column_LV[c] + by_token_VV[token at c - 1]`."""
+    by_token_VV, by_column_LV = np.float32(by_token_VV), np.float32(by_column_LV)
+
+    def network(canvas):
+        logits_LV = by_column_LV[: len(canvas)].copy()
+        logits_LV[1:] += by_token_VV[canvas[:-1]]
+        return logits_LV
+
+    return plain_logits_fn(jax.tree_util.Partial(_table, by_token_VV, by_column_LV)), network
+
+
+def _table(by_token_VV, by_column_LV, tokens_BL):
+    left_BLV = jnp.pad(by_token_VV[tokens_BL][:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return left_BLV + by_column_LV[None, : tokens_BL.shape[1]]
+
+
+TRANSFORMER = ModelConfig(vocab_size=NETWORK_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+                          d_ff=32, max_length=96)
+
+
+def transformer(seed: int = 0, config: ModelConfig = TRANSFORMER):
+    """(LogitsFn, network of the oracle) of a random transformer with weights large enough to make it matter."""
+    params = random_params(config, seed=seed)
+    logits_fn = model.make_logits_fn(config, params)
+    forward = jax.jit(functools.partial(_whole, config))
+
+    def network(canvas):
+        # One padded length for all: the oracle would compile for every length otherwise.
+        tokens_L = np.zeros(config.max_length, np.int32)
+        tokens_L[: len(canvas)] = canvas
+        segments_L = (np.arange(config.max_length) < len(canvas)).astype(np.int32)
+        return np.asarray(forward(params, tokens_L[None], segments_L[None]))[0, : len(canvas)]
+
+    return logits_fn, network
+
+
+def _whole(config, params, tokens_BL, segments_BL):
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    return model.head(config, params, model.hidden(config, params, tokens_BL, positions_BL, segments_BL))
