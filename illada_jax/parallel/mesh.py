@@ -35,8 +35,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, the logical constraints of the model refer to `mesh` (a pjit-style context for tracing)."""
-    with mesh, nn.logical_axis_rules(list(RULES.items())):
+    """Within it, the logical constraints of the model refer to `mesh` (while tracing)."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
         yield
 
 

@@ -198,7 +198,8 @@ class _Loop:
         for name, evaluator in self._evaluators.items():
             bar.set_postfix_str(f"evaluating {name}")
             results |= evaluator(state.params, step)
-        self._writer.write(step, results)
+        if results:
+            self._writer.write(step, results)
         for name, value in results.items():
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
             tqdm.write(f"step {step}: {text}")

@@ -70,7 +70,7 @@ def make_train_step(
         grads, sums = loss_gradients(config, state.params, batch, corrupted)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, optax.global_norm(grads))
+        return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, optax.tree.norm(grads))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     return jax.jit(
