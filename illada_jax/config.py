@@ -101,6 +101,8 @@ class DataConfig:
     Attributes:
       sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources.py` lists the kinds.
         `prepared:DIR` is what `python -m illada_jax.prepare` wrote.
+      weights: shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by
+        their number of tokens.
       tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
         Hugging Face `tokenizer.json`. A prepared corpus brings its own.
       tokenizer_vocab_size: size of a tokenizer that is trained here, special ids included.
@@ -109,10 +111,14 @@ class DataConfig:
       length: tokens of a training window (L).
       batch_size: rows of the global batch (B).
       isolate_documents: documents inside a window are segments of their own.
+      random_length_probability: probability that what `random_length_of` says is cut to a length drawn from
+        1 … length, the tail padded (LLaDA: 0.01 of the batches). What is cut off is skipped in that epoch.
+      random_length_of: `batch` (one length for all its rows) or `row`.
       num_threads: threads that read ahead.
     """
 
     sources: tuple[str, ...] = ("python_docs",)
+    weights: tuple[float, ...] = ()
     tokenizer: str = "sentencepiece"
     tokenizer_vocab_size: int = 4096
     heldout_fraction: float = 0.02
@@ -120,12 +126,20 @@ class DataConfig:
     length: int = 64
     batch_size: int = 8
     isolate_documents: bool = False
+    random_length_probability: float = 0.0
+    random_length_of: Literal["batch", "row"] = "batch"
     num_threads: int = 4
 
     def __post_init__(self):
         _positive("data", self, "length", "batch_size", "tokenizer_vocab_size", "num_threads")
-        _unit_interval("data", self, "heldout_fraction")
+        _unit_interval("data", self, "heldout_fraction", "random_length_probability")
+        _require(self.heldout_fraction < 1, "data.heldout_fraction", self.heldout_fraction, "must lie in [0, 1)")
         _require(bool(self.sources), "data.sources", self.sources, "name at least one source")
+        if self.weights:
+            _require(len(self.weights) == len(self.sources), "data.weights", self.weights,
+                     f"needs a weight for each of the {len(self.sources)} sources")
+            _require(min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6, "data.weights", self.weights,
+                     "must be greater than 0 and sum to 1")
 
 
 @dataclass(frozen=True)
@@ -135,15 +149,18 @@ class DiffusionConfig:
     Attributes:
       time_sampling: `stratified` (times of a batch spread evenly over [0, 1)) or `uniform` (independent).
       eps: the masking probability is p = (1 - eps)·t + eps.
+      split_probability: probability that a window becomes two segments, cut at a random place (iLLaDA: 0.3).
       mask_id: id of MASK; -1 takes the tokenizer's.
     """
 
     time_sampling: Literal["stratified", "uniform"] = "stratified"
     eps: float = 1e-3
+    split_probability: float = 0.0
     mask_id: int = -1
 
     def __post_init__(self):
         _require(0 <= self.eps < 1, "diffusion.eps", self.eps, "must lie in [0, 1)")
+        _unit_interval("diffusion", self, "split_probability")
         _require(self.mask_id >= -1, "diffusion.mask_id", self.mask_id, "must be an id, or -1 for the tokenizer's")
 
 
@@ -294,33 +311,77 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The sampler (iLLaDA paper, generation). Frozen and hashable: it is static under jit.
+    """The sampler (iLLaDA paper, generation; LLaDA paper, appendix on inference). Frozen and hashable.
 
     Attributes:
       max_new_tokens: budget of new tokens; the last block may be shorter.
+      over_budget: what happens when prompt and budget exceed the context: `cut` the budget to whole blocks that fit, with
+        a warning, or `error`.
+      length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are visible from the start).
       block_length: tokens of a block.
-      steps_per_block: network evaluations per block; block_length reveals one token per step.
+      steps_per_block: steps per block with reveal = top_k; block_length writes one token per step.
       reveal: how many positions a step reveals, a name in `decoding/reveal.py`.
+      threshold: of the reveal strategy of that name, in (0, 1].
+      factor: of the reveal strategy of that name.
+      entropy_bound: of the reveal strategy of that name, in nats.
       confidence: how sure the model is of a position, a name in `decoding/confidence.py`.
       temperature: of the Gumbel noise on the logits; 0 is greedy.
+      top_p: samples come from the most probable tokens that make up this mass; 1 is all of them.
+      cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none.
+      suppressed_ids: ids that are never written, besides MASK and ids beyond the tokenizer.
+      stop_ids: ids that end an answer, besides EOS.
+      logits_eos_inf: EOS is never written (LLaDA's option of that name).
+      confidence_eos_eot_inf: EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public
+        code, at a temperature above 0 this holds for EoT only.
+      eot_id: id of EoT (end of turn); -1 where there is none.
+      boost: end-of-thinking boost (iLLaDA): added to the logit of the next token of boost_ids, times progress^boost_power;
+        0 is off. The paper uses 100.
+      boost_power: 3 in the paper, 1 for HumanEval.
+      boost_ids: ids of the end-of-thinking string.
+      cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of all
+        that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
+      cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
       batch_size: rows that are decoded at the same time; the results do not depend on it.
       seed: seed of the sampler; row i draws from fold_in(seed, i).
     """
 
     max_new_tokens: int = 128
+    over_budget: Literal["cut", "error"] = "cut"
+    length: Literal["variable", "fixed"] = "variable"
     block_length: int = 32
     steps_per_block: int = 32
     reveal: str = "top_k"
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
     confidence: str = "low_confidence"
     temperature: float = 0.0
+    top_p: float = 1.0
+    cfg_scale: float = 0.0
+    suppressed_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    eot_id: int = -1
+    boost: float = 0.0
+    boost_power: float = 3.0
+    boost_ids: tuple[int, ...] = ()
+    cache: Literal["none", "prefix", "dual"] = "none"
+    cache_refresh: int = 0
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self):
-        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "batch_size")
-        _not_negative("decode", self, "temperature", "seed")
+        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "factor", "batch_size")
+        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "boost", "boost_power",
+                      "cache_refresh", "seed")
         _require(self.steps_per_block <= self.block_length, "decode.steps_per_block", self.steps_per_block,
                  f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
+        _require(0 < self.threshold <= 1, "decode.threshold", self.threshold, "must lie in (0, 1]")
+        _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "must lie in (0, 1]")
+        _require(self.length != "fixed" or self.max_new_tokens % self.block_length == 0, "decode.block_length",
+                 self.block_length, f"must divide a fixed length (decode.max_new_tokens = {self.max_new_tokens})")
+        _require(not self.boost or bool(self.boost_ids), "decode.boost", self.boost, "needs decode.boost_ids")
 
 
 @dataclass(frozen=True)

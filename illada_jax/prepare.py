@@ -25,6 +25,7 @@ _TOKENIZER = flags.DEFINE_string(
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "ids of a tokenizer that is trained here")
 _HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents that training never sees")
 _DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "keep only the first of documents with the same text")
+_SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 64, "text in a shard, about; files of a source are not cut")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "processes that make shards; 0: as many as there are cores")
 
 
@@ -42,6 +43,7 @@ def main(_: list[str]) -> None:
         vocab_size=_VOCAB_SIZE.value,
         heldout_fraction=_HELDOUT_FRACTION.value,
         drop_duplicates=_DROP_DUPLICATES.value,
+        shard_bytes=int(_SHARD_MEGABYTES.value * 2**20),
     )
     target = pathlib.Path(_TARGET.value)
     manifest = preparing.prepare(settings, target, _PROCESSES.value or os.cpu_count() or 1)

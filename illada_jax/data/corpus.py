@@ -1,5 +1,6 @@
 """From `config.data` to token streams: a small corpus prepares itself into a cache, a prepared one is opened."""
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -16,18 +17,35 @@ _LARGEST_BYTES = 2**30  # what prepares itself
 
 
 @dataclass(frozen=True)
+class Component:
+    """One prepared corpus of a mixture.
+
+    Attributes:
+      name: its directory.
+      train: its training stream.
+      weight: share of the rows that come from it; all weights together are 1.
+    """
+
+    name: str
+    train: TokenStream
+    weight: float
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Text as tokens.
 
     Attributes:
       tokenizer: what made the tokens.
-      train: the stream to learn from.
-      heldout: the stream that training never sees; empty if nothing is held out.
-      statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora.
+      components: what is mixed; a single one if there is one corpus.
+      train: the streams to learn from, one after the other.
+      heldout: the streams that training never sees; empty if nothing is held out.
+      statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora and mixtures.
       fingerprint: identifies tokens and split.
     """
 
     tokenizer: Tokenizer
+    components: tuple[Component, ...]
     train: TokenStream
     heldout: TokenStream
     statistics: dict[str, float]
@@ -49,17 +67,36 @@ def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """
     prepared = [pathlib.Path(spec.removeprefix(_PREPARED)) for spec in data.sources if spec.startswith(_PREPARED)]
     if not prepared:
-        return _open([_prepare_in_cache(data, progress)])
+        if data.weights:
+            raise ConfigError(f"config.data.weights = {data.weights!r}: weights are for prepared corpora "
+                              "('prepared:DIR', see python -m illada_jax.prepare)")
+        return _open([_prepare_in_cache(data, progress)], ())
     if len(prepared) != len(data.sources):
         raise ConfigError(f"config.data.sources = {data.sources!r}: prepared corpora and others do not mix; prepare "
                           "the others too (python -m illada_jax.prepare)")
-    return _open(prepared)
+    return _open(prepared, data.weights)
 
 
-def _open(directories: list[pathlib.Path]) -> Corpus:
+def _open(directories: list[pathlib.Path], weights: tuple[float, ...]) -> Corpus:
     opened = [shards.open_shards(directory) for directory in directories]
-    manifest, tokenizer, streams = opened[0]
-    return Corpus(tokenizer, streams["train"], streams["heldout"], manifest.statistics, manifest.fingerprint)
+    manifests, tokenizers, streams = zip(*opened, strict=True)
+    for directory, tokenizer in zip(directories, tokenizers, strict=True):
+        if tokenizer.fingerprint != tokenizers[0].fingerprint:
+            raise InputError(f"{directory}: prepared with another tokenizer (fingerprint {tokenizer.fingerprint}) than "
+                             f"{directories[0]} ({tokenizers[0].fingerprint})")
+    train = [of_split["train"] for of_split in streams]
+    total = sum(stream.num_tokens for stream in train)
+    weights = weights or tuple(stream.num_tokens / total for stream in train)
+    fingerprints = [manifest.fingerprint for manifest in manifests]
+    single = len(opened) == 1
+    return Corpus(
+        tokenizer=tokenizers[0],
+        components=tuple(map(Component, map(str, directories), train, weights)),
+        train=TokenStream.concatenate(train),
+        heldout=TokenStream.concatenate([of_split["heldout"] for of_split in streams]),
+        statistics=manifests[0].statistics if single else {},
+        fingerprint=fingerprints[0] if single else hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16],
+    )
 
 
 def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:

@@ -17,10 +17,11 @@ from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
 
 _BUFFERED_STEPS = 16
+_RANDOM_LENGTH, _SPLIT = 1, 2  # purposes of random draws: part of the format of a run
 
 
 class Pipeline:
-    """Windows of the corpus in a new random order every epoch.
+    """Windows of the corpora, mixed by weight, each corpus in a new random order every time it starts over.
 
     Attributes:
       fingerprint: identifies the tokens that are trained on.
@@ -30,26 +31,33 @@ class Pipeline:
         """Plans the batches; reads nothing.
 
         Raises:
-          InputError: the corpus does not fill one batch.
+          InputError: a corpus does not fill one batch.
         """
         self.fingerprint = corpus.fingerprint
+        self._config = config
         self._data = config.data
         self._pad_id = corpus.tokenizer.pad_id
-        stream = corpus.train
-        windows = packing.num_windows(stream.num_tokens, self._data.length)
-        if windows < self._data.batch_size:
-            raise InputError(f"the corpus has {stream.num_tokens} training tokens, {windows} windows of "
-                             f"config.data.length = {self._data.length}: fewer than the config.data.batch_size = "
-                             f"{self._data.batch_size} rows of one batch")
-        # Grain draws a new order whenever the range starts over.
-        self._order = grain.MapDataset.range(windows).shuffle(seed=config.seed).repeat()
-        self._stream = stream
+        self._components = corpus.components
+        self._num_windows = [packing.num_windows(c.train.num_tokens, self._data.length) for c in corpus.components]
+        for component, windows in zip(corpus.components, self._num_windows, strict=True):
+            if windows < self._data.batch_size:
+                raise InputError(f"corpus {component.name}: {component.train.num_tokens} training tokens are {windows} "
+                                 f"windows of config.data.length = {self._data.length}: fewer than the rows of one "
+                                 f"batch (config.data.batch_size = {self._data.batch_size})")
+        self._order = self._make_order()
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows of a step, in the order asked for, as a Batch [len(rows), L]."""
-        first = step * self._data.batch_size
-        indices = [self._order[first + int(row)] for row in rows]
-        return self._windows(self._stream, indices, self._data.length)
+        rows = [int(row) for row in rows]
+        examples = [self._order[step * self._data.batch_size + row] for row in rows]
+        windows = [self._read(self._components[c].train, window, self._data.length) for c, window in examples]
+        # Drawn for all rows of the step, so that a row does not depend on which others are asked for.
+        if self._data.random_length_probability:
+            windows = self._shorten(windows, self._draws(step, _RANDOM_LENGTH), rows)
+        starts = self._document_starts(windows)
+        if self._config.diffusion.split_probability:
+            starts = self._split(windows, starts, self._draws(step, _SPLIT), rows)
+        return packing.pack(windows, self._data.length, self._pad_id, starts)
 
     def iterate(self, start_step: int, rows: Sequence[int] | np.ndarray) -> Iterator[Batch]:
         """`rows(step, rows)` for start_step, start_step + 1, …, read ahead by threads. Never ends."""
@@ -57,6 +65,12 @@ class Pipeline:
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(lambda step: self.rows(step, rows))
         threads = grain.ReadOptions(num_threads=self._data.num_threads, prefetch_buffer_size=_BUFFERED_STEPS)
         yield from steps.to_iter_dataset(threads)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each corpus has been gone through after `step` steps, by name; exact to one window."""
+        rows = step * self._data.batch_size
+        return {component.name: rows * component.weight / windows
+                for component, windows in zip(self._components, self._num_windows, strict=True)}
 
     def heldout_windows(self, stream: TokenStream, length: int, count: int) -> Batch:
         """Windows of a held-out stream, as a Batch [N, length].
@@ -73,11 +87,48 @@ class Pipeline:
         if not available:
             raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to evaluate on")
         count = min(count or available, available)
-        return self._windows(stream, [i * available // count for i in range(count)], length)
+        windows = [self._read(stream, i * available // count, length) for i in range(count)]
+        return packing.pack(windows, length, self._pad_id, self._document_starts(windows))
 
-    def _windows(self, stream: TokenStream, indices: Sequence[int], length: int) -> Batch:
-        windows = [stream.read(*packing.window_bounds(index, stream.num_tokens, length)) for index in indices]
-        starts = ()
-        if self._data.isolate_documents:
-            starts = [packing.document_starts(window, stream.eos_id) for window in windows]
-        return packing.pack(windows, length, self._pad_id, starts)
+    def _make_order(self) -> grain.MapDataset:
+        """Example number to (component, window). Grain draws a new order whenever a range starts over."""
+        orders = []
+        for c, windows in enumerate(self._num_windows):
+            seed = int(np.random.SeedSequence((self._config.seed, c)).generate_state(1)[0])
+            shuffled = grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
+            orders.append(shuffled.map(lambda window, c=c: (c, window)))
+        if len(orders) == 1:
+            return orders[0]
+        return grain.MapDataset.mix(orders, weights=[component.weight for component in self._components])
+
+    def _draws(self, step: int, purpose: int) -> np.ndarray:
+        """Uniform numbers [B, 2] in [0, 1) of a step."""
+        generator = np.random.default_rng((self._config.seed, purpose, step))
+        return generator.random((self._data.batch_size, 2))
+
+    def _shorten(self, windows: list[np.ndarray], draws_B2: np.ndarray, rows: list[int]) -> list[np.ndarray]:
+        if self._data.random_length_of == "batch":
+            draws_B2 = np.broadcast_to(draws_B2[0], draws_B2.shape)
+        return [
+            window[: 1 + int(length * self._data.length)] if chance < self._data.random_length_probability else window
+            for window, (chance, length) in zip(windows, draws_B2[rows], strict=True)
+        ]
+
+    def _split(self, windows: list[np.ndarray], starts: list[np.ndarray], draws_B2: np.ndarray, rows: list[int]
+               ) -> list[np.ndarray]:
+        """Adds a cut at 1 … T - 1, uniformly, to the windows that are drawn."""
+        result = []
+        for window, columns, (chance, place) in zip(windows, starts, draws_B2[rows], strict=True):
+            if chance < self._config.diffusion.split_probability and len(window) > 1:
+                columns = np.append(columns, 1 + int(place * (len(window) - 1)))
+            result.append(columns)
+        return result
+
+    def _document_starts(self, windows: list[np.ndarray]) -> list[np.ndarray]:
+        if not self._data.isolate_documents:
+            return [np.empty(0, np.int64)] * len(windows)
+        eos_id = self._components[0].train.eos_id
+        return [packing.document_starts(window, eos_id) for window in windows]
+
+    def _read(self, stream: TokenStream, index: int, length: int) -> np.ndarray:
+        return stream.read(*packing.window_bounds(index, stream.num_tokens, length))

@@ -32,8 +32,7 @@ from illada_jax.errors import ConfigError, InputError
 
 T = TypeVar("T")
 
-SMALL_BYTES = 64 * 2**20  # what is read into memory as a whole
-_SHARD_BYTES = 128 * 2**20  # text in a shard, about: parts are not cut
+_IN_MEMORY_BYTES = 64 * 2**20
 _TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
 _PLAN = "plan.json"
 _DONE_DIRECTORY = "done"
@@ -50,6 +49,7 @@ class Settings:
       vocab_size: size of a tokenizer that is trained here.
       heldout_fraction: share of the documents, chosen by hash.
       drop_duplicates: keep only the first of documents with the same text.
+      shard_bytes: text in a shard, about: parts of a source (a file, say) are not cut.
     """
 
     sources: tuple[str, ...]
@@ -57,10 +57,13 @@ class Settings:
     vocab_size: int
     heldout_fraction: float
     drop_duplicates: bool = False
+    shard_bytes: int = _IN_MEMORY_BYTES
 
     def __post_init__(self):
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction = {self.heldout_fraction}: must lie in [0, 1)")
+        if self.shard_bytes <= 0:
+            raise ConfigError(f"shard_bytes = {self.shard_bytes}: must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1,
     """
     parts = list_parts(settings.sources)
     _claim(directory, settings, parts)
-    if sum(part.num_bytes for part in parts) <= SMALL_BYTES:
+    if sum(part.num_bytes for part in parts) <= min(settings.shard_bytes, _IN_MEMORY_BYTES):
         tasks, tokenizer, statistics = _prepare_small(settings, directory, parts, progress)
         num_processes = 1
     else:
@@ -156,7 +159,7 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
     plan = {
         "format_version": shards.FORMAT_VERSION,
         "settings": dataclasses.asdict(settings),
-        "parts": [[part.name, part.num_bytes, [_stamp(path) for path in part.files[:1]]] for part in parts],
+        "parts": [[part.name, part.num_bytes, _stamp(part.files)] for part in parts],
     }
     content = json.dumps(plan, indent=1).encode()
     path = directory / _PLAN
@@ -178,9 +181,10 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _stamp(path: pathlib.Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+def _stamp(files: Iterable[pathlib.Path]) -> str:
+    """Changes when a file does; reads none."""
+    status = [path.stat() for path in files]
+    return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in status]).encode()).hexdigest()[:16]
 
 
 def _prepare_small(settings: Settings, directory: pathlib.Path, parts: list[Part], progress: bool
@@ -223,7 +227,8 @@ def _fraction_hash(settings: Settings) -> int:
 
 def _prepare_large(settings: Settings, directory: pathlib.Path, parts: list[Part], num_processes: int, progress: bool
                    ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
-    tasks = [Task(index, group, _fraction_hash(settings)) for index, group in enumerate(group_parts(parts))]
+    groups = group_parts(parts, settings.shard_bytes)
+    tasks = [Task(index, group, _fraction_hash(settings)) for index, group in enumerate(groups)]
     tokenizer = _tokenizer(settings, directory, _training_sample(tasks), progress)
     if settings.drop_duplicates:
         tasks = _without_duplicates(tasks, num_processes, progress)
@@ -253,7 +258,7 @@ def document_digests(task: Task) -> tuple[int, np.ndarray]:
     return task.index, np.array(found, "V16")
 
 
-def group_parts(parts: Iterable[Part], shard_bytes: int = _SHARD_BYTES) -> list[tuple[Part, ...]]:
+def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
     """Puts consecutive parts together until they hold enough for a shard."""
     groups: list[list[Part]] = [[]]
     size = 0

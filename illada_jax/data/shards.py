@@ -1,17 +1,19 @@
 """Token shards: the token stream of a corpus in ArrayRecord files, with a manifest that makes them a whole.
 
 A directory holds `manifest.json`, `tokenizer/` and shards. A shard holds the tokens of whole documents, each followed
-by EOS, as records of `CHUNK_TOKENS` little-endian ids (the last one shorter), and after them the offsets of the documents
+by EOS, as records of `CHUNK_TOKENS` little-endian ids (the last one shorter), and after them the documents' offsets
 in the shard, as records of as many uint64. The training length is not part of the format. Everything is written under a
 temporary name and renamed, the manifest last: a directory without one is not a corpus.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,7 @@ SPLITS = ("train", "heldout")
 
 _OPEN_READERS = 256
 _CACHED_CHUNKS = 1024
+_STAT_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -194,22 +197,9 @@ class TokenStream:
     """
 
     def __init__(self, shards: list[tuple[pathlib.Path, ShardInfo]], vocab_size: int, eos_id: int):
-        """Checks that the shards are there and have their size; reads none of them.
-
-        Raises:
-          InputError: a shard is missing or has another size; names it.
-        """
-        for directory, info in shards:
-            path = directory / info.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise InputError(f"{path}: the manifest names this shard, but {error.strerror}") from error
-            if size != info.size:
-                raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or not the same "
-                                 "file; prepare the corpus again")
         self._shards = shards
         self._dtype = _id_dtype(vocab_size)
+        self._vocab_size = vocab_size
         self.eos_id = eos_id
         self.num_tokens = sum(info.num_tokens for _, info in shards)
         self.num_bytes = sum(info.num_bytes for _, info in shards)
@@ -218,6 +208,12 @@ class TokenStream:
         self._document_starts = np.cumsum([0] + [info.num_documents for _, info in shards])
         self._reader = functools.lru_cache(_OPEN_READERS)(self._open)
         self._record = functools.lru_cache(_CACHED_CHUNKS)(self._read_record)
+
+    @classmethod
+    def concatenate(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
+        """One stream after the other; they have the same tokenizer."""
+        every = [shard for stream in streams for shard in stream._shards]
+        return cls(every, streams[0]._vocab_size, streams[0].eos_id)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32.
@@ -290,18 +286,39 @@ def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str,
     """Opens a prepared directory: manifest, tokenizer, and a stream for each split.
 
     Raises:
-      InputError: it is not whole, or the tokenizer is not the one that made the shards; names the file.
+      InputError: it is not whole, a shard does not have its size, or the tokenizer is not the one that made the shards;
+        names the file.
     """
     manifest = Manifest.load(directory)
     tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
     if (tokenizer.fingerprint, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
         raise InputError(f"{directory / MANIFEST}: made with another tokenizer (fingerprint {manifest.tokenizer}, "
                          f"{directory / TOKENIZER_DIRECTORY} has {tokenizer.fingerprint})")
+    _check_sizes(directory, [info for infos in manifest.splits.values() for info in infos])
     streams = {
         split: TokenStream([(directory, info) for info in shards], manifest.vocab_size, tokenizer.eos_id)
         for split, shards in manifest.splits.items()
     }
     return manifest, tokenizer, streams
+
+
+def _check_sizes(directory: pathlib.Path, infos: list[ShardInfo]) -> None:
+    """Checks that shards are there and have their size, without reading them."""
+
+    def check(info: ShardInfo) -> None:
+        path = directory / info.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: the manifest names this shard, but: {error.strerror}") from error
+        if size != info.size:
+            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or not the same "
+                             "file; prepare the corpus again")
+
+    # On a mounted bucket every look takes its time, and there may be thousands.
+    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+        for _ in pool.map(check, infos):
+            pass
 
 
 def file_sha256(path: pathlib.Path) -> str:
