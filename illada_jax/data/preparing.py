@@ -136,6 +136,21 @@ def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1,
     """
     parts = list_parts(settings.sources)
     _claim(directory, settings, parts)
+    try:
+        manifest = _fill(settings, directory, parts, num_processes, progress)
+    except InputError:
+        if not any((directory / _DONE_DIRECTORY).iterdir()):
+            shutil.rmtree(directory)  # nothing to go on with: the next try need not repeat this one's mistake
+        raise
+    manifest.save(directory)
+    shutil.rmtree(directory / _DONE_DIRECTORY)
+    (directory / _PLAN).unlink()
+    return manifest
+
+
+def _fill(settings: Settings, directory: pathlib.Path, parts: list[Part], num_processes: int, progress: bool
+          ) -> Manifest:
+    """Makes tokenizer and shards; returns the manifest, not yet saved."""
     if sum(part.num_bytes for part in parts) <= min(settings.shard_bytes, _IN_MEMORY_BYTES):
         tasks, tokenizer, statistics = _prepare_small(settings, directory, parts, progress)
         num_processes = 1
@@ -146,12 +161,8 @@ def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1,
     if not splits["train"]:
         raise InputError(f"source {', '.join(settings.sources)}: no document is left for training; a lower "
                          "heldout_fraction or more documents are needed")
-    manifest = Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction,
-                        statistics, splits)
-    manifest.save(directory)
-    shutil.rmtree(directory / _DONE_DIRECTORY)
-    (directory / _PLAN).unlink()
-    return manifest
+    return Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction,
+                    statistics, splits)
 
 
 def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> None:
@@ -168,7 +179,7 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
     if path.exists():
         if path.read_bytes() != content:
             raise InputError(f"{directory}: holds an unfinished preparation with other sources, files or settings (see "
-                             f"{path}); repeat its command, or choose another target")
+                             f"{path}); repeat its command, delete it, or choose another target")
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: is not empty, and what it holds is no unfinished preparation; choose another "
                          "target")
@@ -190,12 +201,11 @@ def _stamp(files: Iterable[pathlib.Path]) -> str:
 def _prepare_small(settings: Settings, directory: pathlib.Path, parts: list[Part], progress: bool
                    ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
     """Reads everything into memory once: for the split, the tokenizer, the statistics and the shards."""
-    bar = _bar(progress, sum(part.num_bytes for part in parts), "reading text")
     read = []
-    for part in parts:
-        read.append([document for document in part.read() if document.text])
-        bar.update(part.num_bytes)
-    bar.close()
+    with _bar(progress, sum(part.num_bytes for part in parts), "reading text") as bar:
+        for part in parts:
+            read.append([document for document in part.read() if document.text])
+            bar.update(part.num_bytes)
     if settings.drop_duplicates:
         unique = dict.fromkeys(document.text for documents in read for document in documents)
         read = [[d for d in documents if unique.pop(d.text, d) is None] for documents in read]
@@ -238,11 +248,10 @@ def _prepare_large(settings: Settings, directory: pathlib.Path, parts: list[Part
 def _without_duplicates(tasks: list[Task], num_processes: int, progress: bool) -> list[Task]:
     """Tells each task which of its documents stood in an earlier place already."""
     digests: list[np.ndarray] = [np.empty(0)] * len(tasks)
-    bar = _bar(progress, sum(task.num_bytes for task in tasks), "looking for duplicates")
-    for index, found in in_processes(document_digests, tasks, num_processes):
-        digests[index] = found
-        bar.update(tasks[index].num_bytes)
-    bar.close()
+    with _bar(progress, sum(task.num_bytes for task in tasks), "looking for duplicates") as bar:
+        for index, found in in_processes(document_digests, tasks, num_processes):
+            digests[index] = found
+            bar.update(tasks[index].num_bytes)
     _, first = np.unique(np.concatenate(digests), return_index=True)
     repeated = np.ones(sum(map(len, digests)), bool)
     repeated[first] = False
@@ -333,15 +342,14 @@ def _make_shards(tasks: list[Task], directory: pathlib.Path, tokenizer: Tokenize
     """Makes the shards that are missing; returns those of every task, in order."""
     missing = [task for task in tasks if not _done_path(directory, task.index).exists()]
     total = sum(task.num_bytes for task in tasks)
-    bar = _bar(progress, total, "tokenizing")
-    bar.update(total - sum(task.num_bytes for task in missing))
-    if num_processes == 1:
-        for task in missing:
-            make_shard(task, directory, tokenizer, bar.update)
-    else:
-        for task in in_processes(functools.partial(_make_shard_alone, directory), missing, num_processes):
-            bar.update(task.num_bytes)
-    bar.close()
+    with _bar(progress, total, "tokenizing") as bar:
+        bar.update(total - sum(task.num_bytes for task in missing))
+        if num_processes == 1:
+            for task in missing:
+                make_shard(task, directory, tokenizer, bar.update)
+        else:
+            for task in in_processes(functools.partial(_make_shard_alone, directory), missing, num_processes):
+                bar.update(task.num_bytes)
     done = [json.loads(_done_path(directory, task.index).read_bytes()) for task in tasks]
     return [{split: ShardInfo(**info) for split, info in infos.items()} for infos in done]
 
