@@ -6,15 +6,24 @@ Example:
 
 Then train on it with --config.data.sources="('prepared:corpora/books',)". Kinds of sources: text, jsonl, python_docs,
 python_source, sudoku. A preparation that was stopped goes on when the same command is typed again.
+
+On a cluster (pip install 'illada_jax[prepare]'), with sources and target on a disk or mounted bucket that every worker
+sees under the same path, and this package in the workers' image; the shards are the same as made here:
+  python -m illada_jax.prepare … --runner=DataflowRunner --beam_options='--project=P --region=R
+      --temp_location=gs://B/tmp --sdk_container_image=IMAGE'
+  python -m illada_jax.prepare … --runner=FlinkRunner --beam_options='--flink_master=HOST:8081'
+  python -m illada_jax.prepare … --runner=SparkRunner --beam_options='--spark_master_url=spark://HOST:7077'
 """
 
 import os
 import pathlib
+import shlex
 
 from absl import flags
 
 from illada_jax import cli
 from illada_jax.data import preparing
+from illada_jax.data.tasks import Engine, LocalEngine
 from illada_jax.errors import InputError
 
 _SOURCE = flags.DEFINE_multi_string("source", None, "what to read, KIND or KIND:PATH[#FIELD]; may be given repeatedly")
@@ -27,6 +36,8 @@ _HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the d
 _DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "keep only the first of documents with the same text")
 _SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 64, "text in a shard, about; files of a source are not cut")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "processes that make shards; 0: as many as there are cores")
+_RUNNER = flags.DEFINE_string("runner", "local", "local, or an Apache Beam runner (extra: prepare)")
+_BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "what Beam and its runner are told, as on a command line")
 
 
 def main(_: list[str]) -> None:
@@ -46,13 +57,26 @@ def main(_: list[str]) -> None:
         shard_bytes=int(_SHARD_MEGABYTES.value * 2**20),
     )
     target = pathlib.Path(_TARGET.value)
-    manifest = preparing.prepare(settings, target, _PROCESSES.value or os.cpu_count() or 1)
+    manifest = preparing.prepare(settings, target, _engine())
     for split, infos in manifest.splits.items():
         tokens, documents, num_bytes = (sum(getattr(info, f"num_{what}") for info in infos)
                                         for what in ("tokens", "documents", "bytes"))
         print(f"{split:8} {tokens:,} tokens, {documents:,} documents, {num_bytes:,} bytes, {len(infos)} shards")
     print(f"vocabulary {manifest.vocab_size:,} ids, fingerprint {manifest.fingerprint}")
     print(f"Train on it with: --config.data.sources=\"('prepared:{target}',)\"")
+
+
+def _engine() -> Engine:
+    if _RUNNER.value == "local":
+        if _BEAM_OPTIONS.value:
+            raise InputError("--beam_options needs a --runner other than local")
+        return LocalEngine(_PROCESSES.value or os.cpu_count() or 1)
+    try:
+        from illada_jax.data import beam
+    except ImportError as error:
+        raise InputError(f"--runner={_RUNNER.value}: Apache Beam is not installed; type: "
+                         "pip install 'illada_jax[prepare]'") from error
+    return beam.BeamEngine(beam.parse_options(_RUNNER.value, shlex.split(_BEAM_OPTIONS.value)))
 
 
 if __name__ == "__main__":

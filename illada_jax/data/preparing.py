@@ -5,37 +5,30 @@ its parts, the tokenizer and the split only, so shards are made on any number of
 preparation that was killed goes on with the shards that are missing. The manifest comes last.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import tqdm
 
 from illada_jax.data import shards, sources
-from illada_jax.data.shards import Manifest, ShardInfo, ShardWriter
+from illada_jax.data.shards import Manifest
 from illada_jax.data.sources import Document, Part
+from illada_jax.data.tasks import DONE_DIRECTORY, Engine, LocalEngine, Task, collect, group_parts, progress_bar
 from illada_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
-
-T = TypeVar("T")
 
 _IN_MEMORY_BYTES = 64 * 2**20
 _TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
 _PLAN = "plan.json"
-_DONE_DIRECTORY = "done"
 _PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
 
 
@@ -66,39 +59,6 @@ class Settings:
             raise ConfigError(f"shard_bytes = {self.shard_bytes}: must be greater than 0")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One shard of each split: what a process needs to make it.
-
-    Attributes:
-      index: number of the shard.
-      parts: what is read.
-      split_below: documents whose split hash is below are held out.
-      dropped: positions, among the documents of these parts, of duplicates; they are left out.
-    """
-
-    index: int
-    parts: tuple[Part, ...]
-    split_below: int
-    dropped: frozenset[int] = frozenset()
-
-    @property
-    def num_bytes(self) -> int:
-        """About how much text there is."""
-        return sum(part.num_bytes for part in self.parts)
-
-    def documents(self) -> Iterator[Document]:
-        """The documents that are kept. Empty ones are not."""
-        everything = (document for part in self.parts for document in part.read())
-        for n, document in enumerate(everything):
-            if document.text and n not in self.dropped:
-                yield document
-
-    def split_of(self, document: Document) -> str:
-        """`heldout` or `train`."""
-        return "heldout" if document.split_hash < self.split_below else "train"
-
-
 def list_parts(specs: Iterable[str]) -> list[Part]:
     """The parts of all sources.
 
@@ -122,13 +82,15 @@ def content_key(settings: Settings, parts: Iterable[Part]) -> str:
     return digest.hexdigest()[:24]
 
 
-def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1, progress: bool = True) -> Manifest:
+def prepare(settings: Settings, directory: pathlib.Path, engine: Engine | None = None, progress: bool = True
+            ) -> Manifest:
     """Prepares a corpus in a directory, or goes on with a preparation that was stopped.
 
     Args:
       settings: sources, tokenizer and split.
       directory: the target; new, empty, or an unfinished preparation of the same.
-      num_processes: processes that make shards. The result does not depend on it.
+      engine: what makes the shards of a corpus that is more than one; None: this process. The result does not depend
+        on it.
       progress: show a bar on stderr.
 
     Raises:
@@ -137,27 +99,29 @@ def prepare(settings: Settings, directory: pathlib.Path, num_processes: int = 1,
     parts = list_parts(settings.sources)
     _claim(directory, settings, parts)
     try:
-        manifest = _fill(settings, directory, parts, num_processes, progress)
+        manifest = _fill(settings, directory, parts, engine or LocalEngine(1, progress), progress)
     except InputError:
-        if not any((directory / _DONE_DIRECTORY).iterdir()):
+        if not any((directory / DONE_DIRECTORY).iterdir()):
             shutil.rmtree(directory)  # nothing to go on with: the next try need not repeat this one's mistake
         raise
     manifest.save(directory)
-    shutil.rmtree(directory / _DONE_DIRECTORY)
+    shutil.rmtree(directory / DONE_DIRECTORY)
     (directory / _PLAN).unlink()
     return manifest
 
 
-def _fill(settings: Settings, directory: pathlib.Path, parts: list[Part], num_processes: int, progress: bool
-          ) -> Manifest:
+def _fill(settings: Settings, directory: pathlib.Path, parts: list[Part], engine: Engine, progress: bool) -> Manifest:
     """Makes tokenizer and shards; returns the manifest, not yet saved."""
     if sum(part.num_bytes for part in parts) <= min(settings.shard_bytes, _IN_MEMORY_BYTES):
         tasks, tokenizer, statistics = _prepare_small(settings, directory, parts, progress)
-        num_processes = 1
+        LocalEngine(1, progress).make(tasks, directory, drop_duplicates=False)
     else:
-        tasks, tokenizer, statistics = _prepare_large(settings, directory, parts, num_processes, progress)
-    done = _make_shards(tasks, directory, tokenizer, num_processes, progress)
-    splits = {split: tuple(infos[split] for infos in done if split in infos) for split in shards.SPLITS}
+        groups = group_parts(parts, settings.shard_bytes)
+        tasks = [Task(index, group, _fraction_hash(settings)) for index, group in enumerate(groups)]
+        tokenizer = _tokenizer(settings, directory, _training_sample(tasks), progress)
+        statistics = {}
+        engine.make(tasks, directory, settings.drop_duplicates)
+    splits = collect(directory, tasks)
     if not splits["train"]:
         raise InputError(f"source {', '.join(settings.sources)}: no document is left for training; a lower "
                          "heldout_fraction or more documents are needed")
@@ -184,7 +148,7 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
         raise InputError(f"{directory}: is not empty, and what it holds is no unfinished preparation; choose another "
                          "target")
     try:
-        (directory / _DONE_DIRECTORY).mkdir(parents=True, exist_ok=True)
+        (directory / DONE_DIRECTORY).mkdir(parents=True, exist_ok=True)
         shards.write_atomically(path, content)
     except OSError as error:
         raise InputError(f"{directory}: cannot be written: {error.strerror}") from error
@@ -200,9 +164,9 @@ def _stamp(files: Iterable[pathlib.Path]) -> str:
 
 def _prepare_small(settings: Settings, directory: pathlib.Path, parts: list[Part], progress: bool
                    ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
-    """Reads everything into memory once: for the split, the tokenizer, the statistics and the shards."""
+    """Reads everything into memory once: for duplicates, the split, the tokenizer, the statistics and the shard."""
     read = []
-    with _bar(progress, sum(part.num_bytes for part in parts), "reading text") as bar:
+    with progress_bar(progress, sum(part.num_bytes for part in parts), "reading text") as bar:
         for part in parts:
             read.append([document for document in part.read() if document.text])
             bar.update(part.num_bytes)
@@ -233,51 +197,6 @@ def _small_split(settings: Settings, documents: list[Document]) -> int:
 
 def _fraction_hash(settings: Settings) -> int:
     return int(settings.heldout_fraction * 2**64)
-
-
-def _prepare_large(settings: Settings, directory: pathlib.Path, parts: list[Part], num_processes: int, progress: bool
-                   ) -> tuple[list[Task], Tokenizer, dict[str, float]]:
-    groups = group_parts(parts, settings.shard_bytes)
-    tasks = [Task(index, group, _fraction_hash(settings)) for index, group in enumerate(groups)]
-    tokenizer = _tokenizer(settings, directory, _training_sample(tasks), progress)
-    if settings.drop_duplicates:
-        tasks = _without_duplicates(tasks, num_processes, progress)
-    return tasks, tokenizer, {}
-
-
-def _without_duplicates(tasks: list[Task], num_processes: int, progress: bool) -> list[Task]:
-    """Tells each task which of its documents stood in an earlier place already."""
-    digests: list[np.ndarray] = [np.empty(0)] * len(tasks)
-    with _bar(progress, sum(task.num_bytes for task in tasks), "looking for duplicates") as bar:
-        for index, found in in_processes(document_digests, tasks, num_processes):
-            digests[index] = found
-            bar.update(tasks[index].num_bytes)
-    _, first = np.unique(np.concatenate(digests), return_index=True)
-    repeated = np.ones(sum(map(len, digests)), bool)
-    repeated[first] = False
-    per_task = np.split(repeated, np.cumsum([len(found) for found in digests])[:-1])
-    return [dataclasses.replace(task, dropped=frozenset(np.flatnonzero(positions).tolist()))
-            for task, positions in zip(tasks, per_task, strict=True)]
-
-
-def document_digests(task: Task) -> tuple[int, np.ndarray]:
-    """The index of a task and a hash of every document in it, in order."""
-    found = [hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-             for part in task.parts for document in part.read()]
-    return task.index, np.array(found, "V16")
-
-
-def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Puts consecutive parts together until they hold enough for a shard."""
-    groups: list[list[Part]] = [[]]
-    size = 0
-    for part in parts:
-        if groups[-1] and size + part.num_bytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += part.num_bytes
-    return [tuple(group) for group in groups]
 
 
 def _training_sample(tasks: list[Task]) -> Iterator[str]:
@@ -335,67 +254,3 @@ def _statistics(documents: list[Document]) -> dict[str, float]:
         "order-0 entropy of bytes": entropy,
         "gzip -9": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
     }
-
-
-def _make_shards(tasks: list[Task], directory: pathlib.Path, tokenizer: Tokenizer, num_processes: int, progress: bool
-                 ) -> list[dict[str, ShardInfo]]:
-    """Makes the shards that are missing; returns those of every task, in order."""
-    missing = [task for task in tasks if not _done_path(directory, task.index).exists()]
-    total = sum(task.num_bytes for task in tasks)
-    with _bar(progress, total, "tokenizing") as bar:
-        bar.update(total - sum(task.num_bytes for task in missing))
-        if num_processes == 1:
-            for task in missing:
-                make_shard(task, directory, tokenizer, bar.update)
-        else:
-            for task in in_processes(functools.partial(_make_shard_alone, directory), missing, num_processes):
-                bar.update(task.num_bytes)
-    done = [json.loads(_done_path(directory, task.index).read_bytes()) for task in tasks]
-    return [{split: ShardInfo(**info) for split, info in infos.items()} for infos in done]
-
-
-def make_shard(task: Task, directory: pathlib.Path, tokenizer: Tokenizer,
-               advance: Callable[[int], object] = lambda num_bytes: None) -> None:
-    """Makes the shard of a task, of either split, and notes that it is done.
-
-    Args:
-      task: what to read.
-      directory: the target.
-      tokenizer: what makes ids of text.
-      advance: told the bytes of every document.
-    """
-    writers = {split: ShardWriter(directory / f"{split}-{task.index:06d}.array_record", tokenizer)
-               for split in shards.SPLITS}
-    for document in task.documents():
-        num_bytes = len(document.text.encode())
-        writers[task.split_of(document)].add(tokenizer.encode(document.text), num_bytes)
-        advance(num_bytes)
-    infos = {split: writer.close() for split, writer in writers.items()}
-    done = {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None}
-    shards.write_atomically(_done_path(directory, task.index), json.dumps(done).encode())
-
-
-def _make_shard_alone(directory: pathlib.Path, task: Task) -> Task:
-    make_shard(task, directory, load_tokenizer(directory / shards.TOKENIZER_DIRECTORY))
-    return task
-
-
-def in_processes(function: Callable[[Task], T], tasks: Sequence[Task], num_processes: int) -> Iterator[T]:
-    """Yields function(task) for every task, as they get done. The first error stops the rest."""
-    # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _done_path(directory: pathlib.Path, index: int) -> pathlib.Path:
-    return directory / _DONE_DIRECTORY / f"{index:06d}.json"
-
-
-def _bar(progress: bool, total: int, what: str) -> tqdm.tqdm:
-    return tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress, file=sys.stderr)

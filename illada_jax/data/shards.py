@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,8 +132,8 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def temporary_name(path: pathlib.Path) -> pathlib.Path:
-    """Where a file or directory is written before it is renamed. Another process writes elsewhere."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Where a file or directory is written before it is renamed. Another process, on any host, writes elsewhere."""
+    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
 class ShardWriter:

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from illada_jax.errors import ConfigError, InputError
 
@@ -24,6 +23,11 @@ _SPECIALS_FILE = "special_ids.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _HUGGING_FACE_FILE = "tokenizer.json"
 _BLANK = "\u2581"  # how SentencePiece writes a space
+_MASK_NAME = re.compile(r"[<\[|]*mask[>\]|]*", re.IGNORECASE)
+# A NormalizerSpec (field 3 of ModelProto) that protobuf merges over the model's when it is appended: name "identity",
+# no character map, no dummy prefix, no white-space collapse, spaces escaped. The generated protobuf classes that come
+# with SentencePiece would do, but refuse to load beside the older protobuf that Apache Beam asks for.
+_LOSSLESS_NORMALIZER = b"\x1a\x12" + b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
 _MIN_TRAINED_VOCAB_SIZE = 5 + 256
 _LONGEST_TRAINING_CHUNK = 2048
 
@@ -128,28 +132,21 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
           InputError: it is no SentencePiece model, or it has no byte fallback.
         """
-        proto = sentencepiece_model_pb2.ModelProto()
         try:
-            proto.ParseFromString(model)
-        except Exception as error:  # protobuf's DecodeError, whose module depends on its version
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model + _LOSSLESS_NORMALIZER)
+        except RuntimeError as error:
             raise InputError("not a SentencePiece model") from error
-        if not proto.pieces:
+        num_pieces = processor.get_piece_size()
+        if not num_pieces:
             raise InputError("not a SentencePiece model: it has no pieces")
-        normalizer = proto.normalizer_spec
-        normalizer.name = "identity"
-        normalizer.precompiled_charsmap = b""
-        normalizer.add_dummy_prefix = False
-        normalizer.remove_extra_whitespaces = False
-        normalizer.escape_whitespaces = True
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self._bytes_of_id = [_bytes_of_piece(piece) for piece in proto.pieces]
-        byte_ids = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == piece.BYTE}
+        self._processor = processor
+        self._bytes_of_id = [_bytes_of_piece(processor, i) for i in range(num_pieces)]
+        byte_ids = {processor.id_to_piece(i): i for i in range(num_pieces) if processor.is_byte(i)}
         if len(byte_ids) != 256:
             raise InputError("the SentencePiece model has no byte fallback, so it cannot hold every text")
         self._blank_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _BLANK.encode()]
-        num_pieces = len(proto.pieces)
-        special_ids = dict(special_ids or _special_ids_of_model(self._processor, proto))
+        special_ids = dict(special_ids or _special_ids_of_model(processor))
         super().__init__(max(num_pieces, 1 + max(special_ids.values())), special_ids)
         for token_id in special_ids.values():
             if token_id < num_pieces:
@@ -213,7 +210,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError(f"SentencePiece could not be trained on this corpus: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rpartition("] ")[2]  # without the place in its source
+        raise InputError(f"SentencePiece could not be trained with {vocab_size} ids: {reason}") from error
     return SentencePieceTokenizer(model.getvalue(), {"bos": 0, "pad": 1, "eos": 2, "mask": 4})
 
 
@@ -267,22 +265,22 @@ def _specials_file(kind: str, special_ids: Mapping[str, int]) -> bytes:
     return json.dumps({"kind": kind, **special_ids}, indent=1).encode()
 
 
-def _bytes_of_piece(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> bytes:
-    if piece.type == piece.BYTE:
-        return bytes([int(piece.piece[3:-1], 16)])
-    if piece.type in (piece.CONTROL, piece.UNKNOWN):
+def _bytes_of_piece(processor: sentencepiece.SentencePieceProcessor, token_id: int) -> bytes:
+    piece = processor.id_to_piece(token_id)
+    if processor.is_byte(token_id):
+        return bytes([int(piece[3:-1], 16)])
+    if processor.is_control(token_id) or processor.is_unknown(token_id):
         return b""
-    return piece.piece.replace(_BLANK, " ").encode()
+    return piece.replace(_BLANK, " ").encode()
 
 
-def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor,
-                          proto: sentencepiece_model_pb2.ModelProto) -> dict[str, int]:
+def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
     """The special ids that a model declares; what it lacks is numbered after its vocabulary."""
     ids = {"bos": processor.bos_id(), "pad": processor.pad_id(), "eos": processor.eos_id(), "mask": -1}
-    for i, piece in enumerate(proto.pieces):
-        if piece.type == piece.CONTROL and re.fullmatch(r"[<\[|]*mask[>\]|]*", piece.piece, re.IGNORECASE):
+    for i in range(processor.get_piece_size()):
+        if processor.is_control(i) and _MASK_NAME.fullmatch(processor.id_to_piece(i)):
             ids["mask"] = i
-    free = len(proto.pieces)
+    free = processor.get_piece_size()
     for name, token_id in ids.items():
         if token_id < 0:
             ids[name] = free

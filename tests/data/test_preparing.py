@@ -10,11 +10,12 @@ import pytest
 
 from illada_jax.config import DataConfig
 from illada_jax.data import corpus as corpus_module
-from illada_jax.data import preparing, shards
+from illada_jax.data import preparing, shards, tasks
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.preparing import Settings, prepare
 from illada_jax.data.shards import open_shards
 from illada_jax.data.sources import Document, documents
+from illada_jax.data.tasks import LocalEngine
 from illada_jax.errors import ConfigError, InputError
 
 NUM_FILES = 12
@@ -81,7 +82,7 @@ def test_groups_are_held_out_as_a_whole(tmp_path):
 def test_processes_do_not_change_a_byte(texts, tmp_path, drop_duplicates):
     settings = settings_for(texts, drop_duplicates=drop_duplicates)
     for processes in (1, 2):
-        prepare(settings, tmp_path / str(processes), processes, progress=False)
+        prepare(settings, tmp_path / str(processes), LocalEngine(processes, progress=False), progress=False)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
@@ -132,7 +133,7 @@ def test_unfinished_work_of_other_settings_or_files_is_refused(texts, tmp_path, 
 
     settings, target = settings_for(texts), tmp_path / "out"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(preparing, "make_shard", fail)
+        patched.setattr(tasks, "make_shard", fail)
         prepare(settings, target, progress=False)
     before = contents(target)
     with pytest.raises(InputError, match="unfinished preparation with other sources, files or settings"):
@@ -159,8 +160,9 @@ def test_a_target_that_is_taken_is_refused(texts, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_text_leaves_no_corpus_and_is_named(texts, tmp_path, processes):
     (texts / "07.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n' + " " * 9000)
+    engine = LocalEngine(processes, progress=False)
     with pytest.raises(InputError, match=r"07\.jsonl, line 2: no text in the field 'text'"):
-        prepare(settings_for(texts, tokenizer="bytes"), tmp_path / "out", processes, progress=False)
+        prepare(settings_for(texts, tokenizer="bytes"), tmp_path / "out", engine, progress=False)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
