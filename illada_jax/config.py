@@ -106,7 +106,8 @@ class DataConfig:
       tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
         Hugging Face `tokenizer.json`. A prepared corpus brings its own.
       tokenizer_vocab_size: size of a tokenizer that is trained here, special ids included.
-      heldout_fraction: share of the documents, chosen by hash, that training never sees.
+      heldout_fraction: share of the documents, chosen by hash, that training never sees. A prepared corpus brings its
+        own split.
       cache_dir: where small corpora are prepared, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
       length: tokens of a training window (L).
       batch_size: rows of the global batch (B).
@@ -315,9 +316,9 @@ class DecodeConfig:
 
     Attributes:
       max_new_tokens: budget of new tokens; the last block may be shorter.
-      over_budget: what happens when prompt and budget exceed the context: `cut` the budget to whole blocks that fit, with
-        a warning, or `error`.
-      length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are visible from the start).
+      over_budget: what happens when prompt and budget exceed the context: `cut` the budget to whole blocks that fit,
+        with a warning, or `error`.
+      length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are there from the start).
       block_length: tokens of a block.
       steps_per_block: steps per block with reveal = top_k; block_length writes one token per step.
       reveal: how many positions a step reveals, a name in `decoding/reveal.py`.
@@ -334,12 +335,11 @@ class DecodeConfig:
       confidence_eos_eot_inf: EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public
         code, at a temperature above 0 this holds for EoT only.
       eot_id: id of EoT (end of turn); -1 where there is none.
-      boost: end-of-thinking boost (iLLaDA): added to the logit of the next token of boost_ids, times progress^boost_power;
-        0 is off. The paper uses 100.
+      boost: end-of-thinking boost (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
       boost_power: 3 in the paper, 1 for HumanEval.
       boost_ids: ids of the end-of-thinking string.
-      cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of all
-        that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
+      cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of
+        all that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
       cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
       batch_size: rows that are decoded at the same time; the results do not depend on it.
       seed: seed of the sampler; row i draws from fold_in(seed, i).

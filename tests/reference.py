@@ -4,6 +4,7 @@ The compiled decoder must give the same tokens, steps and confidences. No paddin
 is only which key a draw takes, that of (seed, row, step, draw), with one number for each slot of the block.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ class Trace:
 
     Attributes:
       canvas: all tokens, prompt included.
+      prompt_length: how many of them were given.
+      limit: how many there may be.
       steps: network evaluations (a guided step counts as one).
       reveal_step: of each canvas column, -1 where nothing was written.
       log_prob: of each canvas column, 0 where nothing was written.
@@ -32,6 +35,8 @@ class Trace:
     """
 
     canvas: list[int]
+    prompt_length: int
+    limit: int
     steps: int = 0
     reveal_step: list[int] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
@@ -52,14 +57,19 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
       infill: fill the gaps and append nothing.
       limit: columns that the row may grow to; by default the prompt and max_new_tokens.
     """
-    trace = Trace(list(prompt))
     if limit is None:
         limit = len(prompt) + (0 if infill else settings.max_new_tokens)
-    never = {ids.mask} | ({ids.eos, ids.pad} if infill else set())
-    stop = set() if infill else {ids.eos}
+    masks = limit - len(prompt) if settings.length == "fixed" else 0
+    trace = Trace(list(prompt) + [ids.mask] * masks, len(prompt), limit)
+    trace.reveal_step = [-1] * len(trace.canvas)
+    trace.log_prob = [0.0] * len(trace.canvas)
+    never = {ids.mask, *settings.suppressed_ids}
+    never |= {ids.eos} if settings.logits_eos_inf else set()
+    never |= {ids.eos, ids.pad} if infill else set()
+    stop = set() if infill else {ids.eos, *settings.stop_ids}
+    if infill:
+        settings = dataclasses.replace(settings, boost=0.0)
     row_key = jax.random.fold_in(jax.random.key(settings.seed), row)
-    trace.reveal_step = [-1] * len(prompt)
-    trace.log_prob = [0.0] * len(prompt)
 
     while True:
         while len(trace.canvas) < limit and trace.canvas.count(ids.mask) < settings.block_length:
@@ -80,7 +90,9 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         masked = [column for column in block if trace.canvas[column] == ids.mask]
         if not masked:
             return
-        logits = np.array(network(trace.canvas), np.float32)
+        logits = guided_logits(network, trace, settings, ids)
+        if settings.boost:
+            boost(logits, trace, masked[0], settings)
         logits[:, ids.vocab_size :] = -np.inf
         logits[:, sorted(never)] = -np.inf
 
@@ -89,22 +101,56 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         guesses = []
         for column in masked:
             slot = block.index(column)
-            token = choose(trace, logits[column], settings.temperature, gumbel[slot])
-            log_p = log_softmax(logits[column])
+            token = choose(trace, logits[column], settings, gumbel[slot])
+            log_p = log_softmax(demoted(logits[column], settings, ids))
             confidence = CONFIDENCES[settings.confidence](log_p, token, uniform[slot])
-            guesses.append((confidence, column, token, log_p[token]))
+            guesses.append((confidence, column, token, log_p[token], entropy_of(log_p)))
         guesses.sort(key=lambda guess: (-guess[0], guess[1]))
 
-        count = REVEALS[settings.reveal](settings, len(block), step)
+        count = REVEALS[settings.reveal](trace, settings, guesses, len(block), step)
         count = min(max(count, 1), len(masked))
         if count < len(masked):
             last, next_ = guesses[count - 1][0], guesses[count][0]
             note_gap(trace, last, next_, scale=min(1.0, abs(next_)))
-        for _, column, token, log_p_token in guesses[:count]:
+        for _, column, token, log_p_token, _ in guesses[:count]:
             trace.canvas[column] = token
             trace.reveal_step[column] = trace.steps
             trace.log_prob[column] = float(log_p_token)
         trace.steps += 1
+
+
+def guided_logits(network, trace: Trace, settings, ids):
+    seeing = np.array(network(trace.canvas), np.float32)
+    if settings.cfg_scale == 0:
+        return seeing
+    given = [step < 0 for step in trace.reveal_step]
+    canvas = [ids.mask if g else token for g, token in zip(given, trace.canvas, strict=True)]
+    blind = np.array(network(canvas), np.float32)
+    with np.errstate(invalid="ignore"):
+        guided = blind + np.float32(settings.cfg_scale + 1) * (seeing - blind)
+    return np.where(seeing == blind, seeing, guided)
+
+
+def boost(logits, trace: Trace, column: int, settings) -> None:
+    """Pushes the next token of the end-of-thinking string at the first masked column of the block."""
+    ending, generated = list(settings.boost_ids), trace.canvas[trace.prompt_length :]
+    if any(generated[start : start + len(ending)] == ending for start in range(len(generated))):
+        return
+    before = trace.canvas[trace.prompt_length : column]
+    begun = max(n for n in range(len(ending)) if n == 0 or before[-n:] == ending[:n])
+    progress = min(1.0, (column - trace.prompt_length + 1) / (trace.limit - trace.prompt_length))
+    logits[column, ending[begun]] += settings.boost * progress**settings.boost_power
+
+
+def demoted(logits, settings, ids):
+    """LLaDA's `confidence_eos_eot_inf`: EOS (without noise only) and EoT get no probability, after the choice."""
+    logits = logits.copy()
+    if settings.confidence_eos_eot_inf:
+        if settings.temperature == 0:
+            logits[ids.eos] = -np.inf
+        if settings.eot_id >= 0:
+            logits[settings.eot_id] = -np.inf
+    return logits
 
 
 def draws(row_key, step: int, slots: int, vocabulary: int):
@@ -126,13 +172,28 @@ def note_gap(trace: Trace, larger: float, smaller: float, scale: float = 1.0) ->
         trace.closest = min(trace.closest, float(larger - smaller) / scale)
 
 
-def choose(trace: Trace, logits, temperature: float, gumbel) -> int:
-    """The most probable token, or a sample from softmax(logits / temperature)."""
-    if temperature > 0:
-        logits = logits / np.float32(temperature) + gumbel
+def choose(trace: Trace, logits, settings, gumbel) -> int:
+    """The most probable token, or a sample from the nucleus of softmax(logits / temperature)."""
+    if settings.temperature > 0:
+        logits = logits / np.float32(settings.temperature)
+        if settings.top_p < 1:
+            logits = nucleus(trace, logits, settings.top_p)
+        logits = logits + gumbel
     best, second = np.sort(logits)[::-1][:2]
     note_gap(trace, best, second)
     return int(np.argmax(logits))
+
+
+def nucleus(trace: Trace, logits, top_p: float):
+    probs = np.exp(log_softmax(logits))
+    mass = 0.0
+    for id_ in np.argsort(-logits, kind="stable"):
+        trace.closest = min(trace.closest, abs(mass - top_p))
+        if mass >= top_p:
+            break
+        mass += probs[id_]
+        least = logits[id_]
+    return np.where(logits >= least, logits, -np.inf)
 
 
 def log_softmax(logits):
@@ -151,10 +212,52 @@ def random(log_p, token, uniform):
     return np.log(uniform)
 
 
-def top_k(settings, total: int, step: int) -> int:
+def margin(log_p, token, uniform):
+    second, best = np.sort(log_p.astype(np.float64))[-2:]
+    with np.errstate(divide="ignore"):
+        return np.float32(best + np.log(-np.expm1(second - best)) if second - best > -0.7
+                          else best + np.log1p(-np.exp(second - best)))
+
+
+def negative_entropy(log_p, token, uniform):
+    return -entropy_of(log_p)
+
+
+def entropy_of(log_p):
+    return -sum(np.exp(value) * value for value in log_p if value > -np.inf)
+
+
+def top_k(trace, settings, guesses, total: int, step: int) -> int:
     base, extra = divmod(total, settings.steps_per_block)
     return base + 1 if step < extra else base
 
 
-CONFIDENCES = {"low_confidence": low_confidence, "random": random}
-REVEALS = {"top_k": top_k}
+def threshold(trace, settings, guesses, total: int, step: int) -> int:
+    return prefix(trace, guesses, lambda n, guess: math.exp(guess[0]) - settings.threshold, strict=False)
+
+
+def factor(trace, settings, guesses, total: int, step: int) -> int:
+    return prefix(trace, guesses, lambda n, guess: settings.factor - (n + 1) * (1 - math.exp(guess[0])), strict=True)
+
+
+def entropy_bound(trace, settings, guesses, total: int, step: int) -> int:
+    def room(n, guess):
+        entropies = [g[4] for g in guesses[:n]]
+        return settings.entropy_bound - (sum(entropies) - max(entropies))
+
+    return prefix(trace, guesses, room, strict=False)
+
+
+def prefix(trace, guesses, room, strict: bool) -> int:
+    """How many guesses, surest first, have room > 0 (or ≥ 0)."""
+    for n, guess in enumerate(guesses, start=1):
+        left = room(n, guess)
+        if left != 0:
+            trace.closest = min(trace.closest, abs(left))
+        if left < 0 or (strict and left == 0):
+            return n - 1
+    return len(guesses)
+
+
+CONFIDENCES = {"low_confidence": low_confidence, "margin": margin, "entropy": negative_entropy, "random": random}
+REVEALS = {"top_k": top_k, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}

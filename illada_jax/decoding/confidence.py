@@ -61,6 +61,27 @@ class LowConfidence:
 
 
 @dataclass(frozen=True)
+class Margin:
+    """Log of p(best token) - p(second best). `topk_margin` of Dream 7B (2025); Kim et al. (2025)."""
+
+    def __call__(self, guess: Guess) -> jax.Array:
+        """Confidence [B, Q]."""
+        best_BQ, second_BQ = jnp.moveaxis(jax.lax.top_k(guess.log_probs_BQV, 2)[0], -1, 0)
+        # log(p1 - p2) = log p1 + log(1 - p2/p1), each term in the form that keeps its small values.
+        ratio_BQ = second_BQ - best_BQ
+        return best_BQ + jnp.where(ratio_BQ > -0.7, jnp.log(-jnp.expm1(ratio_BQ)), jnp.log1p(-jnp.exp(ratio_BQ)))
+
+
+@dataclass(frozen=True)
+class NegativeEntropy:
+    """Minus the entropy: Σ_v p_v log p_v; exp of it is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
+
+    def __call__(self, guess: Guess) -> jax.Array:
+        """Confidence [B, Q]."""
+        return -entropy(guess)
+
+
+@dataclass(frozen=True)
 class Random:
     """Log u with u uniform in [0, 1): a random order. LLaDA's `random` remasking; the order of the training process."""
 
@@ -70,4 +91,9 @@ class Random:
 
 
 Confidence = Callable[[Guess], jax.Array]
-CONFIDENCES: dict[str, type] = {"low_confidence": LowConfidence, "random": Random}
+CONFIDENCES: dict[str, Callable[[], Confidence]] = {
+    "low_confidence": LowConfidence,
+    "margin": Margin,
+    "entropy": NegativeEntropy,
+    "random": Random,
+}

@@ -27,35 +27,60 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
 
 
-def suppress(logits_BQV: jax.Array, vocab_size: int, suppressed: tuple[int, ...]) -> jax.Array:
-    """Sets the logits of ids beyond the tokenizer and of the given ids to -inf."""
+def suppress(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
+    """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
     ids_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
-    never_BQV = ids_BQV >= vocab_size
-    for id_ in suppressed:
+    never_BQV = ids_BQV >= (logits_BQV.shape[-1] if vocab_size is None else vocab_size)
+    for id_ in ids:
         never_BQV |= ids_BQV == id_
     return jnp.where(never_BQV, -jnp.inf, logits_BQV)
 
 
-def choose(logits_BQV: jax.Array, temperature: float, keys_B: jax.Array) -> jax.Array:
-    """A token for each position, int32 [B, Q]: the argmax, or a sample of softmax(logits / temperature).
+def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the most probable tokens that together have at least the mass top_p, the rest becomes -inf.
 
-    The sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode: its upper
+    Tokens as probable as the last one kept stay too (nucleus sampling, Holtzman et al., 2020).
+    """
+    sorted_BQV = -jnp.sort(-logits_BQV, axis=-1)
+    probs_BQV = jax.nn.softmax(sorted_BQV, axis=-1)
+    before_BQV = jnp.cumsum(probs_BQV, axis=-1) - probs_BQV
+    least_BQ1 = jnp.min(jnp.where(before_BQV < top_p, sorted_BQV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BQV >= least_BQ1, logits_BQV, -jnp.inf)
+
+
+def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.Array) -> jax.Array:
+    """A token for each position, int32 [B, Q]: the argmax, or a sample of the nucleus of softmax(logits / temperature).
+
+    A sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode: its upper
     tail reaches down to probabilities of 1e-38, where the usual float32 noise ends at 1e-7, which acts like a lower
     temperature (the published code draws in float64 for that reason).
     """
     if temperature > 0:
+        logits_BQV = logits_BQV / temperature
+        if top_p < 1:
+            logits_BQV = nucleus(logits_BQV, top_p)
         shape_QV = logits_BQV.shape[1:]
         # Drawn flat: XLA's CPU compiler takes ten times as long over the same draw in more dimensions.
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (math.prod(shape_QV),), mode="high").reshape(shape_QV))
-        logits_BQV = logits_BQV / temperature + gumbel(keys_B)
+        logits_BQV = logits_BQV + gumbel(keys_B)
     return jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
 
 
-def guess(logits_BQV: jax.Array, temperature: float, keys_B2: jax.Array, steps_B: jax.Array) -> Guess:
-    """Chooses a token for each position and keeps what the confidences need. Logits are those after `suppress`."""
+def guess(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,
+          steps_B: jax.Array) -> Guess:
+    """Chooses a token for each position and keeps what the confidences need.
+
+    Args:
+      logits_BQV: float32 logits, after `suppress`.
+      temperature: of the choice; the log-probabilities of the guess are those of the logits as they are.
+      top_p: of the choice.
+      last_ids: ids that may be chosen but have no probability when confidences are computed, so they are written last.
+      keys_B2: the rows' key data.
+      steps_B: the rows' steps.
+    """
     uniform = jax.vmap(lambda key: jax.random.uniform(key, logits_BQV.shape[1:2]))
     return Guess(
-        tokens_BQ=choose(logits_BQV, temperature, step_keys(keys_B2, Draw.TOKEN, steps_B)),
-        log_probs_BQV=log_probs(logits_BQV),
+        tokens_BQ=choose(logits_BQV, temperature, top_p, step_keys(keys_B2, Draw.TOKEN, steps_B)),
+        log_probs_BQV=log_probs(suppress(logits_BQV, last_ids)),
         uniform_BQ=uniform(step_keys(keys_B2, Draw.ORDER, steps_B)),
     )

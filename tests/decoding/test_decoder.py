@@ -46,7 +46,8 @@ def test_finished_rows_and_padding_do_not_change():
     tokens_BL[:, 40:] = IDS.pad
     tokens_BL[1, 20:] = IDS.pad
     carry = Carry(
-        tokens_BL=tokens_BL, length_B=np.int32([40, 20, 30]), limit_B=np.int32([60, 36, 60]),
+        tokens_BL=tokens_BL, length_B=np.int32([40, 20, 30]), prompt_B=np.int32([9, 20, 9]),
+        limit_B=np.int32([60, 36, 60]),
         done_B=np.array([True, False, True]), keys_B2=np.zeros((3, 2), np.uint32), steps_B=np.int32([5, 0, 7]),
         reveal_step_BL=rng.integers(-1, 5, (3, 64)).astype(np.int32),
         log_prob_BL=rng.normal(size=(3, 64)).astype(np.float32))
@@ -136,7 +137,19 @@ def test_callback_sees_every_block_and_stops_rows():
     (lambda d: d.infill([[M] * 97]), "exceed the context of 96"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, block_length=97), IDS, 96), "decode.block_length = 97"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, reveal="best"), IDS, 96), "must be one of 'top_k'"),
-    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, confidence="x"), IDS, 96), "'low_confidence', 'random'"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, confidence="x"), IDS, 96),
+     "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, stop_ids=(11,)), IDS, 96), "stop_ids: id 11 lies outside"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, cache="dual"), IDS, 96), "decode.cache = 'dual'"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, suppressed_ids=tuple(range(11))), IDS, 96), "leaves no token"),
+    (lambda d: Decoder(None, dataclasses.replace(SETTINGS, over_budget="error"), IDS, 96).generate([[4] * 80]),
+     "prompt 0: its 80 tokens and config.decode.max_new_tokens = 24 exceed the context of 96"),
+    (lambda d: d.generate([[4], [5]], rows=[1]), "1 row numbers for 2 prompts"),
+    (lambda d: DecodeConfig(threshold=0.0), "config.decode.threshold = 0.0: must lie in (0, 1]"),
+    (lambda d: DecodeConfig(threshold=1.1), "config.decode.threshold = 1.1: must lie in (0, 1]"),
+    (lambda d: DecodeConfig(top_p=0.0), "config.decode.top_p = 0.0"),
+    (lambda d: DecodeConfig(length="fixed", max_new_tokens=100), "config.decode.block_length = 32: must divide a fixed"),
+    (lambda d: DecodeConfig(boost=1.0), "config.decode.boost = 1.0: needs decode.boost_ids"),
     (lambda d: DecodeConfig(max_new_tokens=0), "config.decode.max_new_tokens = 0"),
     (lambda d: DecodeConfig(steps_per_block=0), "config.decode.steps_per_block = 0"),
     (lambda d: DecodeConfig(block_length=4, steps_per_block=5), "config.decode.steps_per_block = 5"),

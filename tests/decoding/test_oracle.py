@@ -7,37 +7,72 @@ import pytest
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder
+from tests import reference
 from tests.decoding.agree import assert_agree
 from tests.decoding.toys import IDS, NETWORK_SIZE, from_tables, table, transformer
 
+
+def hard_to_order():
+    """Equal positions, tokens that are all equal, forbidden tokens, certainty, and near-certainty."""
+    rng = np.random.default_rng(2)
+    rows_LV = rng.normal(size=(96, NETWORK_SIZE)) * 3
+    rows_LV[3:7] = rows_LV[3]
+    rows_LV[7:10] = 0.0
+    rows_LV[10:13, ::2] = -np.inf
+    rows_LV[13:15] = -np.inf
+    rows_LV[13:15, 7] = 1.0
+    rows_LV[15:18] = [30.0 * (v == 5) for v in range(NETWORK_SIZE)]
+    rows_LV[:, IDS.eos] = -20.0
+    by_token_VV = rng.normal(size=(NETWORK_SIZE, NETWORK_SIZE))
+    by_token_VV[:6] = 0.0  # so that equal columns stay equal after these tokens
+    return by_token_VV, rows_LV
+
+
 # 20 new tokens in blocks of 8 leave a short last block; 5 steps leave a remainder.
 SETTINGS = DecodeConfig(max_new_tokens=20, block_length=8, steps_per_block=5, batch_size=4, seed=3)
+HARD = from_tables(*hard_to_order())
 PROMPTS = [[4], [5, 6, 7, 4, 9], [], [8] * 70, [9, 2, 9], [10, 3]]
 M = IDS.mask
 GAPPED = [[4, M, M, 5], [M] * 13, [6, M, 7, M, M, M, M, M, M, M, M, 8, M, 9], [4, 5, M], [M, 4, 5]]
 
 
+STRATEGIES = {"threshold": 0.3, "factor": 1.1, "entropy_bound": 0.7}
+FIXED = {"length": "fixed", "max_new_tokens": 16}
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.8])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("confidence", ["low_confidence", "random"])
-def test_tables(confidence, temperature):
-    settings = dataclasses.replace(SETTINGS, confidence=confidence, temperature=temperature)
-    assert assert_agree(table(), settings, PROMPTS) == 0
-    assert assert_agree(table(seed=1), settings, GAPPED, infill=True) == 0
+@pytest.mark.parametrize("length", [{}, FIXED], ids=["variable", "fixed"])
+@pytest.mark.parametrize("confidence", list(reference.CONFIDENCES))
+@pytest.mark.parametrize("reveal", list(reference.REVEALS))
+def test_grid_on_tables(reveal, confidence, length, temperature, cfg_scale):
+    settings = dataclasses.replace(SETTINGS, reveal=reveal, confidence=confidence, temperature=temperature,
+                                   cfg_scale=cfg_scale, **STRATEGIES, **length)
+    near_ties = assert_agree(HARD, settings, [[4], [5] * 9, [7, 8, 9, 10, 4]])
+    assert near_ties <= 1
 
 
-def test_tables_that_are_hard_to_order():
-    """Equal positions, equal tokens, forbidden tokens, certainty, and positions that nothing tells apart."""
-    rows_LV = np.random.default_rng(2).normal(size=(96, NETWORK_SIZE)) * 3
-    rows_LV[10:30] = rows_LV[10]
-    rows_LV[30:40] = 0.0
-    rows_LV[40:50, ::2] = -np.inf
-    rows_LV[50:55] = -np.inf
-    rows_LV[50:55, 7] = 1.0
-    rows_LV[55:60] = [30.0 * (v == 5) for v in range(NETWORK_SIZE)]
-    rows_LV[:, IDS.eos] = -20.0
-    networks = from_tables(np.zeros((NETWORK_SIZE, NETWORK_SIZE)), rows_LV)
-    settings = dataclasses.replace(SETTINGS, max_new_tokens=80)
-    assert assert_agree(networks, settings, [[4], [5] * 9]) == 0
+def test_strategies_reveal_different_numbers():
+    steps = {reveal: [r.nfe for r in Decoder(
+        HARD[0], dataclasses.replace(SETTINGS, reveal=reveal, **STRATEGIES), IDS, 96).generate([[4], [5] * 9])]
+        for reveal in reference.REVEALS}
+    assert len(set(map(tuple, steps.values()))) == len(reference.REVEALS)
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"temperature": 0.7, "confidence": "random"},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"suppressed_ids": (4, 9), "stop_ids": (10,)},
+    {"logits_eos_inf": True, "cfg_scale": 1.5, **FIXED},
+    {"confidence_eos_eot_inf": True, "eot_id": 5, **FIXED},
+    {"confidence_eos_eot_inf": True, "eot_id": 5, "temperature": 0.7, **FIXED},
+    {"boost": 30.0, "boost_ids": (6, 7, 6), "boost_power": 1.0},
+], ids=lambda changes: ",".join(changes) or "plain")
+def test_options(changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    assert assert_agree(table(), settings, PROMPTS[:3] + PROMPTS[4:]) == 0
+    assert assert_agree(table(seed=1), dataclasses.replace(settings, length="variable"), GAPPED, infill=True) == 0
 
 
 def test_certain_positions_keep_their_order():
