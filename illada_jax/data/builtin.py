@@ -85,10 +85,11 @@ def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, as they stand in the source (ast.walk goes level by level)."""
+    """All statements, as they stand in the source (ast.walk goes level by level)."""
     yield node
     for child in ast.iter_child_nodes(node):
-        yield from _in_order(child)
+        if not isinstance(child, ast.expr):
+            yield from _in_order(child)
 
 
 def _sudoku_documents() -> Iterator[Document]:

@@ -13,6 +13,7 @@ from illada_jax.config import Config
 from illada_jax.data import packing
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus
+from illada_jax.data.mixture import Mixture
 from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
 
@@ -44,13 +45,13 @@ class Pipeline:
                 raise InputError(f"corpus {component.name}: {component.train.num_tokens} training tokens are {windows} "
                                  f"windows of config.data.length = {self._data.length}: fewer than the rows of one "
                                  f"batch (config.data.batch_size = {self._data.batch_size})")
-        self._order = self._make_order()
+        self._mixture = Mixture([component.weight for component in corpus.components])
+        self._orders = [self._shuffled(component) for component in range(len(corpus.components))]
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows of a step, in the order asked for, as a Batch [len(rows), L]."""
         rows = [int(row) for row in rows]
-        examples = [self._order[step * self._data.batch_size + row] for row in rows]
-        windows = [self._read(self._components[c].train, window, self._data.length) for c, window in examples]
+        windows = [self._example(step * self._data.batch_size + row) for row in rows]
         # Drawn for all rows of the step, so that a row does not depend on which others are asked for.
         if self._data.random_length_probability:
             windows = self._shorten(windows, self._draws(step, _RANDOM_LENGTH), rows)
@@ -67,10 +68,10 @@ class Pipeline:
         yield from steps.to_iter_dataset(threads)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each corpus has been gone through after `step` steps, by name; exact to one window."""
-        rows = step * self._data.batch_size
-        return {component.name: rows * component.weight / windows
-                for component, windows in zip(self._components, self._num_windows, strict=True)}
+        """How often each corpus has been gone through after `step` steps, by name."""
+        counts = self._mixture.counts(step * self._data.batch_size)
+        return {component.name: count / windows
+                for component, count, windows in zip(self._components, counts, self._num_windows, strict=True)}
 
     def heldout_windows(self, stream: TokenStream, length: int, count: int) -> Batch:
         """Windows of a held-out stream, as a Batch [N, length].
@@ -90,16 +91,15 @@ class Pipeline:
         windows = [self._read(stream, i * available // count, length) for i in range(count)]
         return packing.pack(windows, length, self._pad_id, self._document_starts(windows))
 
-    def _make_order(self) -> grain.MapDataset:
-        """Example number to (component, window). Grain draws a new order whenever a range starts over."""
-        orders = []
-        for c, windows in enumerate(self._num_windows):
-            seed = int(np.random.SeedSequence((self._config.seed, c)).generate_state(1)[0])
-            shuffled = grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
-            orders.append(shuffled.map(lambda window, c=c: (c, window)))
-        if len(orders) == 1:
-            return orders[0]
-        return grain.MapDataset.mix(orders, weights=[component.weight for component in self._components])
+    def _shuffled(self, component: int) -> grain.MapDataset:
+        """Windows of a corpus, endlessly. Grain draws a new order whenever the range starts over."""
+        seed = int(np.random.SeedSequence((self._config.seed, component)).generate_state(1)[0])
+        return grain.MapDataset.range(self._num_windows[component]).shuffle(seed=seed).repeat()
+
+    def _example(self, k: int) -> np.ndarray:
+        """The tokens of example k."""
+        component, nth = self._mixture.place(k)
+        return self._read(self._components[component].train, self._orders[component][nth], self._data.length)
 
     def _draws(self, step: int, purpose: int) -> np.ndarray:
         """Uniform numbers [B, 2] in [0, 1) of a step."""

@@ -85,8 +85,10 @@ def parts(spec: str) -> list[Part]:
     from illada_jax.data import builtin  # noqa: F401  registers the kinds that need no file
 
     kind, _, argument = spec.partition(":")
+    if kind == "prepared":
+        raise InputError(f"source {spec!r}: is prepared already; name it in config.data.sources")
     if kind not in _KINDS:
-        raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted([*_KINDS, 'prepared']))}")
+        raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
     return _KINDS[kind](argument)
 
 

@@ -154,6 +154,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
+        if _BLANK not in text:
+            return self._processor.encode(text)
         ids = self._processor.encode(text.split(_BLANK))
         return [i for n, part in enumerate(ids) for i in (self._blank_ids + part if n else part)]
 
