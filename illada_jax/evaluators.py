@@ -20,7 +20,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.decoding import Decoder, SpecialIds
-from illada_jax.diffusion.loss import row_losses, token_losses
+from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError
 from illada_jax.keys import Purpose, key_for
@@ -61,8 +61,9 @@ def bits_per_byte(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh
         corrupted = corrupt_fixed_count(key, batch, config.diffusion.mask_id)
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, batch.positions_BL, batch.segments_BL)
         head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
-        ce_BL, _ = token_losses(head, hidden_BLD, batch.tokens_BL, config.train.logits_chunk)
-        return row_losses(ce_BL, batch, corrupted)
+        weights_BL = loss_weights(batch, corrupted)
+        _, ce_BL, _ = token_losses(head, hidden_BLD, batch.tokens_BL, weights_BL, config.train.logits_chunk)
+        return jnp.sum(weights_BL * ce_BL, axis=1)
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step  # the same masks every time: evaluations of one run are paired

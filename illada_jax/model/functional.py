@@ -41,7 +41,7 @@ def hidden(
 ) -> jax.Array:
     """Final hidden states hidden_BTD, see `Transformer.hidden`."""
     return Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT,
-                                     method=Transformer.hidden)
+                                     method=Transformer.hidden)[0]
 
 
 def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Array:
@@ -54,7 +54,8 @@ def _logits_function(config: ModelConfig):
     """One function object per config, so that jit recognises it and does not compile again for other params."""
 
     def logits(params, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
-        hidden_BTD = hidden(config, params, tokens_BT, positions_BT, segments_BT)
+        hidden_BTD, cache = Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache,
+                                                      method=Transformer.hidden)
         wanted_BQD = jnp.take_along_axis(hidden_BTD, want_BQ[:, :, None], axis=1)
         return head(config, params, wanted_BQD), cache
 

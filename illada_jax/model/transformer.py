@@ -15,7 +15,10 @@ from flax import linen as nn
 
 from illada_jax.config import ModelConfig
 from illada_jax.model.attention import attention_fn
+from illada_jax.model.cache import Cache
+from illada_jax.model.dense import dense
 
+KeysValues = tuple[jax.Array, jax.Array]
 ACTIVATION_AXES = ("batch", "length", "embed_act")
 
 
@@ -72,8 +75,23 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """Maps x_BTD to what attention adds to the residual stream, same shape and dtype."""
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
+        cached_segments_BS: jax.Array | None = None, cached: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to what is cached of the rest.
+
+        Args:
+          x_BTD: the normed residual stream.
+          positions_BT: int32 positions.
+          segments_BT: int32 segments.
+          cached_segments_BS: int32 segments of the cached columns, -1 for those that x_BTD computes anew.
+          cached: (keys_BSKH, values_BSKH) of this layer, or None.
+
+        Returns:
+          (what attention adds to the residual stream, like x_BTD; keys and values if x_BTD is a whole canvas to be
+          cached, else None).
+        """
         c = self.config
         q_DNH = self.param("q", _init(_init_std(c), "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
         kv_shape = (c.d_model, c.num_kv_heads, c.head_dim)
@@ -81,13 +99,24 @@ class Attention(nn.Module):
         v_DKH = self.param("v", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
         o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
                            (c.num_heads, c.head_dim, c.d_model))
-        dtype = x_BTD.dtype
-        q_BTNH = rotary(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH.astype(dtype)), positions_BT, c.rope_theta)
-        k_BTKH = rotary(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH.astype(dtype)), positions_BT, c.rope_theta)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH.astype(dtype))
+        q_BTNH = rotary(self._project(x_BTD, q_DNH), positions_BT, c.rope_theta)
+        k_BTKH = rotary(self._project(x_BTD, k_DKH), positions_BT, c.rope_theta)
+        v_BTKH = self._project(x_BTD, v_DKH)
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads_act", None))
-        out_BTNH = attention_fn(c.attention)(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(dtype))
+        k_BSKH, v_BSKH, segments_BS, fresh = k_BTKH, v_BTKH, segments_BT, None
+        if cached is not None and x_BTD.shape[1] == cached[0].shape[1]:
+            fresh = (k_BTKH, v_BTKH)
+        elif cached is not None:
+            k_BSKH = jnp.concatenate([cached[0], k_BTKH], axis=1)
+            v_BSKH = jnp.concatenate([cached[1], v_BTKH], axis=1)
+            segments_BS = jnp.concatenate([cached_segments_BS, segments_BT], axis=1)
+        out_BTNH = attention_fn(c.attention)(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+        return dense(out_BTE, o_NHD.reshape(-1, c.d_model), x_BTD.dtype), fresh
+
+    def _project(self, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+        heads_BTE = dense(x_BTD, w_DNH.reshape(self.config.d_model, -1), x_BTD.dtype)
+        return heads_BTE.reshape(*x_BTD.shape[:2], *w_DNH.shape[1:])
 
 
 class FeedForward(nn.Module):
@@ -103,27 +132,31 @@ class FeedForward(nn.Module):
         up_DF = self.param("up", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
         down_FD = self.param("down", _init(_residual_std(c), "mlp", "embed"), (c.d_ff, c.d_model))
         dtype = x_BTD.dtype
-        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(dtype)))
-        hidden_BTF = gate_BTF * jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(dtype))
+        hidden_BTF = jax.nn.silu(dense(x_BTD, gate_DF, dtype)) * dense(x_BTD, up_DF, dtype)
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp_act"))
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD.astype(dtype))
+        return dense(hidden_BTF, down_FD, dtype)
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (carry, inputs of all layers) → (carry, nothing)."""
+    """One layer, in the form that `nn.scan` wants: (carry, inputs) → (carry, output of the layer)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, None]:
-        """Adds attention and feed-forward to the residual stream x_BTD."""
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
+        cached_segments_BS: jax.Array | None, cached: KeysValues | None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Adds attention and feed-forward to the residual stream x_BTD; for the rest see Attention."""
         c = self.config
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
+        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT, cached_segments_BS,
+                                                            cached)
+        x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + FeedForward(c, name="mlp")(normed_BTD)
-        return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), None
+        return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), fresh
 
 
 REMAT_POLICIES = {
@@ -149,7 +182,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
             unroll=c.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -160,29 +193,35 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Logits of all positions, float32 [B, T, V]: for initialisation and for people who look inside."""
-        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
+        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT)[0])
 
-    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def hidden(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 positions within each segment.
           segments_BT: int32 segment of each token; 0 is padding.
+          cache: None, or a cache of S columns. With T = S it is filled anew; with T < S the tokens are the columns
+            `positions_BT` of the canvas, and attend to the others as they were when it was filled.
 
         Returns:
-          hidden_BTD, normed, in the compute dtype.
+          (hidden_BTD, normed, in the compute dtype; the cache).
         """
         x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(self.config.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
-        x_BTD, _ = self.layers(x_BTD, positions_BT, segments_BT)
-        return self.final_norm(x_BTD)
+        if cache is None:
+            x_BTD, _ = self.layers(x_BTD, positions_BT, segments_BT, None, None)
+        else:
+            cached_segments_BS = cache.without(positions_BT).segments_BS
+            x_BTD, fresh = self.layers(x_BTD, positions_BT, segments_BT, cached_segments_BS,
+                                       (cache.keys_YBSKH, cache.values_YBSKH))
+            cache = cache if fresh is None else Cache(*fresh, segments_BT)
+        return self.final_norm(x_BTD), cache
 
     def head(self, hidden_BQD: jax.Array) -> jax.Array:
         """Logits of the given hidden states, float32 [B, Q, V]; products are accumulated in float32."""
-        dtype = hidden_BQD.dtype
-        if self.config.tied_head:
-            equation, matrix = "BQD,VD->BQV", self.embedding_VD
-        else:
-            equation, matrix = "BQD,DV->BQV", self.head_DV
-        return jnp.einsum(equation, hidden_BQD, matrix.astype(dtype), preferred_element_type=jnp.float32)
+        head_DV = self.embedding_VD.T if self.config.tied_head else self.head_DV
+        return dense(hidden_BQD, head_DV, jnp.float32)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import LossSums, loss_sums, token_losses
+from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights, token_losses
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
@@ -67,7 +67,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, process)
-        grads, sums = loss_gradients(config, state.params, batch, corrupted)
+        grads, sums = loss_gradients(config, state.params, batch, corrupted, compact=mesh.size == 1)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, optax.tree.norm(grads))
@@ -81,19 +81,22 @@ def make_train_step(
     )
 
 
-def loss_gradients(config: Config, params: Any, batch: Batch, corrupted: Corrupted) -> tuple[Any, LossSums]:
+def loss_gradients(
+    config: Config, params: Any, batch: Batch, corrupted: Corrupted, compact: bool
+) -> tuple[Any, LossSums]:
     """Gradients of Σ masked w·CE/p ÷ Σ maskable w over the global batch, and the sums that it is made of.
 
     With micro-batches the parts are added up after dividing by the weight of the WHOLE batch, so that the number of
-    parts changes nothing but the order of additions.
+    parts changes nothing but the order of additions. `compact`: see `token_losses`.
     """
     total_weight = jnp.maximum(jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)), 1e-30)
 
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
         head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
-        ce_BL, correct_BL = token_losses(head, hidden_BLD, part.tokens_BL, config.train.logits_chunk)
-        sums = loss_sums(ce_BL, correct_BL, part, corrupted)
+        loss, _, correct_BL = token_losses(head, hidden_BLD, part.tokens_BL, loss_weights(part, corrupted),
+                                           config.train.logits_chunk, compact)
+        sums = loss_sums(loss, correct_BL, part, corrupted)
         return sums.loss / total_weight, sums
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import loss_sums, row_losses, token_losses
+from illada_jax.diffusion.loss import loss_sums, loss_weights, token_losses
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt, corrupt_fixed_count
 
 LENGTH, SYMBOLS, MASK = 4, 3, 3
@@ -47,8 +47,9 @@ def make_batch(tokens_BL):
 def nats_of_rows(table, batch, corrupted):
     """Runs the project's own loss code with the table as the network; the head is the identity on its logits."""
     logits_BLV = jnp.asarray(table)[tuple(jnp.moveaxis(corrupted.noisy_BL, 1, 0))]
-    ce_BL, _ = token_losses(lambda x: x, logits_BLV, batch.tokens_BL)
-    return row_losses(ce_BL, batch, corrupted)
+    weights_BL = loss_weights(batch, corrupted)
+    _, ce_BL, _ = token_losses(lambda x: x, logits_BLV, batch.tokens_BL, weights_BL)
+    return jnp.sum(weights_BL * ce_BL, axis=1)
 
 
 def enumerated(table, tokens_L, measure):
@@ -112,30 +113,55 @@ def test_fixed_counts_agree_with_the_exact_bound_and_vary_less(conditionals):
     assert means.std() < 0.5 * others.std()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
-def test_chunks_change_neither_loss_nor_gradient(chunk):
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("chunk", [0, 1, 2, 4, 8])
+def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
+    """Against the naive way: all logits, autodiff through log_softmax."""
     rng = np.random.default_rng(0)
     hidden_BLD, matrix_DV = rng.normal(size=(3, 8, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
     batch = make_batch(rng.integers(0, 11, (3, 8), dtype=np.int32))
     corrupted = corrupt(jax.random.key(0), batch, MaskProcess(10, 1e-3, "stratified"))
+    masked_BL = np.asarray(corrupted.masked_BL)
 
-    def loss(hidden_BLD, matrix_DV, chunk):
-        head = lambda x: jnp.einsum("BCD,DV->BCV", x, matrix_DV)  # noqa: E731
-        ce_BL, correct_BL = token_losses(head, hidden_BLD, batch.tokens_BL, chunk)
-        sums = loss_sums(ce_BL, correct_BL, batch, corrupted)
-        return sums.loss / sums.weight, sums
+    @jax.jit
+    def lean(hidden_BLD, matrix_DV):
+        head = lambda x: jnp.einsum("...D,DV->...V", x, matrix_DV)  # noqa: E731
+        weights_BL = loss_weights(batch, corrupted)
+        loss, ce_BL, correct_BL = token_losses(head, hidden_BLD, batch.tokens_BL, weights_BL, chunk, compact)
+        sums = loss_sums(loss, correct_BL, batch, corrupted)
+        return sums.loss / sums.weight, (ce_BL, sums.correct)
 
-    naive, lean = (jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden_BLD, matrix_DV, c) for c in (0, chunk))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), naive, lean)
-    logits_BLV = np.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV)
-    log_p_BLV = logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True))
-    expected = sum(-log_p_BLV[b, i, batch.tokens_BL[b, i]] / corrupted.p_BL[b, i]
-                   for b, i in np.argwhere(np.asarray(corrupted.masked_BL)))
-    np.testing.assert_allclose(naive[0][1].loss, expected, rtol=1e-5)
+    def naive(hidden_BLD, matrix_DV):
+        log_p_BLV = jax.nn.log_softmax(jnp.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV))
+        ce_BL = -jnp.take_along_axis(log_p_BLV, batch.tokens_BL[..., None], -1)[..., 0]
+        correct = jnp.sum((jnp.argmax(log_p_BLV, -1) == batch.tokens_BL) & masked_BL)
+        return jnp.sum(jnp.where(masked_BL, ce_BL / corrupted.p_BL, 0.0)) / masked_BL.size, (ce_BL, correct)
+
+    (value, (ce_BL, correct)), grads = jax.value_and_grad(lean, (0, 1), has_aux=True)(hidden_BLD, matrix_DV)
+    (expected, (naive_ce_BL, naive_correct)), naive_grads = jax.value_and_grad(naive, (0, 1), has_aux=True)(
+        hidden_BLD, matrix_DV)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(lean(hidden_BLD, matrix_DV)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(ce_BL[masked_BL], naive_ce_BL[masked_BL], rtol=1e-5)
+    assert correct == naive_correct
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, naive_grads)
 
 
-def test_the_gradient_is_finite_where_the_probability_is_zero():
+def test_what_is_not_masked_is_not_computed():
+    """With compact, a chunk without a masked position is left out: its (infinite) logits leave no trace."""
+    weights_BL = jnp.zeros((2, 8)).at[0, 3].set(2.0).at[1, 6].set(0.5)
+    hidden_BLD = jnp.full((2, 8, 1), jnp.nan).at[0, 3].set(1.0).at[1, 6].set(1.0)
+    head = lambda x: jnp.concatenate([x, 0 * x], -1)  # noqa: E731
+    loss, ce_BL, _ = token_losses(head, hidden_BLD, jnp.zeros((2, 8), jnp.int32), weights_BL, 1, compact=True)
+    expected = np.log1p(np.exp(-1.0))
+    np.testing.assert_allclose(loss, 2.5 * expected, rtol=1e-6)
+    np.testing.assert_allclose(ce_BL, np.where(weights_BL != 0, expected, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_gradient_is_finite_where_nothing_is_masked(compact):
     batch = make_batch(np.zeros((1, 4), np.int32))
     corrupted = Corrupted(batch.tokens_BL, np.zeros((1, 4), bool), np.zeros((1, 4), np.float32))
-    grad = jax.grad(lambda x: loss_sums(*token_losses(lambda h: h, x, batch.tokens_BL), batch, corrupted).loss)
+    weights_BL = loss_weights(batch, corrupted)
+    grad = jax.grad(lambda x: token_losses(lambda h: h, x, batch.tokens_BL, weights_BL, 2, compact)[0])
     assert np.isfinite(grad(jnp.ones((1, 4, 3)))).all()
