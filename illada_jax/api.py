@@ -20,7 +20,7 @@ from illada_jax.config import Config, DecodeConfig, override
 from illada_jax.decoding import Decoded, Decoder, SpecialIds
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
-from illada_jax.model import make_logits_fn
+from illada_jax.model import make_init_cache, make_logits_fn
 from illada_jax.training.checkpoints import load_inference
 
 Prompt = str | Sequence[int]
@@ -61,7 +61,7 @@ def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mes
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: must be 'float32' or 'bfloat16'")
     loaded = load_inference(path, dtype, mesh)
-    return LanguageModel(loaded.config, loaded.params, loaded.tokenizer)
+    return LanguageModel(loaded.config, loaded.params, loaded.tokenizer, mesh)
 
 
 class LanguageModel:
@@ -71,12 +71,14 @@ class LanguageModel:
       config: the config that made it; `config.decode` has the defaults of `generate` and `infill`.
       params: its params.
       tokenizer: its tokenizer.
+      mesh: the devices that params and batches are spread over, or None.
     """
 
-    def __init__(self, config: Config, params: Any, tokenizer: Any):
+    def __init__(self, config: Config, params: Any, tokenizer: Any, mesh: Mesh | None = None):
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
+        self.mesh = mesh
         self._logits_fn = make_logits_fn(config.model, params)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
@@ -111,8 +113,8 @@ class LanguageModel:
         if "" in stop:
             raise InputError("stop: a stop string must not be empty")
         decode = self._settings(settings)
-        model_length = self.config.model.max_length
-        decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), model_length)
+        decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
+                          make_init_cache(self.config.model), self.mesh)
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
         ids = [self._encode(index, source) for index, source in enumerate(sources)]
 

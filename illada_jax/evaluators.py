@@ -106,7 +106,8 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 
 def _decoder(config: Config, corpus: Corpus, settings: DecodeConfig, params: Any) -> Decoder:
     logits_fn = model.make_logits_fn(config.model, params)
-    return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length)
+    return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length,
+                   model.make_init_cache(config.model))
 
 
 def samples(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
