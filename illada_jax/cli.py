@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from illada_jax.errors import InputError
 
@@ -36,12 +36,18 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
     # ml_collections reports an override that does not fit, or a config file that is not there, with these.
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error).splitlines()[0].strip("\"'")) from error
+
+
+    # Libraries tell much at the level INFO: --verbosity=0 shows it.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    return rest
 
 
 def _fail(error: InputError) -> int:
