@@ -1,0 +1,171 @@
+"""How fast decoding is beside the published loop in eager PyTorch, and what each strategy and cache costs in quality.
+
+Examples:
+  python experiments/benchmarks/decode.py --repeats=3
+  python experiments/benchmarks/decode.py --checkpoint=workdirs/sudoku --rows=64
+  python experiments/benchmarks/decode.py --checkpoint=workdirs/quickstart --rows=32
+
+Without a checkpoint: a random network of the given size decodes one prompt, greedily, one token per step, in variable
+length. The PyTorch row is `torch_llada.py` with the same weights; it is left out, with a message, where PyTorch is
+not installed. `--steps_per_block` below the block length makes all of them faster by the same factor, except that a
+cache then has fewer steps between refreshes.
+
+With a checkpoint: its held-out data are decoded by every strategy and cache. The score is exact match (documents with
+the separator of `config.eval`) or the share of tokens hit in gaps (other text); `agreement` is the share of tokens
+equal to those of exact decoding, one token per step.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from absl import flags
+
+from illada_jax import api, cli, model
+from illada_jax.config import DecodeConfig, ModelConfig
+from illada_jax.data.corpus import open_corpus
+from illada_jax.decoding import Decoded, Decoder, SpecialIds
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", "workdir of a trained model for the table of quality; empty: speed")
+ROWS = flags.DEFINE_integer("rows", 32, "held-out documents or passages of the table")
+LAYERS = flags.DEFINE_integer("layers", 12, "layers of the random network")
+WIDTH = flags.DEFINE_integer("d_model", 512, "its width")
+VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "its vocabulary")
+PROMPT = flags.DEFINE_integer("prompt_length", 256, "tokens of the prompt")
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to write")
+BLOCK = flags.DEFINE_integer("block_length", 32, "tokens of a block")
+STEPS = flags.DEFINE_integer("steps_per_block", 0, "steps of a block; 0: one per token")
+REPEATS = flags.DEFINE_integer("repeats", 1, "times each is run; the fastest counts")
+
+MASK = 5
+
+
+def main(argv: list[str]) -> None:
+    """Prints one of the two tables."""
+    del argv
+    if CHECKPOINT.value:
+        quality_table(CHECKPOINT.value)
+    else:
+        speed_table()
+
+
+def fastest(run: Callable[[], object]) -> tuple[float, object]:
+    """(Seconds of the fastest of the repeats, what it returned)."""
+    seconds, result = [], None
+    for _ in range(REPEATS.value):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
+
+
+def speed_table() -> None:
+    """Seconds of exact and cached decoding beside PyTorch."""
+    config = ModelConfig(vocab_size=VOCABULARY.value, d_model=WIDTH.value, num_layers=LAYERS.value,
+                         num_heads=WIDTH.value // 64, num_kv_heads=max(1, WIDTH.value // 256), head_dim=64,
+                         d_ff=3 * WIDTH.value, max_length=PROMPT.value + NEW_TOKENS.value)
+    # No id can stop the row, so that all decode the same number of tokens: EOS and PAD lie beyond the network.
+    ids = SpecialIds(mask=MASK, eos=config.vocab_size, bos=0, pad=1, vocab_size=config.vocab_size)
+    params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
+    prompt = np.random.default_rng(0).integers(6, config.vocab_size, PROMPT.value).tolist()
+    settings = DecodeConfig(max_new_tokens=NEW_TOKENS.value, block_length=BLOCK.value,
+                            steps_per_block=STEPS.value or BLOCK.value)
+    buckets = range(PROMPT.value + BLOCK.value, config.max_length + 1, BLOCK.value)
+    print(f"{model.num_params(config):,} parameters, vocabulary {config.vocab_size}, prompt {PROMPT.value}, "
+          f"{NEW_TOKENS.value} new tokens, blocks of {BLOCK.value}, {settings.steps_per_block} steps each")
+
+    torch_seconds, torch_tokens = _torch_run(config, params, prompt, settings)
+    print(f"{'':16} {'seconds':>8} {'tokens/s':>9} {'x PyTorch':>10} {'same tokens':>12}")
+    if torch_seconds:
+        print(f"{'PyTorch eager':16} {torch_seconds:8.2f} {NEW_TOKENS.value / torch_seconds:9.1f} {1:10.2f}")
+    for cache in ("none", "prefix"):
+        decoder = Decoder(model.make_logits_fn(config, params), dataclasses.replace(settings, cache=cache), ids,
+                          config.max_length, model.make_init_cache(config), buckets=buckets)
+        decoder.generate([prompt])  # compiles
+        seconds, results = fastest(lambda: decoder.generate([prompt]))  # noqa: B023
+        ratio = f"{torch_seconds / seconds:10.2f}" if torch_seconds else f"{'-':>10}"
+        same = f"{np.mean(np.equal(results[0].tokens, torch_tokens)):12.3f}" if torch_tokens else ""
+        print(f"{'exact' if cache == 'none' else cache + ' cache':16} {seconds:8.2f} "
+              f"{NEW_TOKENS.value / seconds:9.1f} {ratio} {same}")
+
+
+def _torch_run(config: ModelConfig, params: dict, prompt: list[int],
+               settings: DecodeConfig) -> tuple[float, list[int] | None]:
+    try:
+        import torch
+        from torch_llada import Network, variable_length
+    except ImportError:
+        print("PyTorch is not installed: no comparison")
+        return 0.0, None
+    weights = {"/".join(part.key for part in path): torch.from_numpy(np.array(value))
+               for path, value in jax.tree_util.tree_leaves_with_path(params)}
+    network = Network(weights, config.num_layers, config.rope_theta, config.norm_eps)
+    ids = {"mask": MASK, "eos": config.vocab_size}
+    return fastest(lambda: variable_length(network, prompt, ids, settings.max_new_tokens, settings.block_length,
+                                           settings.steps_per_block))
+
+
+def quality_table(checkpoint: str) -> None:
+    """Tokens per evaluation, time, agreement with exact decoding and task score of strategy × cache."""
+    lm = api.load(checkpoint)
+    corpus = open_corpus(lm.config.data)
+    prompts, score, infill = _task(lm, corpus)
+    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="top_k",
+                                       steps_per_block=lm.config.decode.block_length)
+    variants = {"top_k, 1 a step": {}, "top_k, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
+                "threshold 0.9": {"reveal": "threshold", "threshold": 0.9},
+                "threshold 0.6": {"reveal": "threshold", "threshold": 0.6},
+                "factor 1": {"reveal": "factor", "factor": 1.0},
+                "entropy_bound 0.1": {"reveal": "entropy_bound", "entropy_bound": 0.1},
+                "margin": {"confidence": "margin"}, "entropy": {"confidence": "entropy"},
+                "random order": {"confidence": "random"}}
+    score_name = "share of hits" if infill else "exact match"
+    print(f"{len(prompts)} rows, blocks of {one_per_step.block_length}; score: {score_name}")
+    print(f"{'strategy':18} {'cache':7} {'tokens/nfe':>10} {'seconds':>8} {'agreement':>10} {'score':>7}")
+    exact = None
+    for cache in ("none", "prefix"):
+        for name, changes in variants.items():
+            settings = dataclasses.replace(one_per_step, cache=cache, **changes)
+            decoder = Decoder(model.make_logits_fn(lm.config.model, lm.params), settings, SpecialIds.of(lm.tokenizer),
+                              lm.config.model.max_length, model.make_init_cache(lm.config.model))
+            run = decoder.infill if infill else decoder.generate
+            run(prompts)  # compiles
+            seconds, results = fastest(lambda: run(prompts))  # noqa: B023
+            exact = exact or results
+            written = sum(step >= 0 for result in results for step in result.reveal_step)
+            print(f"{name:18} {cache:7} {written / sum(r.nfe for r in results):10.2f} {seconds:8.2f} "
+                  f"{agreement(results, exact):10.3f} {score(results):7.3f}", flush=True)
+
+
+def agreement(results: Sequence[Decoded], exact: Sequence[Decoded]) -> float:
+    """Share of the exact tokens that the results have at the same place; given tokens do not count."""
+    same = []
+    for result, reference in zip(results, exact, strict=True):
+        written = [place for place, step in enumerate(reference.reveal_step) if step >= 0]
+        same += [result.tokens[place : place + 1] == [reference.tokens[place]] for place in written]
+    return float(np.mean(same))
+
+
+def _task(lm: api.LanguageModel, corpus) -> tuple[list[list[int]], Callable[[Sequence[Decoded]], float], bool]:
+    """(Prompts, score of results, whether prompts have gaps): questions, or passages with gaps of three tokens."""
+    documents = [corpus.heldout.document(i).tolist() for i in range(min(2_000, corpus.heldout.num_documents))]
+    if "exact_match" in lm.config.eval.evaluators + lm.config.eval.final:
+        texts = [lm.tokenizer.decode(document) for document in documents[: ROWS.value]]
+        parts = [text.partition(lm.config.eval.separator) for text in texts]
+        prompts = [lm.tokenizer.encode(question + separator) for question, separator, _ in parts]
+        answers = [answer for _, _, answer in parts]
+        return prompts, lambda results: float(np.mean([
+            lm.tokenizer.decode(r.tokens) == answer for r, answer in zip(results, answers, strict=True)])), False
+    length = lm.config.data.length
+    truths = [document[:length] for document in documents if len(document) >= length][: ROWS.value]
+    gaps = [start + offset for start in range(length // 8, length - 2, length // 4) for offset in range(3)]
+    masked = [[lm.tokenizer.mask_id if column in gaps else token for column, token in enumerate(truth)]
+              for truth in truths]
+    return masked, lambda results: float(np.mean([
+        [r.tokens[gap] == truth[gap] for gap in gaps] for r, truth in zip(results, truths, strict=True)])), True
+
+
+if __name__ == "__main__":
+    cli.run(main)
