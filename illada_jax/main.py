@@ -33,6 +33,21 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check everything, print the plan
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from those of the workdir on resume")
 
 
+def read_config() -> tuple[Config, str]:
+    """The config that the flags name, and the stem of its file.
+
+    Raises:
+      InputError: there is no such file, or what it returns is no valid config.
+    """
+    if _CONFIG.value is None:
+        raise InputError("--config is required, for example --config=experiments/quickstart.py")
+    path = flags.FLAGS["config"].config_filename
+    try:
+        return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
+    except OSError as error:  # ml_collections keeps what went wrong until the config is used
+        raise InputError(f"--config={path}: {' '.join(str(error).splitlines()[1:]) or error}") from error
+
+
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     """Fills in what the tokenizer decides: the size of the vocabulary and the id of MASK.
 
@@ -73,10 +88,7 @@ def dry_run(config: Config) -> None:
 
 def main(_: list[str]) -> int:
     """Wires config, corpus, mesh, evaluators and the loop together."""
-    if _CONFIG.value is None:
-        raise InputError("--config is required, for example --config=experiments/quickstart.py")
-    config = from_config_dict(_CONFIG.value)
-    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    config, name = read_config()
     workdir = epath.Path(_WORKDIR.value or f"workdirs/{name}")
     if _DRY_RUN.value:
         dry_run(config)
