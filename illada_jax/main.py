@@ -45,7 +45,7 @@ def read_config() -> tuple[Config, str]:
     try:
         return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
     except OSError as error:  # ml_collections keeps what went wrong until the config is used
-        raise InputError(f"--config={path}: {' '.join(str(error).splitlines()[1:]) or error}") from error
+        raise InputError(f"--config={path}: {' '.join(str(error).split())}") from error
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -75,7 +75,7 @@ def dry_run(config: Config) -> None:
         corpus = open_corpus(config.data)
     except InputError as error:
         if config.model.vocab_size == 0:
-            raise ConfigError("config.model.vocab_size = 0: without a corpus, give the size of the vocabulary") from error
+            raise ConfigError("config.model.vocab_size = 0: without a corpus, give its value") from error
         print(plan.describe(config))
         print(f"corpus            missing: {error}")
         return
