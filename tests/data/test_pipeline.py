@@ -94,6 +94,16 @@ def test_the_seed_decides_the_order():
     assert equal(first, same) and not equal(first, other)
 
 
+def test_every_corpus_has_an_order_of_its_own_that_follows_the_seed():
+    def firsts(seed):
+        rows = make_pipeline([numbered(800), numbered(800, 3000)], seed=seed, batch_size=50).rows(0, range(50))
+        tokens = rows.tokens_BL[:, 0]
+        return tokens[tokens < 3000].tolist(), (tokens[tokens >= 3000] - 2000).tolist()
+
+    orders = [*firsts(1), *firsts(2)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
 def test_rows_without_extras_are_one_segment():
     batch = make_pipeline(numbered(64)).rows(0, range(4))
     assert batch.maskable_BL.all() and (batch.segments_BL == 1).all() and (batch.weights_BL == 1).all()

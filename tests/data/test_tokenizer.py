@@ -10,7 +10,7 @@ from illada_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_f
 from illada_jax.errors import ConfigError, InputError
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.\n\n    def f(x):\n\treturn x  # two  blanks\r\n" * 5,
-          "Größe, 漢字, 🙂 and <mask> or [MASK] </s>\n" * 5, "no newline at the end"]
+          "Größe, 漢字, 🙂 and <[MASK]> or [MASK] </s>\n" * 5, "no newline at the end"]
 TRAPS = [
     "", " ", "  ", "\n", "\n\n", "\t \t", " leading", "trailing ", "a  b   c", "\x00", "\x00a\x00", "\u2581",
     " \u2581 x\u2581", "\u2585 ⁇", "\ufeffbom", "\ufffd", "e\u0301 é ﬁ ½", "🙂\u200d🙂", "\r\n\r",
@@ -24,7 +24,7 @@ def byte_level_json() -> bytes:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, special_tokens=["<s>", "</s>", "<|im_end|>"],
+        vocab_size=400, show_progress=False, special_tokens=["<s>", "</s>", "<|im_end|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens(["<[MASK]>"])  # as an ordinary added token, which the library would match in text
@@ -104,7 +104,8 @@ def test_trained_pieces_are_longer_than_bytes():
 
 
 def test_a_long_line_is_learnt_from():
-    assert len(train_sentencepiece(["abcdefgh" * 10_000], 300).encode("abcdefgh" * 8)) <= 16
+    tokenizer = train_sentencepiece(["abcdefgh" * 10_000 + "stuvwxyz" * 10_000], 340)
+    assert len(tokenizer.encode("abcdefgh" * 8)) <= 16 and len(tokenizer.encode("stuvwxyz" * 8)) <= 16
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
@@ -145,6 +146,13 @@ def test_hugging_face_ids_come_from_names_config_or_the_end():
     chosen = tokenizer_from_files({"tokenizer.json": content, "special_ids.json": json.dumps(
         {"mask": 7, "eos": 1, "bos": 0, "pad": 2}).encode()})
     assert chosen.mask_id == 7
+
+
+def test_special_names_in_text_are_encoded_as_if_nobody_had_added_them():
+    content = byte_level_json()
+    plain = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(content), "added_tokens": []}))
+    text = "The <[MASK]> quick</s> brown<|im_end|>"
+    assert tokenizer_from_files({"tokenizer.json": content}).encode(text) == plain.encode(text).ids
 
 
 def test_pieces_of_the_plain_vocabulary_are_not_matched_as_special():
