@@ -2,57 +2,165 @@
 
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="The with statement" --max_new_tokens=32
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
+  python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
 
 Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
-`--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds.
+`--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
+reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
+again when the command is repeated after an interruption.
 """
 
 import json
+import pathlib
+import sys
 import time
+from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
 from illada_jax import api, cli
 from illada_jax.errors import InputError
 
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
+    flags.DEFINE_enum("length", None, ["variable", "fixed"], "append blocks until EOS, or show all masks at once"),
     flags.DEFINE_integer("block_length", None, "tokens of a block"),
     flags.DEFINE_integer("steps_per_block", None, "steps that a block takes; block_length writes one token per step"),
+    flags.DEFINE_string("reveal", None, "how many positions a step reveals: top_k, threshold, factor, entropy_bound"),
+    flags.DEFINE_float("threshold", None, "of --reveal=threshold"),
+    flags.DEFINE_float("factor", None, "of --reveal=factor"),
+    flags.DEFINE_float("entropy_bound", None, "of --reveal=entropy_bound, in nats"),
+    flags.DEFINE_string("confidence", None, "the order of revealing: low_confidence, margin, entropy, random"),
     flags.DEFINE_float("temperature", None, "of the sampling; 0 is greedy"),
-    flags.DEFINE_string("reveal", None, "how many positions a step reveals"),
-    flags.DEFINE_string("confidence", None, "the order in which positions are revealed"),
+    flags.DEFINE_float("top_p", None, "sample from the most probable tokens of this mass"),
+    flags.DEFINE_float("cfg_scale", None, "classifier-free guidance; 0 is none"),
+    flags.DEFINE_enum("cache", None, ["none", "prefix", "dual"], "keep keys and values within a block (approximate)"),
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),
 ]
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a workdir, or one checkpoint in it", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
+INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
+RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
+STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
 
+EXIT_INTERRUPTED = 130
 
-def main(argv: list[str]) -> None:
-    """Loads the model, decodes all prompts, prints the results in the order of the prompts."""
+
+def main(argv: list[str]) -> int | None:
+    """Loads the model and decodes all prompts."""
     del argv
-    if not PROMPT.value:
-        raise InputError("--prompt: give at least one")
+    if bool(PROMPT.value) == bool(INPUT.value):
+        raise InputError("--prompt: give at least one, or --input, but not both")
+    prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
+    if STREAM.value and (len(prompts) > 1 or RESULTS.value or OUTPUT.value == "json"):
+        raise InputError("--stream: prints the text of a single prompt; leave out --results and --output=json")
+    done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = api.load(CHECKPOINT.value, DTYPE.value)
     settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
+    if RESULTS.value:
+        return write_results(lm, prompts, done, settings)
+    if STREAM.value:
+        return stream(lm, prompts, settings)
     start = time.monotonic()
     results, seconds = {}, {}
-    for index, result in lm.as_completed(PROMPT.value, infill=INFILL.value, stop=STOP.value, **settings):
+    for index, result in lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **settings):
         results[index], seconds[index] = result, time.monotonic() - start
-    for index, prompt in enumerate(PROMPT.value):
-        print(format_result(prompt, results[index], seconds[index]))
+    for index, prompt in enumerate(prompts):
+        result = results[index]
+        print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
+    return None
 
 
-def format_result(prompt: str, result: api.Generation, seconds: float) -> str:
-    """The text, or a JSON line."""
-    if OUTPUT.value == "text":
-        return result.text
-    record = {"prompt": prompt, "text": result.text, "tokens": result.tokens, "nfe": result.nfe,
+def stream(lm: api.LanguageModel, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Prints the text of the only prompt as its blocks finish."""
+    shown = 0
+
+    def on_block(index: int, text: str) -> None:
+        nonlocal shown
+        # The tail may still change: it may hold half of a stop string or of a character.
+        kept = max([len(stop) for stop in STOP.value], default=1) - 1 or text.endswith("\ufffd")
+        if all(stop not in text for stop in STOP.value) and len(text) - kept > shown:
+            print(text[shown : len(text) - kept], end="", flush=True)
+            shown = len(text) - kept
+
+    result = lm.generate(prompts, stop=STOP.value, on_block=on_block, **settings)[0]
+    print(result.text[shown:])
+
+
+def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> int | None:
+    """Appends a line to the results as each prompt finishes. After Ctrl-C what is finished stays."""
+    rows = [index for index in range(len(prompts)) if index not in done]
+    start = time.monotonic()
+    try:
+        with open(RESULTS.value, "a", encoding="utf-8") as file:
+            # A row draws by its line number: an interrupted run samples what an uninterrupted one does.
+            finished = lm.as_completed([prompts[row] for row in rows], infill=INFILL.value, stop=STOP.value, rows=rows,
+                                       **settings)
+            for index, result in tqdm(finished, total=len(rows), unit="prompt"):
+                line = json_line(rows[index], prompts[rows[index]], result, time.monotonic() - start)
+                file.write(line + "\n")
+                file.flush()
+    except OSError as error:
+        raise InputError(f"--results={RESULTS.value}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        print(f"interrupted: finished prompts are in {RESULTS.value}; the same command does the rest", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return None
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a JSONL file. Raises InputError with the number of a line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"--input={path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--input={path}: not UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (KeyError, TypeError) as error:
+            raise InputError(f'{path}, line {number}: must be an object with a "prompt"') from error
+        if not isinstance(prompts[-1], str):
+            raise InputError(f'{path}, line {number}: "prompt" must be a text')
+    if not prompts:
+        raise InputError(f"--input={path}: has no lines")
+    return prompts
+
+
+def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
+    """Line numbers (from 0) of the prompts that have a result; a line cut off by an interruption is removed."""
+    if not path.exists():
+        return set()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    done = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            same = prompts[record["index"]] == record["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+            same = False
+        if not same:
+            raise InputError(f"{path}, line {number}: is not a result for the prompts given; choose another file")
+        done.add(record["index"])
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return done
+
+
+def json_line(index: int, prompt: str, result: api.Generation, seconds: float) -> str:
+    """A result as a JSON line; seconds are those since the first prompt was started."""
+    record = {"index": index, "prompt": prompt, "text": result.text, "tokens": result.tokens, "nfe": result.nfe,
               "stopped_by": result.stopped_by, "seconds": round(seconds, 3)}
     return json.dumps(record, ensure_ascii=False)
 

@@ -1,0 +1,171 @@
+"""The Python interface and the generate command, on a small random model."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+
+from illada_jax import api, generate, model
+from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
+from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.errors import InputError
+from tests.util import random_params
+
+TOKENIZER = ByteTokenizer()
+MODEL = ModelConfig(vocab_size=TOKENIZER.vocab_size + 7, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1,
+                    head_dim=8, d_ff=32, max_length=128)
+CONFIG = Config(model=MODEL, data=DataConfig(length=64), decode=DecodeConfig(
+    max_new_tokens=16, block_length=8, steps_per_block=4, suppressed_ids=(*range(128, 256),)))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return api.LanguageModel(CONFIG, random_params(MODEL, scale=3.0), TOKENIZER)
+
+
+def test_texts_and_ids_give_the_same(lm):
+    text, ids = lm.generate(["abc", "hello world"]), lm.generate([TOKENIZER.encode("abc"), np.array(TOKENIZER.encode(
+        "hello world"))])
+    assert text == ids
+    for result in text:
+        assert result.text == TOKENIZER.decode(result.tokens)
+        assert len(result.tokens) == len(result.reveal_step) == len(result.confidence)
+        assert all(value <= 0 for value in result.confidence)
+
+
+def test_settings_override_the_checkpoint(lm):
+    assert lm.generate(["abc"], max_new_tokens=5)[0].nfe <= 4 + 1
+    assert lm.generate(["abc"], block_length=2, max_new_tokens=4)[0].nfe <= 4  # steps follow the block length
+    assert lm.generate(["abc"], cache="dual", cache_refresh=1) == lm.generate(["abc"])
+
+
+def test_given_text_survives_infilling(lm):
+    texts = ["a [[mask:3]] b ü[[mask:1]]", "[[mask:20]]", "plain [[mask:2]]\n"]
+    first, second, third = lm.infill(texts)
+    assert first.text.startswith("a ") and " b ü" in first.text and third.text.startswith("plain ")
+    assert third.text.endswith("\n") and first.stopped_by == "filled"
+    assert second.nfe == 4 + 4 + 4
+    assert sum(step >= 0 for step in first.reveal_step) == 4
+
+
+def test_stop_strings_end_the_text(lm):
+    free = lm.generate(["abc", "xyz"], max_new_tokens=32)
+    stop = free[0].text[9:11]
+    stopped = lm.generate(["abc", "xyz"], max_new_tokens=32, stop=[stop])
+    assert stopped[0].text == free[0].text[: free[0].text.index(stop)]
+    assert stopped[0].stopped_by == "stop_string" and stopped[0].nfe < free[0].nfe
+    assert TOKENIZER.decode(stopped[0].tokens) == stopped[0].text + stop
+    assert stop in free[1].text or stopped[1] == free[1]
+
+
+def test_logits_are_those_of_the_model(lm):
+    tokens_BL = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, 9))
+    ones_BL = np.ones_like(tokens_BL)
+    positions_BL = np.broadcast_to(np.arange(9), (2, 9))
+    hidden_BLD = model.hidden(MODEL, lm.params, tokens_BL, positions_BL, ones_BL)
+    logits_BLV = lm.logits(tokens_BL)
+    assert logits_BLV.dtype == np.float32 and logits_BLV.shape == (2, 9, MODEL.vocab_size)
+    np.testing.assert_allclose(logits_BLV, model.head(MODEL, lm.params, hidden_BLD), atol=1e-5)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda lm: lm.generate("abc"), "a list of prompts is wanted"),
+    (lambda lm: lm.generate(["abc", ""]), "prompt 1: is empty"),
+    (lambda lm: lm.generate(["abc"], stop=[""]), "a stop string must not be empty"),
+    (lambda lm: lm.generate(["abc"], max_new_token=4), "config.decode.max_new_token: unknown key; known here: max_new"),
+    (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
+    (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'top_k', 'threshold', 'factor', 'entropy_bound'"),
+    (lambda lm: lm.generate(["a" * 128]), "leave no room in the context of 128"),
+    (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "gaps are filled by infilling only"),
+    (lambda lm: lm.infill(["abc"]), "'abc': no gap to fill"),
+    (lambda lm: lm.infill(["abc [[mask:]] [[mask:2]]"]), "a gap is written [[mask:N]]"),
+    (lambda lm: lm.logits([1, 2]), "integers [rows, length] are wanted"),
+    (lambda lm: lm.logits([[10_000]]), "ids must lie in [0, "),
+    (lambda lm: api.load("nowhere", dtype="int4"), "dtype = 'int4'"),
+    (lambda lm: api.load("nowhere"), "nowhere: not a checkpoint"),
+])
+def test_bad_input(lm, call, message):
+    with pytest.raises(InputError) as caught:
+        call(lm)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def run(lm, monkeypatch, capsys):
+    """Runs the command with flags; returns (exit code, stdout)."""
+    monkeypatch.setattr(api, "load", lambda path, dtype: lm)
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        for flag in flags.FLAGS.get_flags_for_module(generate):
+            flag.unparse()
+        flags.FLAGS(["generate", "--checkpoint=x", *arguments])
+        code = generate.main([])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_command_prints_text_or_json(run, lm):
+    expected = lm.generate(["abc", "de"], max_new_tokens=12)
+    assert run("--prompt=abc", "--prompt=de", "--max_new_tokens=12")[1] == "".join(f"{r.text}\n" for r in expected)
+    lines = run("--prompt=abc", "--prompt=de", "--max_new_tokens=12", "--output=json")[1].splitlines()
+    for line, prompt, result in zip(map(json.loads, lines), ["abc", "de"], expected, strict=True):
+        assert (line["prompt"], line["text"], line["tokens"]) == (prompt, result.text, result.tokens)
+        assert line["nfe"] == result.nfe and line["seconds"] >= 0
+
+
+def test_streamed_text_is_the_text(run, lm):
+    stop = lm.generate(["abc"], max_new_tokens=32)[0].text[9:12]
+    for flag in ([], [f"--stop={stop}"]):
+        streamed = run("--prompt=abc", "--max_new_tokens=32", "--stream", *flag)[1]
+        assert streamed == run("--prompt=abc", "--max_new_tokens=32", *flag)[1]
+
+
+def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_path):
+    prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    texts = [f"prompt {n}" for n in range(7)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    arguments = [f"--input={prompts}", f"--results={results}", "--temperature=0.8", "--batch_size=2"]
+    whole = lm.generate(texts, temperature=0.8)
+
+    interrupted = api.LanguageModel.as_completed
+
+    def three_then_stop(*args, **kwargs):
+        for count, item in enumerate(interrupted(*args, **kwargs)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api.LanguageModel, "as_completed", three_then_stop)
+        assert run(*arguments)[0] == 130
+    kept = results.read_text()
+    assert kept.count("\n") == 3
+    results.write_text(kept + '{"index": 6, "pro')  # a line that was being written
+    assert run(*arguments)[0] is None
+    assert results.read_text().startswith(kept)
+    lines = sorted(map(json.loads, results.read_text().splitlines()), key=lambda line: line["index"])
+    assert [line["tokens"] for line in lines] == [result.tokens for result in whole]
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
+    ('{"text": "a"}\n', 'line 1: must be an object with a "prompt"'),
+    ('{"prompt": 3}\n', 'line 1: "prompt" must be a text'),
+    ("", "has no lines"),
+])
+def test_bad_prompt_files(run, tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(f"--input={path}")
+
+
+def test_results_of_other_prompts_are_not_mixed(run, tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"index": 0, "prompt": "other"}\n')
+    with pytest.raises(InputError, match="line 1: is not a result for the prompts given"):
+        run("--prompt=abc", f"--results={results}")
+    assert results.read_text() == '{"index": 0, "prompt": "other"}\n'
