@@ -104,6 +104,7 @@ def prepare(settings: Settings, directory: pathlib.Path, engine: Engine | None =
         if not any((directory / DONE_DIRECTORY).iterdir()):
             shutil.rmtree(directory)  # nothing to go on with: the next try need not repeat this one's mistake
         raise
+    _remove_leftovers(directory)  # those of a cluster's workers that were given up
     manifest.save(directory)
     shutil.rmtree(directory / DONE_DIRECTORY)
     (directory / _PLAN).unlink()
@@ -152,6 +153,11 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
         shards.write_atomically(path, content)
     except OSError as error:
         raise InputError(f"{directory}: cannot be written: {error.strerror}") from error
+    _remove_leftovers(directory)
+
+
+def _remove_leftovers(directory: pathlib.Path) -> None:
+    """Removes what a killed process had begun to write."""
     for leftover in directory.rglob("*.tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

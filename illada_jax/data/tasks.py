@@ -9,8 +9,10 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -180,13 +182,23 @@ def _in_processes(function: Callable[[Task], T], tasks: Sequence[Task], num_proc
         return
     # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _die_with_parent) as pool:
         futures = {pool.submit(function, task): task for task in tasks}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is killed: the parent's next run will do the work again."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def progress_bar(shown: bool, total: int, what: str) -> tqdm.tqdm:
