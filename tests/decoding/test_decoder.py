@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from illada_jax.decoding import Decoder, plain_logits_fn
 from illada_jax.decoding.decoder import canvas_buckets, make_rules
 from illada_jax.decoding.loop import Carry, run_blocks
 from illada_jax.errors import InputError
-from tests.decoding.toys import IDS, table, transformer
+from tests.decoding.toys import IDS, table
 
 SETTINGS = DecodeConfig(max_new_tokens=24, block_length=8, steps_per_block=4, batch_size=4)
 M = IDS.mask
@@ -61,25 +62,6 @@ def test_finished_rows_and_padding_do_not_change():
     np.testing.assert_array_equal(after.reveal_step_BL[1, 36:], carry.reveal_step_BL[1, 36:])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_company_does_not_matter(temperature):
-    settings = dataclasses.replace(SETTINGS, temperature=temperature, seed=5)
-    prompts = [list(np.random.default_rng(n).integers(4, 11, n)) for n in range(1, 40, 3)]
-    logits_fn, _ = transformer()
-
-    def decode(batch_size, order):
-        decoder = Decoder(logits_fn, dataclasses.replace(settings, batch_size=batch_size), IDS, 96)
-        results = decoder.generate([prompts[i] for i in order], rows=order)
-        return {i: (r.tokens, r.reveal_step, r.stopped_by) for i, r in zip(order, results, strict=True)}
-
-    everything = list(range(len(prompts)))
-    alone = {i: decode(1, [i])[i] for i in everything}
-    assert decode(3, everything) == alone
-    assert decode(16, everything[::-1]) == alone
-    if temperature:
-        assert len({tuple(tokens) for tokens, _, _ in alone.values()}) > 1
-
-
 def test_seeds_and_rows_change_samples_and_nothing_else_does():
     settings = dataclasses.replace(SETTINGS, temperature=1.0)
     logits_fn, _ = table(eos_bias=-20.0)
@@ -112,6 +94,33 @@ def test_buckets_cover_the_context():
     assert canvas_buckets(256) == (64, 96, 128, 192, 256)
     assert canvas_buckets(40) == (40,)
     assert canvas_buckets(100) == (64, 96, 100)
+
+
+def test_cost_follows_the_answer_and_not_the_budget():
+    """A budget of 1,024 tokens makes no larger canvas, and no more evaluations, than one of 64."""
+    shapes = []
+
+    def ends_after_40(tokens_BL):
+        shapes.append(tokens_BL.shape)
+        eos_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]) >= 50, tokens_BL.shape)
+        return jax.nn.one_hot(jnp.where(eos_BL, IDS.eos, 5), 12) * 9.0
+
+    settings = DecodeConfig(max_new_tokens=64, block_length=32, steps_per_block=32)
+    results = []
+    for budget in (64, 1024):
+        settings = dataclasses.replace(settings, max_new_tokens=budget)
+        results.append(Decoder(plain_logits_fn(ends_after_40), settings, IDS, 2048).generate([[4] * 10])[0])
+    assert results[0] == results[1]
+    assert len(results[0].tokens) == 40 and results[0].nfe == 64
+    assert max(length for _, length in shapes) == 96
+
+
+def test_over_budget_is_cut_to_whole_blocks(caplog):
+    decoder = Decoder(table(eos_bias=-20.0)[0], dataclasses.replace(SETTINGS, max_new_tokens=64), IDS, 96)
+    with caplog.at_level("WARNING", logger="absl"):
+        lengths = [len(r.tokens) for r in decoder.generate([[4] * 32, [4] * 70, [4] * 90])]
+    assert lengths == [64, 24, 6]  # 26 columns are left: three blocks of 8; 6 columns: less than a block
+    assert "prompt 1: max_new_tokens cut from 64 to 24" in caplog.text
 
 
 def test_callback_sees_every_block_and_stops_rows():

@@ -48,8 +48,12 @@ TRANSFORMER = ModelConfig(vocab_size=NETWORK_SIZE, d_model=16, num_layers=2, num
 def transformer(seed: int = 0, config: ModelConfig = TRANSFORMER):
     """(LogitsFn, network of the oracle) of a random transformer with weights large enough to make it matter."""
     params = random_params(config, seed=seed)
-    logits_fn = model.make_logits_fn(config, params)
-    forward = jax.jit(functools.partial(_whole, config))
+    return model.make_logits_fn(config, params), network_of(config, params)
+
+
+def network_of(config: ModelConfig, params):
+    """What the oracle calls, of a transformer."""
+    forward = _forward(config)
 
     def network(canvas):
         # One padded length for all: the oracle would compile for every length otherwise.
@@ -58,7 +62,12 @@ def transformer(seed: int = 0, config: ModelConfig = TRANSFORMER):
         segments_L = (np.arange(config.max_length) < len(canvas)).astype(np.int32)
         return np.asarray(forward(params, tokens_L[None], segments_L[None]))[0, : len(canvas)]
 
-    return logits_fn, network
+    return network
+
+
+@functools.cache
+def _forward(config):
+    return jax.jit(functools.partial(_whole, config))
 
 
 def _whole(config, params, tokens_BL, segments_BL):
