@@ -9,6 +9,6 @@ os.environ["XLA_FLAGS"] = " ".join([
     "--xla_backend_optimization_level=0",
 ])
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -20,7 +20,10 @@ _PUZZLES_PER_GRID = 64
 
 @register("python_docs")
 def _python_docs(argument: str) -> list[Part]:
-    """The language reference, a document a topic, and the docstrings of the standard library, a document a module."""
+    """The language reference, a document a topic, and the docstrings of the standard library.
+
+    A document is a topic, the docstring of a module, or those of a top-level class or function and all inside it.
+    """
     no_argument("python_docs", argument)
     modules = _library_modules()
     reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
@@ -72,16 +75,23 @@ def _sources(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
 
 
 def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
-    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for source in _sources(modules):
         try:
             tree = ast.parse(source.text)
         except (SyntaxError, ValueError):
             continue
-        found = [ast.get_docstring(node) for node in _in_order(tree) if isinstance(node, with_docstring)]
-        text = "\n\n".join(docstring for docstring in found if docstring)
-        if text:
-            yield Document(text)
+        module = ast.get_docstring(tree)
+        entries = [module] if module else []
+        entries += ["\n\n".join(_docstrings_below(statement)) for statement in tree.body]
+        yield from (Document(text) for text in entries if text)
+
+
+def _docstrings_below(node: ast.AST) -> Iterator[str]:
+    for each in _in_order(node):
+        if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(each)
+            if docstring:
+                yield docstring
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
