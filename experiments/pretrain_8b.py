@@ -5,9 +5,9 @@
         --workdir=gs://BUCKET/illada-8b
 
 Architecture, window, split, weight decay, peak and final rate are the published ones. Not published, hence ours: the
-batch (2,048 rows: 16.8 M tokens a step, in the range of dense 8B models), the warm-up (2,000 steps, as in LLaDA), betas and
-clipping (0.9, 0.95 and 1.0, the usual ones), and when the decay starts: the paper switched from the constant rate when
-the loss had stopped falling. So this config never decays by itself: resume with
+batch (2,048 rows: 16.8 M tokens a step, in the range of dense 8B models), the warm-up (2,000 steps, as in LLaDA),
+betas and clipping (0.9, 0.95 and 1.0, the usual ones), and when the decay starts: the paper switched from the constant
+rate when the loss had stopped falling. So this config never decays by itself: resume with
 `--config.optimizer.decay_start=N --config.optimizer.decay_steps=M` when the loss has levelled off.
 """
 
@@ -37,6 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.sources = ("prepared:/data/corpus",)
     c.data.length = 8192
     c.data.batch_size = 2048  # ours
+    c.data.isolate_documents = False  # ours: not published whether documents inside a window see each other
+    c.diffusion.split_probability = 0.3
     c.diffusion.mask_id = 5
 
     c.optimizer.name = "adamw"

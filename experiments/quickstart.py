@@ -45,12 +45,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.decay_steps = 3000
     c.checkpoint.every = 1000
 
-    # Short blocks and some temperature: small models loop when they decode greedily.
+    # Short blocks, a random order and some temperature: small models loop when they are greedy.
     c.decode.max_new_tokens = 48
     c.decode.block_length = 8
     c.decode.steps_per_block = 8
-    c.decode.temperature = 0.6
+    c.decode.confidence = "random"
+    c.decode.temperature = 0.8
     c.eval.every = 1000
+    c.eval.draws = 4
     c.eval.evaluators = ("bits_per_byte",)
     c.eval.final = ("infill", "samples")
     c.eval.prompts = ("Return the", "The with statement", "Raise")

@@ -129,7 +129,10 @@ def samples(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> E
 
 
 def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
-    """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit."""
+    """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit.
+
+    Gaps are filled greedily, the surest tokens first.
+    """
     tokenizer = corpus.tokenizer
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
     whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
@@ -140,7 +143,7 @@ def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Ev
     if starts[0] < 0 or any(b - a <= width for a, b in itertools.pairwise([*starts, config.data.length])):
         raise ConfigError(f"config.eval.gaps = {count}: gaps of {width} tokens (config.eval.gap_length) do not fit "
                           f"into windows of {config.data.length} tokens")
-    settings = dataclasses.replace(config.decode, temperature=0.0)
+    settings = dataclasses.replace(config.decode, temperature=0.0, confidence="low_confidence")
 
     def with_gaps(passage: list[int]) -> list[int]:
         hidden = {column for start in starts for column in range(start, start + width)}

@@ -110,7 +110,7 @@ def main(_: list[str]) -> int:
     results = dict(outcome.final)
     for evaluator in final.values():
         results |= evaluator(outcome.state.params, outcome.step)
-    report.print_end(outcome, results, workdir, corpus)
+    report.print_end(config, outcome, results, workdir, corpus)
     return 0
 
 

@@ -1,6 +1,9 @@
 """What the training command prints before and after a run."""
 
 import math
+import os
+import shlex
+import sys
 
 import jax
 from etils import epath
@@ -27,7 +30,9 @@ def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus)
     print(f"workdir  {workdir}", flush=True)
 
 
-def print_end(outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus) -> None:
+def print_end(
+    config: Config, outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus
+) -> None:
     """Says how the run ended, what the evaluators found, and what to type next."""
     print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}.\n")
     if "eval/bits_per_byte" in results:
@@ -41,7 +46,27 @@ def print_end(outcome: Outcome, results: dict[str, float | str], workdir: epath.
             print(f"{name}\n{value}\n")
         elif name.startswith("eval/") and not name.startswith("eval/bits_per_byte") and math.isfinite(value):
             print(f"{name} = {value:.4g}")
-    print(f"""Next:
-  python -m illada_jax.generate --checkpoint={workdir} --prompt="Return the" --temperature=0.7
-  python -m illada_jax.generate --checkpoint={workdir} --infill --prompt="Return a list of [[mask:4]] in the file."
-  tensorboard --logdir={workdir}""")
+    python = os.path.relpath(sys.executable)
+    if python.startswith(os.pardir):
+        python = sys.executable
+    generate = f"  {python} -m illada_jax.generate --checkpoint={shlex.quote(str(workdir))}"
+    prompt, gapped = _example_prompts(config, corpus)
+    print("Next:")
+    print(f"{generate} --prompt={shlex.quote(prompt)}")
+    print(f"{generate} --infill --prompt={shlex.quote(gapped)}")
+    if outcome.status == "stopped":
+        print("  the same command without --config.train.stop_step goes on from here")
+    if config.train.tensorboard:
+        print(f"  tensorboard --logdir={shlex.quote(str(workdir))}  (pip install tensorboard)")
+
+
+def _example_prompts(config: Config, corpus: Corpus) -> tuple[str, str]:
+    """A prompt to continue and a text with a gap, for the commands that are suggested, from the held-out text."""
+    stream = corpus.heldout if corpus.heldout.num_documents else corpus.train
+    tokens = stream.document(0)
+    text = " ".join(corpus.tokenizer.decode(tokens).split())[:60]
+    question, separator, _ = text.partition(config.eval.separator)
+    asks = separator and {"exact_match", "decoding_orders"} & {*config.eval.evaluators, *config.eval.final}
+    prompt = question + separator if asks else next(filter(None, config.eval.prompts), text[:20])
+    middle = len(text) // 2
+    return prompt, f"{text[:middle - 6]}[[mask:4]]{text[middle + 6:]}"

@@ -69,7 +69,8 @@ def token_losses(
         to_chunks = lambda x: jnp.moveaxis(  # noqa: E731
             x.reshape(batch_size, num_chunks, chunk, *x.shape[2:]), 1, 0)
         from_chunks = lambda x: jnp.moveaxis(x, 0, 1)  # noqa: E731
-    chunks = _Chunks(*(to_chunks(jnp.asarray(x)) for x in (hidden_BLD, targets_BL, weights_BL)), jnp.asarray(num_chunks))
+    arrays = (to_chunks(jnp.asarray(x)) for x in (hidden_BLD, targets_BL, weights_BL))
+    chunks = _Chunks(*arrays, jnp.asarray(num_chunks))
     pure_head, head_params = jax.closure_convert(head, chunks.hidden[0])
     loss, ce, correct = _chunked_losses(pure_head, head_params, chunks)
     return loss, from_chunks(ce).reshape(targets_BL.shape), from_chunks(correct).reshape(targets_BL.shape)
@@ -134,8 +135,8 @@ def _chunk_loss(head, hidden: jax.Array, head_params: list[jax.Array], targets: 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] of logits [..., V] and int32 targets [...]: float32 [...] in nats.
 
-    Its backward pass is written out, softmax - onehot in one sweep: autodiff scatters the targets into a second array of
-    the size of the logits.
+    Its backward pass is written out, softmax - onehot in one sweep: autodiff scatters the targets into a second array
+    of the size of the logits.
     """
     return jax.nn.logsumexp(logits, axis=-1) - _take(logits, targets)
 

@@ -73,11 +73,12 @@ def leaves(outcome):
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, num_devices, optimizer):
-    whole, _ = run(tmp_path / "whole", num_devices, optimizer__name=optimizer)
-    half, _ = run(tmp_path / "parts", num_devices, optimizer__name=optimizer, train__stop_step=5)
-    assert (half.step, half.status) == (5, "stopped")
-    resumed, lines = run(tmp_path / "parts", num_devices, optimizer__name=optimizer)
-    assert (resumed.step, resumed.status) == (10, "finished")
+    changes = {"optimizer__name": optimizer, "train__steps": 60, "optimizer__decay_steps": 40}
+    whole, _ = run(tmp_path / "whole", num_devices, **changes)
+    half, _ = run(tmp_path / "parts", num_devices, **changes, train__stop_step=30)
+    assert (half.step, half.status) == (30, "stopped")
+    resumed, lines = run(tmp_path / "parts", num_devices, **changes)
+    assert (resumed.step, resumed.status) == (60, "finished")
     for a, b in zip(leaves(whole), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
