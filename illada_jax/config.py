@@ -175,6 +175,8 @@ class OptimizerConfig:
       adam_learning_rate: with `muon`, the constant rate of the parameters that Adam trains.
       muon_momentum: Muon's momentum.
       warmup_steps: steps of the linear warm-up from 0.
+      change_steps: steps at which the constant rate becomes another one (LLaDA's piecewise schedule), ascending.
+      changed_rates: the rates from those steps on.
       decay_start: step at which the decay starts; -1 puts its end at train.steps.
       decay_steps: steps of the decay; 0 never decays.
       decay_shape: `linear` or `cosine`.
@@ -191,6 +193,8 @@ class OptimizerConfig:
     adam_learning_rate: float = 1e-3
     muon_momentum: float = 0.95
     warmup_steps: int = 0
+    change_steps: tuple[int, ...] = ()
+    changed_rates: tuple[float, ...] = ()
     decay_start: int = -1
     decay_steps: int = 0
     decay_shape: Literal["linear", "cosine"] = "linear"
@@ -207,8 +211,13 @@ class OptimizerConfig:
                       "clip_norm")
         _unit_interval("optimizer", self, "b1", "b2", "muon_momentum")
         _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
-        _require(self.final_learning_rate <= self.learning_rate, "optimizer.final_learning_rate",
-                 self.final_learning_rate, f"must not exceed optimizer.learning_rate = {self.learning_rate}")
+        _require(len(self.change_steps) == len(self.changed_rates), "optimizer.changed_rates", self.changed_rates,
+                 f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
+        _require(all(rate > 0 for rate in self.changed_rates), "optimizer.changed_rates", self.changed_rates,
+                 "must be greater than 0")
+        last = (self.learning_rate, *self.changed_rates)[-1]
+        _require(self.final_learning_rate <= last, "optimizer.final_learning_rate", self.final_learning_rate,
+                 f"must not exceed the rate before the decay, {last}")
 
 
 @dataclass(frozen=True)
@@ -428,6 +437,9 @@ class Config:
                  f"must not exceed train.steps = {self.train.steps}")
         _require(self.optimizer.warmup_steps <= self.decay_start, "optimizer.warmup_steps", self.optimizer.warmup_steps,
                  f"must not exceed the step at which the decay starts, {self.decay_start}")
+        changes = (self.optimizer.warmup_steps, *self.optimizer.change_steps, self.decay_start)
+        _require(list(changes) == sorted(changes), "optimizer.change_steps", self.optimizer.change_steps,
+                 f"must ascend from the end of the warm-up, {changes[0]}, to the start of the decay, {changes[-1]}")
         if self.model.vocab_size:
             _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
                      f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")

@@ -65,8 +65,8 @@ def _example_prompts(config: Config, corpus: Corpus) -> tuple[str, str]:
     stream = corpus.heldout if corpus.heldout.num_documents else corpus.train
     tokens = stream.document(0)
     text = " ".join(corpus.tokenizer.decode(tokens).split())[:60]
-    question, separator, _ = text.partition(config.eval.separator)
-    asks = separator and {"exact_match", "decoding_orders"} & {*config.eval.evaluators, *config.eval.final}
-    prompt = question + separator if asks else next(filter(None, config.eval.prompts), text[:20])
+    question, separator, answer = text.partition(config.eval.separator)
+    if separator and {"exact_match", "decoding_orders"} & {*config.eval.evaluators, *config.eval.final}:
+        return question + separator, f"{question}{separator}[[mask:{len(corpus.tokenizer.encode(answer))}]]"
     middle = len(text) // 2
-    return prompt, f"{text[:middle - 6]}[[mask:4]]{text[middle + 6:]}"
+    return next(filter(None, config.eval.prompts), text[:20]), f"{text[:middle - 6]}[[mask:4]]{text[middle + 6:]}"

@@ -29,8 +29,11 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
 
 def suppress(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
+    size = logits_BQV.shape[-1]
+    if not ids and vocab_size in (None, size):
+        return logits_BQV
     ids_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
-    never_BQV = ids_BQV >= (logits_BQV.shape[-1] if vocab_size is None else vocab_size)
+    never_BQV = ids_BQV >= (size if vocab_size is None else vocab_size)
     for id_ in ids:
         never_BQV |= ids_BQV == id_
     return jnp.where(never_BQV, -jnp.inf, logits_BQV)

@@ -21,24 +21,25 @@ MUON_DIMENSIONS = {
 
 
 def make_schedule(config: Config, peak: float) -> optax.Schedule:
-    """Warm-up from 0, constant at `peak`, decay to the floor (iLLaDA paper, pre-training).
+    """Warm-up from 0, constant (in pieces, if asked for), decay to the floor (iLLaDA and LLaDA papers, pre-training).
 
     Args:
       config: the experiment; its `optimizer` section gives the shape.
-      peak: the constant rate; the floor keeps its ratio to config.optimizer.learning_rate.
+      peak: the first constant rate; all others keep their ratio to config.optimizer.learning_rate.
     """
     c = config.optimizer
-    floor = c.final_learning_rate / c.learning_rate
-    schedules = [optax.constant_schedule(peak)]
-    boundaries = []
+    scale = peak / c.learning_rate
+    schedules = [optax.constant_schedule(rate * scale) for rate in (c.learning_rate, *c.changed_rates)]
+    boundaries = list(c.change_steps)
     if c.warmup_steps:
         schedules.insert(0, optax.linear_schedule(0.0, peak, c.warmup_steps))
-        boundaries.append(c.warmup_steps)
+        boundaries.insert(0, c.warmup_steps)
     if c.decay_steps:
+        before, floor = (c.learning_rate, *c.changed_rates)[-1], c.final_learning_rate
         if c.decay_shape == "cosine":
-            schedules.append(optax.cosine_decay_schedule(peak, c.decay_steps, alpha=floor))
+            schedules.append(optax.cosine_decay_schedule(before * scale, c.decay_steps, alpha=floor / before))
         else:
-            schedules.append(optax.linear_schedule(peak, peak * floor, c.decay_steps))
+            schedules.append(optax.linear_schedule(before * scale, floor * scale, c.decay_steps))
         boundaries.append(config.decay_start)
     return optax.join_schedules(schedules, boundaries)
 

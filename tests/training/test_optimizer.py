@@ -1,0 +1,82 @@
+"""Schedules by hand values; what is decayed; what Muon acts on."""
+
+import jax
+import numpy as np
+import pytest
+
+from illada_jax import model
+from illada_jax.config import Config, ModelConfig, from_dict, to_dict
+from illada_jax.errors import ConfigError
+from illada_jax.training.optimizer import make_optimizer, make_schedule
+
+SMALL = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=32)
+
+
+def config_with(steps=100, **optimizer):
+    values = to_dict(Config(model=SMALL))
+    values["train"]["steps"] = steps
+    values["optimizer"] |= optimizer
+    return from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ({}, {0: 1e-3, 99: 1e-3}),
+        ({"warmup_steps": 10}, {0: 0.0, 5: 5e-4, 10: 1e-3, 99: 1e-3}),
+        ({"decay_steps": 40, "final_learning_rate": 1e-4}, {59: 1e-3, 60: 1e-3, 80: 5.5e-4, 100: 1e-4, 150: 1e-4}),
+        ({"decay_steps": 40, "decay_start": 20}, {20: 1e-3, 40: 5e-4, 60: 0.0, 99: 0.0}),
+        ({"decay_steps": 40, "decay_shape": "cosine", "final_learning_rate": 2e-4},
+         {60: 1e-3, 70: 2e-4 + 8e-4 * (1 + 0.5**0.5) / 2, 80: 6e-4, 100: 2e-4}),
+        ({"warmup_steps": 10, "change_steps": (30,), "changed_rates": (2e-4,), "decay_steps": 20,
+          "final_learning_rate": 1e-4}, {10: 1e-3, 29: 1e-3, 30: 2e-4, 79: 2e-4, 90: 1.5e-4, 100: 1e-4}),
+    ],
+)
+def test_the_schedule_has_its_hand_values(optimizer, expected):
+    config = config_with(**optimizer)
+    for peak in (1e-3, 5e-3):
+        schedule = make_schedule(config, peak)
+        for step, rate in expected.items():
+            np.testing.assert_allclose(schedule(step), rate * peak / 1e-3, rtol=1e-5, atol=1e-9, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"change_steps": (30,)}, "changed_rates"),
+        ({"change_steps": (30, 20), "changed_rates": (1e-4, 1e-5)}, "must ascend"),
+        ({"change_steps": (70,), "changed_rates": (1e-4,), "decay_steps": 40}, "start of the decay"),
+        ({"change_steps": (30,), "changed_rates": (1e-4,), "final_learning_rate": 2e-4}, "final_learning_rate"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_refused(optimizer, message):
+    with pytest.raises(ConfigError, match=message):
+        config_with(**optimizer)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_acts_on_matrices_only(name):
+    """With zero gradients all that an update can hold is the decay."""
+    config = config_with(name=name, weight_decay=0.5)
+    optimizer = make_optimizer(config)
+    shapes = jax.eval_shape(lambda: model.init_params(SMALL, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(lambda: optimizer.update(zeros, optimizer.init(params), params))()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        decayed = path[-1].key != "scale" and not (name == "muon" and path[-1].key == "embedding")
+        np.testing.assert_allclose(update, -5e-4 if decayed else 0.0, atol=1e-9, err_msg=str(path))
+
+
+def test_muon_makes_the_updates_of_layer_matrices_orthogonal():
+    """A matrix of random gradients becomes one whose singular values are all near one: per layer, input by output."""
+    config = config_with(name="muon", weight_decay=0.0, clip_norm=0.0, learning_rate=1.0)
+    optimizer = make_optimizer(config)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init_params(SMALL, jax.random.key(0)))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    updates, _ = jax.jit(lambda: optimizer.update(params, optimizer.init(params), params))()
+    q_DNH, o_NHD = updates["layers"]["attention"]["q"][0], updates["layers"]["attention"]["o"][1]
+    for matrix in (q_DNH.reshape(16, 16), o_NHD.reshape(16, 16), updates["layers"]["mlp"]["down"][0]):
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        assert singular.min() > 0.4 * singular.max()
