@@ -477,6 +477,14 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
+def from_saved(values: dict[str, Any]) -> Config:
+    """Like `from_dict` for a config that a run has saved: fields that are younger than it take their defaults."""
+    complete = to_dict(Config())
+    for key, value in values.items():
+        complete[key] = {**complete[key], **value} if isinstance(complete.get(key), dict) else value
+    return from_dict(complete)
+
+
 # What does not change the parameters of a model, only how they are computed.
 _COMPUTE_FIELDS = ("dtype", "remat", "attention", "scan_unroll", "init_std", "max_length")
 

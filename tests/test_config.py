@@ -79,6 +79,15 @@ def test_a_missing_key_is_refused():
         from_dict(values)
 
 
+def test_a_saved_config_may_lack_younger_fields_but_has_no_others():
+    values = to_dict(Config())
+    del values["optimizer"]["muon_momentum"]
+    assert config_lib.from_saved(values) == Config()
+    values["optimizer"]["lr"] = 1.0
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.lr: unknown key"):
+        config_lib.from_saved(values)
+
+
 def test_json_and_back_is_the_same_config():
     config = dataclasses.replace(Config(), seed=7)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from illada_jax.data.batch import Batch
 from illada_jax.diffusion.process import Corrupted
 
+NUM_BUCKETS = 10
+
 HeadFn = Callable[[jax.Array], jax.Array]
 
 
 class LossSums(NamedTuple):
-    """Sums over a batch, float32 scalars: add them over micro-batches, divide once.
+    """Sums over a batch, float32 scalars (and [K] by masking probability): add them up, divide once.
 
     Attributes:
       loss: Σ over masked of weight · CE / p, in nats.
@@ -25,6 +27,8 @@ class LossSums(NamedTuple):
       masked: number of masked tokens.
       maskable: number of maskable tokens.
       correct: number of masked tokens that the argmax predicts.
+      masked_K, ce_K, correct_K: the number of masked tokens, the sum of their unweighted cross-entropies in nats and
+        the number predicted, by masking probability: the k-th of NUM_BUCKETS equal parts of (0, 1].
     """
 
     loss: jax.Array
@@ -32,6 +36,9 @@ class LossSums(NamedTuple):
     masked: jax.Array
     maskable: jax.Array
     correct: jax.Array
+    masked_K: jax.Array
+    ce_K: jax.Array
+    correct_K: jax.Array
 
 
 def token_losses(
@@ -166,12 +173,23 @@ def loss_weights(batch: Batch, corrupted: Corrupted) -> jax.Array:
     return jnp.where(corrupted.masked_BL, batch.weights_BL / p_BL, 0.0)
 
 
-def loss_sums(loss: jax.Array, correct_BL: jax.Array, batch: Batch, corrupted: Corrupted) -> LossSums:
+def loss_sums(
+    loss: jax.Array, ce_BL: jax.Array, correct_BL: jax.Array, batch: Batch, corrupted: Corrupted
+) -> LossSums:
     """The sums of the objective, see LossSums, from what `token_losses` returns."""
+    masked_BL = corrupted.masked_BL
+    bucket_BL = jnp.clip(jnp.ceil(corrupted.p_BL * NUM_BUCKETS) - 1, 0, NUM_BUCKETS - 1).astype(jnp.int32)
+
+    def by_bucket(x_BL: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x_BL.reshape(-1), bucket_BL.reshape(-1), NUM_BUCKETS)
+
     return LossSums(
         loss=loss,
         weight=jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)),
-        masked=jnp.sum(corrupted.masked_BL, dtype=jnp.float32),
+        masked=jnp.sum(masked_BL, dtype=jnp.float32),
         maskable=jnp.sum(batch.maskable_BL, dtype=jnp.float32),
-        correct=jnp.sum(correct_BL & corrupted.masked_BL, dtype=jnp.float32),
+        correct=jnp.sum(correct_BL & masked_BL, dtype=jnp.float32),
+        masked_K=by_bucket(masked_BL.astype(jnp.float32)),
+        ce_K=by_bucket(jnp.where(masked_BL, ce_BL, 0.0)),
+        correct_K=by_bucket((correct_BL & masked_BL).astype(jnp.float32)),
     )

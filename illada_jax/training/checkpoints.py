@@ -161,7 +161,7 @@ def _open(path: epath.Path) -> tuple[epath.Path, Config, int]:
     meta = _read_json(path, "meta")
     if meta["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path}: format version {meta['format_version']}; this code reads {FORMAT_VERSION}")
-    return path, config_lib.from_dict(meta["config"]), int(path.name)
+    return path, config_lib.from_saved(meta["config"]), int(path.name)
 
 
 def _restore_params(directory: epath.Path, config: Config, dtype: jnp.dtype, mesh: Mesh | None) -> Any:

@@ -20,7 +20,7 @@ from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.tokenizer import Tokenizer
-from illada_jax.diffusion.loss import LossSums
+from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
@@ -61,7 +61,7 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     """
     path = workdir / "config.json"
     if path.exists():
-        return config_lib.from_dict(json.loads(path.read_text()))
+        return config_lib.from_saved(json.loads(path.read_text()))
     try:
         if workdir.exists() and any(workdir.iterdir()):
             raise InputError(f"{workdir}: neither empty nor a workdir (no config.json in it)")
@@ -179,15 +179,16 @@ class _Loop:
         """Fetches and writes the means over the steps since the last line, which ended with `step`."""
         fetched: list[StepMetrics] = jax.device_get(unlogged)
         now = time.perf_counter()
-        sums = LossSums(*(float(np.sum(values)) for values in zip(*(m.sums for m in fetched), strict=True)))
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *(m.sums for m in fetched))
         tokens = len(fetched) * self._config.data.batch_size * self._config.data.length
         metrics = {
-            "train/loss": sums.loss / max(sums.weight, 1e-30),
-            "train/accuracy": sums.correct / max(sums.masked, 1.0),
-            "train/mask_fraction": sums.masked / max(sums.maskable, 1.0),
+            "train/loss": float(sums.loss / max(sums.weight, 1e-30)),
+            "train/accuracy": float(sums.correct / max(sums.masked, 1.0)),
+            "train/mask_fraction": float(sums.masked / max(sums.maskable, 1.0)),
             "train/gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
             "train/learning_rate": float(self._schedule(step - 1)),
             "train/tokens_per_second": tokens / (now - self._log_started),
+            **_curve_over_time(sums),
         }
         self._log_started = now
         self._writer.write(step, metrics)
@@ -204,6 +205,19 @@ class _Loop:
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
             tqdm.write(f"step {step}: {text}")
         return results
+
+
+def _curve_over_time(sums: LossSums) -> dict[str, float]:
+    """Cross-entropy (nats) and accuracy on masked tokens by masking probability; the name holds the middle of the part.
+
+    A part in which nothing was masked has no entry.
+    """
+    curve = {}
+    for k in np.flatnonzero(sums.masked_K):
+        middle = (k + 0.5) / NUM_BUCKETS
+        curve[f"train_by_p/cross_entropy/{middle:.2f}"] = float(sums.ce_K[k] / sums.masked_K[k])
+        curve[f"train_by_p/accuracy/{middle:.2f}"] = float(sums.correct_K[k] / sums.masked_K[k])
+    return curve
 
 
 def _put(batch: Batch, rows_sharding: jax.sharding.NamedSharding) -> Batch:

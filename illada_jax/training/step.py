@@ -94,9 +94,11 @@ def loss_gradients(
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
         head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
-        loss, _, correct_BL = token_losses(head, hidden_BLD, part.tokens_BL, loss_weights(part, corrupted),
-                                           config.train.logits_chunk, compact)
-        sums = loss_sums(loss, correct_BL, part, corrupted)
+        weights_BL = loss_weights(part, corrupted)
+        loss, ce_BL, correct_BL = token_losses(
+            head, hidden_BLD, part.tokens_BL, weights_BL, config.train.logits_chunk, compact
+        )
+        sums = loss_sums(loss, ce_BL, correct_BL, part, corrupted)
         return sums.loss / total_weight, sums
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)

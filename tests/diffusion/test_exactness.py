@@ -128,7 +128,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
         head = lambda x: jnp.einsum("...D,DV->...V", x, matrix_DV)  # noqa: E731
         weights_BL = loss_weights(batch, corrupted)
         loss, ce_BL, correct_BL = token_losses(head, hidden_BLD, batch.tokens_BL, weights_BL, chunk, compact)
-        sums = loss_sums(loss, correct_BL, batch, corrupted)
+        sums = loss_sums(loss, ce_BL, correct_BL, batch, corrupted)
         return sums.loss / sums.weight, (ce_BL, sums.correct)
 
     def naive(hidden_BLD, matrix_DV):
@@ -165,3 +165,16 @@ def test_the_gradient_is_finite_where_nothing_is_masked(compact):
     weights_BL = loss_weights(batch, corrupted)
     grad = jax.grad(lambda x: token_losses(lambda h: h, x, batch.tokens_BL, weights_BL, 2, compact)[0])
     assert np.isfinite(grad(jnp.ones((1, 4, 3)))).all()
+
+
+def test_sums_by_masking_probability_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    batch = make_batch(rng.integers(0, 9, (4, 6), dtype=np.int32))
+    p_BL = np.array([0.05, 0.1, 0.11, 1.0], np.float32)[:, None] * np.ones((4, 6), np.float32)
+    masked_BL, correct_BL = rng.random((4, 6)) < 0.6, rng.random((4, 6)) < 0.5
+    ce_BL = rng.random((4, 6)).astype(np.float32)
+    sums = loss_sums(jnp.float32(0), ce_BL, correct_BL, batch, Corrupted(batch.tokens_BL, masked_BL, p_BL))
+    for bucket, rows in ((0, [0, 1]), (1, [2]), (9, [3]), (5, [])):
+        np.testing.assert_allclose(sums.masked_K[bucket], masked_BL[rows].sum())
+        np.testing.assert_allclose(sums.ce_K[bucket], (ce_BL * masked_BL)[rows].sum(), rtol=1e-5)
+        np.testing.assert_allclose(sums.correct_K[bucket], (correct_BL & masked_BL)[rows].sum())
