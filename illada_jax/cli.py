@@ -39,6 +39,8 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
+    except SyntaxError as error:
+        raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     # ml_collections reports an override that does not fit, or a config file that is not there, with these.
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error).splitlines()[0].strip("\"'")) from error

@@ -317,6 +317,8 @@ class EvalConfig:
     def __post_init__(self):
         _positive("eval", self, "every", "batch_size", "draws", "rows", "gaps", "gap_length")
         _not_negative("eval", self, "windows")
+        _require(bool(self.prompts), "eval.prompts", self.prompts, "give at least one, which may be empty")
+        _require(bool(self.separator), "eval.separator", self.separator, "must not be empty")
 
 
 @dataclass(frozen=True)

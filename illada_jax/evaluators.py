@@ -23,7 +23,7 @@ from illada_jax.data.pipeline import Pipeline
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
-from illada_jax.errors import ConfigError
+from illada_jax.errors import ConfigError, InputError
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import use_mesh
@@ -136,6 +136,9 @@ def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Ev
     tokenizer = corpus.tokenizer
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
     whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
+    if not len(whole):
+        raise InputError(f"the evaluator infill needs held-out windows of config.data.length = {config.data.length} "
+                         f"tokens, and {corpus.heldout.num_tokens} tokens are held out (config.data.heldout_fraction)")
     chosen = whole[np.linspace(0, len(whole) - 1, config.eval.rows + 2).astype(int)[1:-1]]
     passages = [windows.tokens_BL[row].tolist() for row in chosen]
     width, count = config.eval.gap_length, config.eval.gaps
@@ -209,6 +212,8 @@ def _questions(config: Config, corpus: Corpus) -> tuple[list[list[int]], list[st
     """Prompts as ids and answers as text, from the first `config.eval.rows` held-out documents."""
     separator = config.eval.separator
     prompts, answers = [], []
+    if not corpus.heldout.num_documents:
+        raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to ask")
     for index in range(min(config.eval.rows, corpus.heldout.num_documents)):
         text = corpus.tokenizer.decode(corpus.heldout.document(index))
         prompt, found, answer = text.partition(separator)

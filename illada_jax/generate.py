@@ -117,11 +117,14 @@ def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], set
 def read_prompts(path: pathlib.Path) -> list[str]:
     """The prompts of a JSONL file. Raises InputError with the number of a line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a prompt may hold U+2028.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"--input={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--input={path}: not UTF-8") from error
+    if lines == [""]:
+        raise InputError(f"--input={path}: has no lines")
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -132,8 +135,6 @@ def read_prompts(path: pathlib.Path) -> list[str]:
             raise InputError(f'{path}, line {number}: must be an object with a "prompt"') from error
         if not isinstance(prompts[-1], str):
             raise InputError(f'{path}, line {number}: "prompt" must be a text')
-    if not prompts:
-        raise InputError(f"--input={path}: has no lines")
     return prompts
 
 
@@ -144,7 +145,7 @@ def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     done = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
             same = prompts[record["index"]] == record["prompt"]

@@ -56,6 +56,10 @@ def run(arguments):
         (["--config.data.sources=('text:/nowhere/at/all',)"], "/nowhere/at/all"),
         (["--workdir=/dev/null/run"], "/dev/null/run"),
         (["--config.eval.final=('poems',)"], "'poems'; known: bits_per_byte"),
+        (["--config.init.checkpoint=/nowhere"], "/nowhere: not a checkpoint"),
+        (["--config.data.length=2000", "--config.model.max_length=2000", "--config.data.heldout_fraction=0.03"],
+         "held-out windows of config.data.length"),
+        (["--config.eval.final=('exact_match',)"], "config.eval.separator = '='"),
         (["--config.model.vocab_size=4000000", "--config.model.d_model=1000000"], "does not fit"),
         (["--colour=red"], "colour"),
         (["more"], "'more'"),
@@ -69,6 +73,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, tmp_path, changes, mess
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_a_broken_config_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    for name, message in (("broken.py", "broken.py, line 1: invalid syntax"), ("empty.py", "get_config")):
+        result = run([sys.executable, "-m", "illada_jax.main", f"--config={tmp_path / name}"])
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_a_missing_config_is_named():

@@ -131,11 +131,11 @@ def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh 
     return Loaded(config, params, tokenizer, step)
 
 
-def initial_params(path: str, config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Any:
-    """Params of another run to start from (`config.init.checkpoint`), float32, on `mesh`.
+def check_initial(path: str, config: Config, tokenizer: Tokenizer) -> None:
+    """Checks that a run may start from the params of `path` (`config.init.checkpoint`).
 
     Raises:
-      InputError: its architecture or its tokenizer is another.
+      InputError: it is no checkpoint, or its architecture or its tokenizer is another.
     """
     directory, theirs, _ = _open(epath.Path(path))
     ours, other = (config_lib.architecture(c.model) for c in (config, theirs))
@@ -146,6 +146,11 @@ def initial_params(path: str, config: Config, tokenizer: Tokenizer, mesh: Mesh) 
     if their_tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"config.init.checkpoint = {path}: it was trained with another tokenizer (fingerprint "
                          f"{their_tokenizer.fingerprint}, the corpus has {tokenizer.fingerprint})")
+
+
+def initial_params(path: str, mesh: Mesh) -> Any:
+    """Params of another run to start from, float32, on `mesh`; see `check_initial`."""
+    directory, theirs, _ = _open(epath.Path(path))
     return _restore_params(directory, theirs, jnp.dtype("float32"), mesh)
 
 

@@ -24,7 +24,7 @@ from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
-from illada_jax.training.checkpoints import Checkpoints, initial_params
+from illada_jax.training.checkpoints import Checkpoints, check_initial, initial_params
 from illada_jax.training.metrics import MetricWriter
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
@@ -61,7 +61,10 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     """
     path = workdir / "config.json"
     if path.exists():
-        return config_lib.from_saved(json.loads(path.read_text()))
+        try:
+            return config_lib.from_saved(json.loads(path.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not a config of a run: {error}") from error
     try:
         if workdir.exists() and any(workdir.iterdir()):
             raise InputError(f"{workdir}: neither empty nor a workdir (no config.json in it)")
@@ -105,6 +108,8 @@ def train(
       InputError: config, workdir, corpus or mesh do not fit together.
     """
     check_divisible(config, mesh)
+    if config.init.checkpoint:
+        check_initial(config.init.checkpoint, config, tokenizer)
     earlier = prepare_workdir(workdir, config, tokenizer)
     optimizer = make_optimizer(config)
     with use_mesh(mesh), Checkpoints(workdir, config, tokenizer, pipeline.fingerprint) as checkpoints:
@@ -119,7 +124,7 @@ def train(
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
             if config.init.checkpoint:
-                params = initial_params(config.init.checkpoint, config, tokenizer, mesh)
+                params = initial_params(config.init.checkpoint, mesh)
                 state = dataclasses.replace(state, params=params)
         with MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop:
             loop = _Loop(config, mesh, optimizer, checkpoints, writer, evaluators)

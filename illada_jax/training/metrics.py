@@ -24,8 +24,7 @@ class MetricWriter:
         if jax.process_index():
             return
         path = workdir / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start_step] \
-            if start_step and path.exists() else []
+        kept = _lines_up_to(path.read_text(), start_step) if start_step and path.exists() else []
         partial = workdir / "metrics.jsonl.partial"
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(path)
@@ -58,3 +57,15 @@ class MetricWriter:
             else:
                 self._events.add_scalar(name, value, step)
         self._events.flush()
+
+
+def _lines_up_to(text: str, step: int) -> list[str]:
+    """The lines of at most `step`. What is no line of metrics is dropped: a killed process may leave half of one."""
+    kept = []
+    for line in text.split("\n"):  # not splitlines: samples may hold U+2028
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return kept

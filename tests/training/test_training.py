@@ -60,7 +60,7 @@ def run(text_file, tmp_path_factory):
         pipeline = Pipeline(config, corpus)
         evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
         outcome = train(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators)
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
         return outcome, lines
 
     return run
@@ -152,6 +152,24 @@ def test_a_run_starts_from_the_params_of_another(run, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.state.params, second.state.params)
     with pytest.raises(InputError, match=r"another architecture: model\.d_ff: 32 → 48"):
         run(tmp_path / "third", init__checkpoint=str(tmp_path / "first"), model__d_ff=48)
+
+
+def test_what_a_killed_process_left_in_the_metrics_is_dropped(run, tmp_path):
+    run(tmp_path / "w", train__stop_step=4)
+    path = tmp_path / "w" / "metrics.jsonl"
+    before = path.read_text()
+    sample = json.dumps({"step": 4, "eval/samples": "a\u2028b"}, ensure_ascii=False)
+    path.write_text(f'{before}{sample}\n{{"step": 5, "tr')
+    _, lines = run(tmp_path / "w")
+    assert [line["step"] for line in lines] == [3, 4, 4, 6, 9, 10]
+    assert lines[2]["eval/samples"] == "a\u2028b"
+
+
+def test_a_broken_config_in_the_workdir_is_named(run, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text('{"mod')
+    with pytest.raises(InputError, match=r"w/config\.json: not a config of a run"):
+        run(tmp_path / "w")
 
 
 def test_a_workdir_of_another_config_is_refused(run, tmp_path):
