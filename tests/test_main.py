@@ -41,8 +41,9 @@ def command(place, *changes, config="experiments/quickstart.py", module="main"):
             *(f"--config.{key}={value}" for key, value in tiny.items()), *changes]
 
 
-def run(arguments):
-    return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def run(arguments, cwd=ROOT):
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +123,15 @@ def test_trained_stopped_resumed_and_used(place, tmp_path):
 
 
 def test_the_report_fills_gaps_and_writes_samples(place, tmp_path):
-    result = run(command(place, f"--workdir={tmp_path / 'w'}",
-                         "--config.eval.final=('bits_per_byte','infill','samples')"))
+    """Without --workdir, from another directory: what is written goes to workdirs/NAME there."""
+    result = run(command(place, "--config.eval.final=('bits_per_byte','infill','samples')",
+                         config=ROOT / "experiments" / "quickstart.py"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "workdirs" / "quickstart" / "checkpoints" / "4").is_dir()
+    generated = run([sys.executable, "-m", "illada_jax.generate", "--checkpoint=workdirs/quickstart", "--infill",
+                     "--prompt=mask [[mask:2]] time"], cwd=tmp_path)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("mask ")
     assert "bits per byte (bound ± standard error)" in result.stdout
     assert "gzip" in result.stdout
     assert result.stdout.count("⟦") == 2 + 3 * 2
