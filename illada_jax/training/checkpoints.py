@@ -63,7 +63,7 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+        self._manager = ocp.CheckpointManager(_absolute(workdir) / "checkpoints", options=options)
         self._meta = {
             "format_version": FORMAT_VERSION,
             "config": config_lib.to_dict(config),
@@ -154,9 +154,14 @@ def initial_params(path: str, mesh: Mesh) -> Any:
     return _restore_params(directory, theirs, jnp.dtype("float32"), mesh)
 
 
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax asks for absolute paths; `gs://…` is one, which `Path.absolute` does not know."""
+    return path if path.is_absolute() else path.absolute()
+
+
 def _open(path: epath.Path) -> tuple[epath.Path, Config, int]:
     """Finds the newest whole checkpoint at or below `path`: its (absolute) directory, config and step."""
-    path = path.resolve()  # Orbax asks for an absolute path
+    path = _absolute(path)
     if (path / "checkpoints").is_dir():
         steps = ocp.utils.checkpoint_steps(path / "checkpoints")
         if not steps:
