@@ -27,7 +27,6 @@ setup(
         "numpy",
         "optax",
         "orbax-checkpoint",
-        "rich",
         "sentencepiece",
         "tensorboardX",
         "tokenizers",
@@ -39,6 +38,7 @@ setup(
         "dev": ["ruff"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "eval": ["lm_eval"],
         "prepare": ["apache-beam"],
     },
 )

@@ -42,8 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.b2 = 0.99
     c.optimizer.weight_decay = 0.0
     c.optimizer.warmup_steps = 50
-    c.train.steps = 4000
-    c.optimizer.decay_steps = 3000
+    c.train.steps = 4400
+    c.optimizer.decay_steps = 3400
     c.checkpoint.every = 1000
 
     # Short blocks, a random order and some temperature: small models loop when they are greedy.
