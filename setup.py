@@ -23,6 +23,7 @@ setup(
         "flax",
         "grain",
         "jax",
+        "jinja2",
         "ml_collections",
         "numpy",
         "optax",

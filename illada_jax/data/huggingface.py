@@ -56,9 +56,9 @@ class HuggingFaceTokenizer(Tokenizer):
         description["normalizer"] = _without_unicode_normalizers(description.get("normalizer"))
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
         self._tokenizer.encode_special_tokens = True
-        self._never = frozenset(found.values()) | {token["id"] for token in added if token["special"]}
+        self._special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
+        self._never = frozenset(found.values()) | set(self._special_tokens.values())
         self._json = tokenizer_json
-        self._config = tokenizer_config
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -86,13 +86,15 @@ class HuggingFaceTokenizer(Tokenizer):
             return f"<{names[0] if names else token_id}>"
         return piece
 
-    def files(self) -> dict[str, bytes]:
+    @property
+    def special_tokens(self) -> dict[str, int]:
         """See Tokenizer."""
-        files = {"tokenizer.json": self._json,
-                 "special_ids.json": json.dumps({"kind": "huggingface", **self.special_ids}, indent=1).encode()}
-        if self._config is not None:
-            files["tokenizer_config.json"] = self._config
-        return files
+        return {**super().special_tokens, **self._special_tokens}
+
+    def vocabulary_files(self) -> dict[str, bytes]:
+        """See Tokenizer."""
+        return {"tokenizer.json": self._json,
+                "special_ids.json": json.dumps({"kind": "huggingface", **self.special_ids}, indent=1).encode()}
 
 
 def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]], names: Mapping[str, Any],

@@ -19,6 +19,7 @@ import sentencepiece
 from illada_jax.errors import ConfigError, InputError
 
 SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first that has a template decides
 _SPECIALS_FILE = "special_ids.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _HUGGING_FACE_FILE = "tokenizer.json"
@@ -38,6 +39,7 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: number of ids, special ones included.
       mask_id: id of MASK; `eos_id`, `bos_id`, `pad_id` likewise.
+      chat_files: those of CHAT_FILES that came with it, by name: what conversations look like, not what ids mean.
     """
 
     def __init__(self, vocab_size: int, special_ids: Mapping[str, int]):
@@ -49,6 +51,7 @@ class Tokenizer(abc.ABC):
         self.eos_id = special_ids["eos"]
         self.bos_id = special_ids["bos"]
         self.pad_id = special_ids["pad"]
+        self.chat_files: dict[str, bytes] = {}
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -68,14 +71,32 @@ class Tokenizer(abc.ABC):
         """A short name of an id, for display."""
 
     @abc.abstractmethod
+    def vocabulary_files(self) -> dict[str, bytes]:
+        """The files that decide what ids mean."""
+
     def files(self) -> dict[str, bytes]:
         """The files that make up the tokenizer; `tokenizer_from_files` is the inverse."""
+        return {**self.vocabulary_files(), **self.chat_files}
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """How special tokens are written in a chat template, and their ids. In text they are just text."""
+        return {self.id_to_piece(special_id): special_id for special_id in self.special_ids.values()}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations, or None; see `data/chat.py`.
+
+        Raises:
+          InputError: `tokenizer_config.json` is no JSON object.
+        """
+        return _chat_template(self.chat_files)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the tokenizer: a hash of its files."""
+        """Identifies what ids mean: a hash of the files that decide it."""
         digest = hashlib.sha256()
-        for name, content in sorted(self.files().items()):
+        for name, content in sorted(self.vocabulary_files().items()):
             digest.update(f"{name}:{len(content)}:".encode() + content)
         return digest.hexdigest()[:16]
 
@@ -109,7 +130,7 @@ class ByteTokenizer(Tokenizer):
         byte = token_id - self._OFFSET
         return chr(byte) if 0x20 <= byte < 0x7F else f"<0x{byte:02X}>"
 
-    def files(self) -> dict[str, bytes]:
+    def vocabulary_files(self) -> dict[str, bytes]:
         """See Tokenizer."""
         return {_SPECIALS_FILE: _specials_file("bytes", self.special_ids)}
 
@@ -152,6 +173,13 @@ class SentencePieceTokenizer(Tokenizer):
             if token_id < num_pieces:
                 self._bytes_of_id[token_id] = b""
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer."""
+        pieces = range(self._processor.get_piece_size())
+        controls = {self._processor.id_to_piece(i): i for i in pieces if self._processor.is_control(i)}
+        return {**controls, **super().special_tokens}
+
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
         if _BLANK not in text:
@@ -171,7 +199,7 @@ class SentencePieceTokenizer(Tokenizer):
                 return f"<{name}>"
         return self._processor.id_to_piece(token_id)
 
-    def files(self) -> dict[str, bytes]:
+    def vocabulary_files(self) -> dict[str, bytes]:
         """See Tokenizer."""
         return {_SENTENCEPIECE_FILE: self._model, _SPECIALS_FILE: _specials_file("sentencepiece", self.special_ids)}
 
@@ -228,9 +256,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         if path.is_dir():
             return tokenizer_from_files({f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.is_file()})
         files = {_SENTENCEPIECE_FILE if path.suffix == ".model" else _HUGGING_FACE_FILE: path.read_bytes()}
-        beside = path.parent / "tokenizer_config.json"
-        if path.suffix == ".json" and beside.is_file():
-            files[beside.name] = beside.read_bytes()
+        beside = (path.parent / name for name in CHAT_FILES)
+        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
         return tokenizer_from_files(files)
     except OSError as error:
         raise InputError(f"tokenizer {path}: {error.strerror}") from error
@@ -244,6 +271,14 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     Raises:
       InputError: the files are no tokenizer's.
     """
+    chat_files = {name: files[name] for name in CHAT_FILES if name in files}
+    _chat_template(chat_files)
+    tokenizer = _vocabulary_from_files(files)
+    tokenizer.chat_files = chat_files
+    return tokenizer
+
+
+def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     from illada_jax.data.huggingface import HuggingFaceTokenizer  # it subclasses Tokenizer
 
     special_ids = None
@@ -261,6 +296,20 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
         return ByteTokenizer()
     raise InputError(f"no tokenizer among {sorted(files)}: expected {_SENTENCEPIECE_FILE}, {_HUGGING_FACE_FILE} or "
                      f"{_SPECIALS_FILE}")
+
+
+def _chat_template(files: Mapping[str, bytes]) -> str | None:
+    try:
+        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        if "chat_template.jinja" in files:
+            return files["chat_template.jinja"].decode()
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{' or '.join(CHAT_FILES)}: no chat template can be read: {error}") from error
+    if not isinstance(template, str | None):
+        raise InputError("tokenizer_config.json: its chat_template is no text")
+    return template
 
 
 def _specials_file(kind: str, special_ids: Mapping[str, int]) -> bytes:

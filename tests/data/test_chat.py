@@ -1,0 +1,192 @@
+"""Chat templates: the rendering of the library, no special token out of what people wrote, one end token an answer."""
+
+import json
+
+import jinja2
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from illada_jax.data.chat import chat_format, encode_chat, encode_conversation
+from illada_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
+from illada_jax.errors import InputError
+
+CHATML = ("{% for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}\n"
+          "{% endfor %}\n{% if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' -}}\n{% endif %}")
+TRIMMING = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_end|>' }}"
+            "{% generation %}{{ m['content'] | trim }}{% endgeneration %}{{ '<|eot|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>' }}{% endif %}")
+NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+             "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}")
+# Forgets the thoughts of earlier turns, as reasoning models do.
+FORGETFUL = ("{% for m in messages %}{% set c = m.content %}"
+             "{% if m.role == 'assistant' and not loop.last %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}"
+             "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>' }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+TEMPLATES = {"chatml": CHATML, "trimming": TRIMMING, "no_system": NO_SYSTEM, "forgetful": FORGETFUL}
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|mdm_mask|>"]
+CHAT = [{"role": "user", "content": " What is 2 + 2?  "},
+        {"role": "assistant", "content": "<think>easy</think>\nFour, I think."},
+        {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes.\n"}]
+
+
+def vocabulary() -> str:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=SPECIALS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["user assistant\nWhat think is this? <|im_ <|"] * 9, trainer)
+    return tokenizer.to_str()
+
+
+def tokenizer_with(template: str):
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "mask_token": None, "chat_template": template}
+    return tokenizer_from_files({"tokenizer.json": vocabulary().encode(),
+                                 "tokenizer_config.json": json.dumps(config).encode()})
+
+
+def library_rendering(template: str, messages: list, add_generation_prompt: bool) -> list[int]:
+    """What jinja2 and `tokenizers` make of it: the text first, special tokens matched in all of it."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    plain = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    text = environment.from_string(plain).render(
+        messages=messages, add_generation_prompt=add_generation_prompt, bos_token="<s>", eos_token="</s>")
+    return tokenizers.Tokenizer.from_str(vocabulary()).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", ["chatml", "trimming", "forgetful"])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_renders_as_the_library_does(name, add_generation_prompt, turns):
+    got = encode_chat(tokenizer_with(TEMPLATES[name]), CHAT[:turns], add_generation_prompt)
+    assert got == library_rendering(TEMPLATES[name], CHAT[:turns], add_generation_prompt)
+
+
+@pytest.mark.parametrize("name", ["chatml", "trimming", "forgetful"])
+def test_renders_as_transformers_does(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer_with(TEMPLATES[name]).save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    system = [{"role": "system", "content": "Be brief.\n"}]
+    for messages in (CHAT[:1], CHAT, system + CHAT[:3]):
+        for prompt in (True, False):
+            want = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+            assert encode_chat(load_tokenizer(tmp_path), messages, prompt) == want
+
+
+@given(parts=st.lists(st.sampled_from([*SPECIALS, "<|im_", "start|>", "<", ">", "|", "s>", "<|eot", " ", "\n", "a",
+                                       "\U000f0000", "\U000f0001"]), max_size=6),
+       name=st.sampled_from(["bytes", "sentencepiece", *TEMPLATES]))
+@settings(max_examples=300, deadline=None)
+def test_what_people_write_never_becomes_a_special_token(many, parts, name):
+    tokenizer, content = many[name], "".join(parts)
+    turns = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text}]  # noqa: E731
+    specials = set(tokenizer.special_tokens.values())
+    only_specials = lambda ids: [i for i in ids if i in specials]  # noqa: E731
+    ids = encode_chat(tokenizer, turns(content), True)
+    assert only_specials(ids) == only_specials(encode_chat(tokenizer, turns("x"), True))
+    if name not in ("trimming", "no_system"):  # one trims, the other trims nothing but writes no end
+        assert content in tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return {"bytes": ByteTokenizer(), "sentencepiece": train_sentencepiece(["user assistant what"] * 9, 280),
+            **{name: tokenizer_with(template) for name, template in TEMPLATES.items()}}
+
+
+def test_default_template_by_hand():
+    tokenizer = ByteTokenizer()
+    bos, eos, text = tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "<eos>"},
+                {"role": "assistant", "content": "A"}]
+    head = [bos, *text("system"), bos, *text("S"), bos, *text("user"), bos, *text("<eos>"),
+            bos, *text("assistant"), bos]
+    assert encode_chat(tokenizer, messages[:2], True) == head
+    assert encode_chat(tokenizer, messages, False) == [*head, *text("A"), eos]
+    ids, is_answer = encode_conversation(tokenizer, messages)
+    assert ids == [*head, *text("A"), eos]
+    assert is_answer == [False] * len(head) + [True, True]
+
+
+@pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("trimming", "<|eot|>"), ("no_system", "</s>"),
+                                           ("forgetful", "<|im_end|>")])
+def test_each_answer_ends_with_one_end_token(name, end):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    end_id = tokenizer.special_tokens[end]
+    assert chat_format(tokenizer).end_id == end_id
+    ids, is_answer = encode_conversation(tokenizer, CHAT)
+    answers = [[]]
+    for token, flag in zip(ids, is_answer, strict=True):
+        if flag:
+            answers[-1].append(token)
+        elif answers[-1]:
+            answers.append([])
+    texts = [tokenizer.decode(answer).strip() for answer in answers]
+    first = "Four, I think." if name == "forgetful" else "<think>easy</think>\nFour, I think."
+    assert texts == [first, "Yes."]
+    assert all(answer[-1] == end_id and answer.count(end_id) == 1 for answer in answers)
+    assert ids[-1] == end_id
+
+
+def test_system_opens_the_first_user_turn_where_there_is_no_role_for_it():
+    tokenizer = tokenizer_with(NO_SYSTEM)
+    system = {"role": "system", "content": "Be brief."}
+    merged = [{"role": "user", "content": "Be brief.\n\nHi"}]
+    assert encode_chat(tokenizer, [system, {"role": "user", "content": "Hi"}], True) == library_rendering(
+        NO_SYSTEM, merged, True)
+    with pytest.raises(InputError, match="no system role"):
+        encode_chat(tokenizer, [system], True)
+
+
+def test_template_travels_with_the_tokenizer(tmp_path):
+    saved = tokenizer_with(CHATML)
+    saved.save(tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a").chat_template == CHATML
+    assert saved.fingerprint == tokenizer_with(TRIMMING).fingerprint  # the same ids: weights fit both
+    (tmp_path / "a" / "chat_template.jinja").write_text(TRIMMING)
+    assert load_tokenizer(tmp_path / "a").chat_template == TRIMMING
+    assert load_tokenizer(tmp_path / "a" / "tokenizer.json").chat_template == TRIMMING
+    ByteTokenizer().save(tmp_path / "b")
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    bytes_ = load_tokenizer(tmp_path / "b")
+    with pytest.raises(InputError, match="does not write what the assistant says"):
+        encode_chat(bytes_, CHAT[:1], True)
+
+
+@pytest.mark.parametrize(("messages", "message"), [
+    ([], "there are none"),
+    ("hello", "a list of objects"),
+    (["hello"], "message 1: must be an object"),
+    ([{"role": "user"}], "message 1: has no 'content'"),
+    ([{"role": "tool", "content": "x"}], "message 1: unknown role 'tool'"),
+    ([{"role": "user", "content": None}], "message 1: its content is no text"),
+    ([CHAT[0], {"role": "system", "content": "x"}], "message 2: a system message must come first"),
+])
+def test_bad_messages(messages, message):
+    with pytest.raises(InputError, match=message):
+        encode_chat(ByteTokenizer(), messages, True)
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for m in messages %}", "broken, line 1"),
+    ("{{ messages[0].content }}{{ messages[7].content + 'x' }}", "refuses"),
+    ("{{ messages[0].content.__class__.__mro__ }}{{ messages.append(1) }}", "refuses"),
+])
+def test_bad_templates(template, message):
+    with pytest.raises(InputError, match=message):
+        encode_chat(tokenizer_with(template), CHAT[:1], True)
+
+
+def test_unreadable_tokenizer_config():
+    with pytest.raises(InputError, match="no chat template can be read"):
+        tokenizer_from_files({"tokenizer.json": vocabulary().encode(), "tokenizer_config.json": b"[1]"})
+
+
+def test_conversation_without_an_answer():
+    with pytest.raises(InputError, match="no answer to learn"):
+        encode_conversation(ByteTokenizer(), CHAT[:1])
