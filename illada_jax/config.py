@@ -348,7 +348,7 @@ class DecodeConfig:
       eot_id: id of EoT (end of turn); -1 where there is none.
       boost: end-of-thinking boost (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
       boost_power: 3 in the paper, 1 for HumanEval.
-      boost_ids: ids of the end-of-thinking string.
+      boost_ids: ids of the end-of-thinking string; empty takes the tokenizer's for `</think>`.
       cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of
         all that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
       cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
@@ -392,7 +392,6 @@ class DecodeConfig:
         _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "must lie in (0, 1]")
         _require(self.length != "fixed" or self.max_new_tokens % self.block_length == 0, "decode.block_length",
                  self.block_length, f"must divide a fixed length (decode.max_new_tokens = {self.max_new_tokens})")
-        _require(not self.boost or bool(self.boost_ids), "decode.boost", self.boost, "needs decode.boost_ids")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ SETTINGS = [
     flags.DEFINE_float("temperature", None, "of the sampling; 0 is greedy"),
     flags.DEFINE_float("top_p", None, "sample from the most probable tokens of this mass"),
     flags.DEFINE_float("cfg_scale", None, "classifier-free guidance; 0 is none"),
+    flags.DEFINE_float("boost", None, "push towards </think> near the end of the budget; 0 is off, the paper uses 100"),
+    flags.DEFINE_float("boost_power", None, "how late that push sets in: 3 in the paper"),
     flags.DEFINE_enum("cache", None, ["none", "prefix", "dual"], "keep keys and values within a block (approximate)"),
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),

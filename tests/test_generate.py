@@ -40,6 +40,14 @@ def test_settings_override_the_checkpoint(lm):
     assert lm.generate(["abc"], cache="dual", cache_refresh=1) == lm.generate(["abc"])
 
 
+def test_the_boost_writes_end_of_thinking(lm):
+    """The push is towards the tokenizer's own ids, and strong enough at once to write them one after the other."""
+    result = lm.generate(["abc"], max_new_tokens=16, block_length=16, boost=1e6, boost_power=0.0)[0]
+    assert "</think>" in result.text and "</think>" not in lm.generate(["abc"])[0].text
+    assert result == lm.generate(["abc"], max_new_tokens=16, block_length=16, boost=1e6, boost_power=0.0,
+                                 boost_ids=tuple(TOKENIZER.encode("</think>")))[0]
+
+
 def test_given_text_survives_infilling(lm):
     texts = ["a [[mask:3]] b ü[[mask:1]]", "[[mask:20]]", "plain [[mask:2]]\n"]
     first, second, third = lm.infill(texts)

@@ -27,19 +27,27 @@ class LogitsFn(Protocol):
         """
 
 
+END_OF_THINKING = "</think>"
+
+
 class SpecialIds(NamedTuple):
-    """Ids with a meaning. vocab_size is the tokenizer's: the network's V may be larger, those ids are never chosen."""
+    """Ids with a meaning. vocab_size is the tokenizer's: the network's V may be larger, those ids are never chosen.
+
+    `end_of_thinking` is what the end-of-thinking boost pushes towards, unless the settings name other ids.
+    """
 
     mask: int
     eos: int
     bos: int
     pad: int
     vocab_size: int
+    end_of_thinking: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialIds":
         """The special ids of a `data.tokenizer.Tokenizer`."""
-        return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size)
+        return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size,
+                   tuple(tokenizer.encode(END_OF_THINKING)))
 
 
 def plain_logits_fn(function: Any) -> Partial:

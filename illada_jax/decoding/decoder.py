@@ -97,7 +97,10 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError("config.decode.suppressed_ids: leaves no token to choose")
     # LLaDA's public code removes EOS from its noisy logits only: without noise those are the logits themselves.
     last = {settings.eot_id} | ({ids.eos} if not settings.temperature else set())
-    boost = ThinkingBoost(settings.boost, settings.boost_power, settings.boost_ids)
+    boost = ThinkingBoost(settings.boost, settings.boost_power, settings.boost_ids or ids.end_of_thinking)
+    if settings.boost and not boost.ids:
+        raise ConfigError(f"config.decode.boost = {settings.boost!r}: needs config.decode.boost_ids: there is no "
+                          "tokenizer to ask for </think>")
     return Rules(
         block_length=settings.block_length,
         reveal=REVEALS[settings.reveal](settings),
