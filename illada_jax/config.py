@@ -186,6 +186,8 @@ class OptimizerConfig:
       eps: Adam's epsilon.
       weight_decay: decoupled weight decay, on matrices only (not on norms); with `muon` on those of the layers only.
       clip_norm: global norm that gradients are clipped to; 0 never clips.
+      ema_decay: a moving average of the params is kept with this decay, saved and used for evaluation and by whoever
+        loads a checkpoint; at step t the decay is at most (1 + t) / (10 + t). 0 keeps none and costs nothing.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -204,12 +206,14 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
 
     def __post_init__(self):
         _positive("optimizer", self, "learning_rate", "adam_learning_rate", "eps")
         _not_negative("optimizer", self, "warmup_steps", "decay_steps", "final_learning_rate", "weight_decay",
                       "clip_norm")
         _unit_interval("optimizer", self, "b1", "b2", "muon_momentum")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
         _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
         _require(len(self.change_steps) == len(self.changed_rates), "optimizer.changed_rates", self.changed_rates,
                  f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
@@ -230,6 +234,8 @@ class TrainConfig:
       microbatches: gradient accumulation: the global batch is computed in this many parts.
       logits_chunk: positions of a row whose logits exist at the same time in the loss; 0: the whole row.
       log_every: steps between lines of metrics.
+      plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
+      plateau_tolerance: the loss has stopped falling when it falls by less than this share in as many steps.
       tensorboard: write TensorBoard events into the workdir.
     """
 
@@ -238,11 +244,15 @@ class TrainConfig:
     microbatches: int = 1
     logits_chunk: int = 0
     log_every: int = 50
+    plateau_window: int = 10_000
+    plateau_tolerance: float = 0.005
     tensorboard: bool = True
 
     def __post_init__(self):
-        _positive("train", self, "steps", "microbatches", "log_every")
-        _not_negative("train", self, "stop_step", "logits_chunk")
+        _positive("train", self, "steps", "microbatches", "log_every", "plateau_tolerance")
+        _not_negative("train", self, "stop_step", "logits_chunk", "plateau_window")
+        _require(self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every, "train.plateau_window",
+                 self.plateau_window, f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0")
 
 
 @dataclass(frozen=True)
@@ -491,10 +501,10 @@ _COMPUTE_FIELDS = ("dtype", "remat", "attention", "scan_unroll", "init_std", "ma
 
 # What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
 RESUMABLE = (
-    "train.steps", "train.stop_step", "train.log_every", "train.tensorboard", "train.microbatches",
-    "train.logits_chunk", "mesh", "checkpoint", "eval", "decode", "data.cache_dir", "data.num_threads",
-    "model.remat", "model.attention", "model.scan_unroll", "optimizer.decay_start", "optimizer.decay_steps",
-    "optimizer.decay_shape", "optimizer.final_learning_rate",
+    "train.steps", "train.stop_step", "train.log_every", "train.plateau_window", "train.plateau_tolerance",
+    "train.tensorboard", "train.microbatches", "train.logits_chunk", "mesh", "checkpoint", "eval", "decode",
+    "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.scan_unroll",
+    "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_shape", "optimizer.final_learning_rate",
 )
 
 

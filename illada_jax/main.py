@@ -109,7 +109,7 @@ def main(_: list[str]) -> int:
         return EXIT_RESUMABLE
     results = dict(outcome.final)
     for evaluator in final.values():
-        results |= evaluator(outcome.state.params, outcome.step)
+        results |= evaluator(outcome.state.best_params, outcome.step)
     report.print_end(config, outcome, results, workdir, corpus)
     return 0
 

@@ -18,13 +18,13 @@ GIB = 2**30
 
 
 def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes of params, gradients (as params) and optimizer state on one device; activations come on top."""
+    """Bytes of params, gradients (as params), average and optimizer state on a device; activations come on top."""
     state = abstract_state(config, make_optimizer(config), mesh)
 
     def size(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    return 2 * size(state.params) + size(state.opt_state)
+    return 2 * size(state.params) + size(state.opt_state) + size(state.ema)
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:

@@ -21,7 +21,7 @@ class Component:
     """One prepared corpus of a mixture.
 
     Attributes:
-      name: its directory.
+      name: its directory; where it has prepared itself, its sources.
       train: its training stream.
       weight: share of the rows that come from it; all weights together are 1.
     """
@@ -70,14 +70,14 @@ def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
         if data.weights:
             raise ConfigError(f"config.data.weights = {data.weights!r}: weights are for prepared corpora "
                               "('prepared:DIR', see python -m illada_jax.prepare)")
-        return _open([_prepare_in_cache(data, progress)], ())
+        return _open([_prepare_in_cache(data, progress)], ["+".join(data.sources)], ())
     if len(prepared) != len(data.sources):
         raise ConfigError(f"config.data.sources = {data.sources!r}: prepared corpora and others do not mix; prepare "
                           "the others too (python -m illada_jax.prepare)")
-    return _open(prepared, data.weights)
+    return _open(prepared, list(map(str, prepared)), data.weights)
 
 
-def _open(directories: list[pathlib.Path], weights: tuple[float, ...]) -> Corpus:
+def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[float, ...]) -> Corpus:
     opened = [shards.open_shards(directory) for directory in directories]
     manifests, tokenizers, streams = zip(*opened, strict=True)
     for directory, tokenizer in zip(directories, tokenizers, strict=True):
@@ -91,7 +91,7 @@ def _open(directories: list[pathlib.Path], weights: tuple[float, ...]) -> Corpus
     single = len(opened) == 1
     return Corpus(
         tokenizer=tokenizers[0],
-        components=tuple(map(Component, map(str, directories), train, weights)),
+        components=tuple(map(Component, names, train, weights)),
         train=TokenStream.concatenate(train),
         heldout=TokenStream.concatenate([of_split["heldout"] for of_split in streams]),
         statistics=manifests[0].statistics if single else {},

@@ -4,6 +4,7 @@ What a row holds is a function of (data config, seed, step, row) alone. A host a
 a resumed run asks for the step at which it stopped; nothing is saved to make that work.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -68,10 +69,12 @@ class Pipeline:
         yield from steps.to_iter_dataset(threads)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each corpus has been gone through after `step` steps, by name."""
+        """How often each corpus has been gone through after `step` steps, by the part of its name that is its own."""
+        names = [os.path.abspath(component.name) for component in self._components]
+        parent = os.path.commonpath([os.path.dirname(name) for name in names])
         counts = self._mixture.counts(step * self._data.batch_size)
-        return {component.name: count / windows
-                for component, count, windows in zip(self._components, counts, self._num_windows, strict=True)}
+        return {os.path.relpath(name, parent): count / windows
+                for name, count, windows in zip(names, counts, self._num_windows, strict=True)}
 
     def heldout_windows(self, stream: TokenStream, length: int, count: int) -> Batch:
         """Windows of a held-out stream, as a Batch [N, length].

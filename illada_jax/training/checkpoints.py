@@ -1,7 +1,9 @@
 """Checkpoints: whole (design, law 6), asynchronous, restorable on any mesh.
 
 A checkpoint `WORKDIR/checkpoints/STEP/` holds `params`, `optimizer` (with the step), `meta` (format version, config,
-corpus) and `tokenizer` (its files): decoding needs nothing else and reads the params only.
+corpus) and `tokenizer` (its files): decoding needs nothing else and reads the params only. Runs that average their
+params (config.optimizer.ema_decay) also have `ema`: whoever loads a model for use (decoding, scoring, the start of
+another run) gets the average where there is one; only resuming reads both.
 """
 
 import base64
@@ -21,7 +23,7 @@ from illada_jax.config import Config
 from illada_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
-from illada_jax.training.step import TrainState
+from illada_jax.training.step import TrainState, fresh_average
 
 FORMAT_VERSION = 1
 BEST_METRIC = "eval/bits_per_byte"
@@ -64,6 +66,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(_absolute(workdir) / "checkpoints", options=options)
+        self._config = config
         self._meta = {
             "format_version": FORMAT_VERSION,
             "config": config_lib.to_dict(config),
@@ -86,34 +89,44 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept."""
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
+        average = {} if state.ema is None else {"ema": ocp.args.StandardSave(state.ema)}
         self._manager.save(step, metrics=known, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             meta=ocp.args.JsonSave(self._meta),
             tokenizer=ocp.args.JsonSave(self._tokenizer_files),
+            **average,
         ))
 
     def restore(self, abstract: TrainState) -> TrainState:
         """Restores the newest checkpoint onto the shardings of `abstract`.
 
+        An average that `abstract` asks for and the checkpoint lacks starts at its params.
+
         Raises:
           InputError: the workdir was trained on another corpus.
         """
         step = self.latest_step
+        has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
+        average = {"ema": ocp.args.StandardRestore(abstract.ema)} if has_average else {}
         restored = self._manager.restore(step, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
             meta=ocp.args.JsonRestore(),
+            **average,
         ))
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "
                 f"{restored.meta['corpus_fingerprint']}, now {self._meta['corpus_fingerprint']}); use another workdir")
-        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"])
+        ema = restored.ema if has_average else fresh_average(self._config, restored.params)
+        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"], ema)
 
 
 def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """Loads params, config and tokenizer of a workdir (its newest checkpoint) or of one checkpoint; no optimizer.
+
+    The params are the moving average where the run has kept one.
 
     Args:
       path: the workdir or `WORKDIR/checkpoints/STEP`.
@@ -149,7 +162,7 @@ def check_initial(path: str, config: Config, tokenizer: Tokenizer) -> None:
 
 
 def initial_params(path: str, mesh: Mesh) -> Any:
-    """Params of another run to start from, float32, on `mesh`; see `check_initial`."""
+    """Params of another run to start from (its average if it has one), float32, on `mesh`; see `check_initial`."""
     directory, theirs, _ = _open(epath.Path(path))
     return _restore_params(directory, theirs, jnp.dtype("float32"), mesh)
 
@@ -183,7 +196,7 @@ def _restore_params(directory: epath.Path, config: Config, dtype: jnp.dtype, mes
         shardings = sharding.param_shardings(mesh, model.param_axes(config.model))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory / "params", target)
+        return checkpointer.restore(directory / ("ema" if (directory / "ema").is_dir() else "params"), target)
 
 
 def _read_json(directory: epath.Path, item: str) -> Any:

@@ -20,14 +20,14 @@ from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.tokenizer import Tokenizer
-from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints, check_initial, initial_params
-from illada_jax.training.metrics import MetricWriter
+from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
-from illada_jax.training.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
+from illada_jax.training.plateau import PlateauWatch, advice
+from illada_jax.training.step import StepMetrics, TrainState, abstract_state, fresh_average, init_state, make_train_step
 
 # Evaluators see params and step and return numbers and texts by name.
 Evaluator = Callable[[Any, int], dict[str, float | str]]
@@ -125,31 +125,42 @@ def train(
             state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
             if config.init.checkpoint:
                 params = initial_params(config.init.checkpoint, mesh)
-                state = dataclasses.replace(state, params=params)
+                state = dataclasses.replace(state, params=params, ema=fresh_average(config, params))
         with MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop:
-            loop = _Loop(config, mesh, optimizer, checkpoints, writer, evaluators)
-            return loop.run(state, start, pipeline, told_to_stop)
+            loop = _Loop(config, mesh, optimizer, pipeline, checkpoints, writer, evaluators)
+            loop.remember(read_lines(workdir, start - config.train.plateau_window, start))
+            return loop.run(state, start, told_to_stop)
 
 
 class _Loop:
     """The state of `train` between steps: what has been dispatched, logged, evaluated and saved."""
 
-    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, checkpoints: Checkpoints,
-                 writer: MetricWriter, evaluators: dict[str, Evaluator]):
+    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, pipeline: Pipeline,
+                 checkpoints: Checkpoints, writer: MetricWriter, evaluators: dict[str, Evaluator]):
         self._config = config
         self._mesh = mesh
+        self._pipeline = pipeline
         self._step_fn = make_train_step(config, optimizer, mesh)
         self._schedule = make_schedule(config, config.optimizer.learning_rate)
         self._checkpoints = checkpoints
         self._writer = writer
         self._evaluators = evaluators
+        self._plateau = PlateauWatch.of(config)
+        self._told = False
         self._log_started = time.perf_counter()
 
-    def run(self, state: TrainState, start: int, pipeline: Pipeline, told_to_stop: Callable[[], bool]) -> Outcome:
+    def remember(self, lines: list[dict[str, Any]]) -> None:
+        """Takes in the lines of metrics that an earlier life of the run has written."""
+        for line in lines:
+            if "train/loss" in line:
+                self._plateau.add(line["step"], *sums_of_curve(line))
+
+    def run(self, state: TrainState, start: int, told_to_stop: Callable[[], bool]) -> Outcome:
+        """Trains from step `start` on, see `train`."""
         c = self._config
         stop = c.train.stop_step or c.train.steps
         rows_sharding = sharding.batch_sharding(self._mesh)
-        batches = pipeline.iterate(start, local_rows(rows_sharding, c.data.batch_size))
+        batches = self._pipeline.iterate(start, local_rows(rows_sharding, c.data.batch_size))
         unlogged: list[StepMetrics] = []
         results: dict[str, float | str] = {}
         saved = step = start
@@ -193,9 +204,16 @@ class _Loop:
             "train/gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
             "train/learning_rate": float(self._schedule(step - 1)),
             "train/tokens_per_second": tokens / (now - self._log_started),
-            **_curve_over_time(sums),
+            **{f"data_epochs/{name}": count for name, count in self._pipeline.epochs(step).items()},
+            **curve_over_p(sums),
         }
         self._log_started = now
+        trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
+        if trend is not None:
+            metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
+            if trend.stopped and not self._told:
+                tqdm.write(advice(step, trend))
+            self._told = trend.stopped
         self._writer.write(step, metrics)
         bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
 
@@ -203,26 +221,13 @@ class _Loop:
         results: dict[str, float | str] = {}
         for name, evaluator in self._evaluators.items():
             bar.set_postfix_str(f"evaluating {name}")
-            results |= evaluator(state.params, step)
+            results |= evaluator(state.best_params, step)
         if results:
             self._writer.write(step, results)
         for name, value in results.items():
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
             tqdm.write(f"step {step}: {text}")
         return results
-
-
-def _curve_over_time(sums: LossSums) -> dict[str, float]:
-    """Cross-entropy (nats) and accuracy on masked tokens by masking probability; the name holds the middle of the part.
-
-    A part in which nothing was masked has no entry.
-    """
-    curve = {}
-    for k in np.flatnonzero(sums.masked_K):
-        middle = (k + 0.5) / NUM_BUCKETS
-        curve[f"train_by_p/cross_entropy/{middle:.2f}"] = float(sums.ce_K[k] / sums.masked_K[k])
-        curve[f"train_by_p/accuracy/{middle:.2f}"] = float(sums.correct_K[k] / sums.masked_K[k])
-    return curve
 
 
 def _put(batch: Batch, rows_sharding: jax.sharding.NamedSharding) -> Batch:

@@ -5,7 +5,10 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+
+from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
 
 
 class MetricWriter:
@@ -24,7 +27,7 @@ class MetricWriter:
         if jax.process_index():
             return
         path = workdir / "metrics.jsonl"
-        kept = _lines_up_to(path.read_text(), start_step) if start_step and path.exists() else []
+        kept = [line for line, content in _lines(path) if content["step"] <= start_step] if start_step else []
         partial = workdir / "metrics.jsonl.partial"
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(path)
@@ -59,13 +62,44 @@ class MetricWriter:
         self._events.flush()
 
 
-def _lines_up_to(text: str, step: int) -> list[str]:
-    """The lines of at most `step`. What is no line of metrics is dropped: a killed process may leave half of one."""
-    kept = []
-    for line in text.split("\n"):  # not splitlines: samples may hold U+2028
+def read_lines(workdir: epath.Path, after: int, up_to: int) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` of the steps after < step <= up_to, in order; none where there is no file."""
+    return [content for _, content in _lines(workdir / "metrics.jsonl") if after < content["step"] <= up_to]
+
+
+def curve_over_p(sums: LossSums) -> dict[str, float]:
+    """Cross-entropy (nats) and accuracy on masked tokens, and their number, by masking probability.
+
+    The name of a metric holds the middle of the part; a part in which nothing was masked has none.
+    """
+    curve = {}
+    for k in np.flatnonzero(sums.masked_K):
+        curve[f"train_by_p/masked_tokens/{_middle(k)}"] = float(sums.masked_K[k])
+        curve[f"train_by_p/cross_entropy/{_middle(k)}"] = float(sums.ce_K[k] / sums.masked_K[k])
+        curve[f"train_by_p/accuracy/{_middle(k)}"] = float(sums.correct_K[k] / sums.masked_K[k])
+    return curve
+
+
+def sums_of_curve(metrics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(masked_K, ce_K) of LossSums from what `curve_over_p` wrote; a line of older runs has no numbers: zeros."""
+    middles = [_middle(k) for k in range(NUM_BUCKETS)]
+    masked_K = np.array([metrics.get(f"train_by_p/masked_tokens/{middle}", 0.0) for middle in middles])
+    mean_K = np.array([metrics.get(f"train_by_p/cross_entropy/{middle}", 0.0) for middle in middles])
+    return masked_K, masked_K * mean_K
+
+
+def _middle(k: int) -> str:
+    return f"{(k + 0.5) / NUM_BUCKETS:.2f}"
+
+
+def _lines(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines as text and parsed. What is no line of metrics is dropped: a killed process may leave half of one."""
+    lines = []
+    for line in path.read_text().split("\n") if path.exists() else ():  # not splitlines: samples may hold U+2028
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            content = json.loads(line)
+            if isinstance(content["step"], int):
+                lines.append((line, content))
         except (ValueError, TypeError, KeyError):
             continue
-    return kept
+    return lines

@@ -26,11 +26,18 @@ class TrainState:
       step: int32 scalar, the number of steps taken.
       params: float32 params of the model.
       opt_state: the optax state.
+      ema: moving average of the params, float32; None where config.optimizer.ema_decay is 0.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def best_params(self) -> Any:
+        """What is evaluated and used: the moving average if there is one, else the params."""
+        return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
@@ -43,7 +50,12 @@ class StepMetrics(NamedTuple):
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; jit it with `state_shardings` so that it is born sharded."""
     params = model.init_params(config.model, key_for(config.seed, Purpose.PARAMS))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), fresh_average(config, params))
+
+
+def fresh_average(config: Config, params: Any) -> Any:
+    """A moving average that starts at `params` (a copy: both are donated); None where none is kept."""
+    return jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -51,7 +63,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     params = sharding.param_shardings(mesh, model.param_axes(config.model))
     shardings = TrainState(
-        step=sharding.replicated(mesh), params=params, opt_state=sharding.like_params(mesh, shapes.opt_state, params)
+        step=sharding.replicated(mesh), params=params, opt_state=sharding.like_params(mesh, shapes.opt_state, params),
+        ema=None if shapes.ema is None else params,
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -70,7 +83,12 @@ def make_train_step(
         grads, sums = loss_gradients(config, state.params, batch, corrupted, compact=mesh.size == 1)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, optax.tree.norm(grads))
+        ema = state.ema
+        if ema is not None:
+            # Early on the average is young: without the bound it would hold on to the random initial params.
+            decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        return TrainState(state.step + 1, params, opt_state, ema), StepMetrics(sums, optax.tree.norm(grads))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     return jax.jit(

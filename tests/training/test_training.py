@@ -6,73 +6,21 @@ import json
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
-from illada_jax.config import Config, from_dict, to_dict
+from illada_jax.config import DataConfig, from_dict
 from illada_jax.data.corpus import open_corpus
-from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.preparing import Settings, prepare
 from illada_jax.errors import InputError
-from illada_jax.evaluators import make_evaluators, ratio_and_stderr
-from illada_jax.main import resolve
-from illada_jax.parallel.mesh import make_mesh
+from illada_jax.evaluators import ratio_and_stderr
 from illada_jax.training.checkpoints import load_inference
-from illada_jax.training.loop import train
-
-WORDS = ["mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end"]
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (path / f"{i:02}.txt").write_text(" ".join(rng.choice(WORDS, 120)) + ".\n")
-    return path
-
-
-def make_config(text_file, cache_dir, **changes) -> Config:
-    """A tiny experiment; `changes` are `section__field=value`."""
-    values = to_dict(Config())
-    values["data"] |= {"sources": (f"text:{text_file}",), "tokenizer": "bytes", "cache_dir": str(cache_dir),
-                       "length": 32, "batch_size": 8, "heldout_fraction": 0.2}
-    values["model"] |= {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
-                        "head_dim": 8, "d_ff": 32, "max_length": 64}
-    values["train"] |= {"steps": 10, "log_every": 3, "tensorboard": False}
-    values["optimizer"] |= {"learning_rate": 3e-3, "warmup_steps": 2, "decay_steps": 4}
-    values["eval"] |= {"evaluators": (), "windows": 8}
-    values["checkpoint"] |= {"every": 1000}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        assert name in values[section]
-        values[section][name] = value
-    return from_dict(values)
-
-
-@pytest.fixture
-def run(text_file, tmp_path_factory):
-    """run(workdir, num_devices, **changes) trains and returns (outcome, metrics lines)."""
-
-    def run(workdir, num_devices=1, **changes):
-        config = make_config(text_file, tmp_path_factory.getbasetemp() / "cache", **changes)
-        mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-        corpus = open_corpus(config.data)
-        config = resolve(config, corpus.tokenizer)
-        pipeline = Pipeline(config, corpus)
-        evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
-        outcome = train(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators)
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
-        return outcome, lines
-
-    return run
 
 
 def leaves(outcome):
     return [np.asarray(x) for x in jax.tree.leaves(outcome.state)]
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, num_devices, optimizer):
+@pytest.mark.parametrize(("optimizer", "num_devices"), [("adamw", 1), ("muon", 8)])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, optimizer, num_devices):
     changes = {"optimizer__name": optimizer, "train__steps": 60, "optimizer__decay_steps": 40}
     whole, _ = run(tmp_path / "whole", num_devices, **changes)
     half, _ = run(tmp_path / "parts", num_devices, **changes, train__stop_step=30)
@@ -131,6 +79,18 @@ def test_it_learns_and_the_bound_is_reported(run, tmp_path):
     assert 0 < evaluations[-1]["eval/bits_per_byte_stderr"] < 1
     assert outcome.final["eval/bits_per_byte"] == evaluations[-1]["eval/bits_per_byte"]
     assert {"train/loss", "train/tokens_per_second"} <= lines[0].keys()
+
+
+def test_the_epochs_of_every_corpus_are_reported(run, tmp_path, text_file):
+    sizes = {}
+    for name, part in (("first", "0"), ("second", "1")):
+        files = tuple(f"text:{path}" for path in sorted(text_file.glob(f"{part}*.txt")))
+        prepare(Settings(files, "bytes", 0, 0.0), tmp_path / name, progress=False)
+        sizes[name] = open_corpus(DataConfig(sources=(f"prepared:{tmp_path / name}",))).train.num_tokens
+    sources = tuple(f"prepared:{tmp_path / name}" for name in sizes)
+    _, lines = run(tmp_path / "w", data__sources=sources, data__weights=(0.75, 0.25), data__heldout_fraction=0.0)
+    for (name, size), rows in zip(sizes.items(), (60, 20), strict=True):
+        assert lines[-1][f"data_epochs/{name}"] == pytest.approx(rows / -(-size // 32))
 
 
 def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
