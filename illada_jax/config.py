@@ -100,18 +100,20 @@ class DataConfig:
 
     Attributes:
       sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources.py` lists the kinds.
-        `prepared:DIR` is what `python -m illada_jax.prepare` wrote.
+        `prepared:DIR` is what `python -m illada_jax.prepare` wrote. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`,
+        see `illada_jax/data/examples.py`.
       weights: shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by
         their number of tokens.
       tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
-        Hugging Face `tokenizer.json`. A prepared corpus brings its own.
+        Hugging Face `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. A
+        prepared corpus brings its own.
       tokenizer_vocab_size: size of a tokenizer that is trained here, special ids included.
       heldout_fraction: share of the documents, chosen by hash, that training never sees. A prepared corpus brings its
         own split.
       cache_dir: where small corpora are prepared, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
       length: tokens of a training window (L).
       batch_size: rows of the global batch (B).
-      isolate_documents: documents inside a window are segments of their own.
+      isolate_documents: documents (fine-tuning: examples) inside a window are segments of their own.
       random_length_probability: probability that what `random_length_of` says is cut to a length drawn from
         1 … length, the tail padded (LLaDA: 0.01 of the batches). What is cut off is skipped in that epoch.
       random_length_of: `batch` (one length for all its rows) or `row`.
@@ -141,6 +143,29 @@ class DataConfig:
                      f"needs a weight for each of the {len(self.sources)} sources")
             _require(min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6, "data.weights", self.weights,
                      "must be greater than 0 and sum to 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning (iLLaDA and LLaDA papers, supervised fine-tuning), see `illada_jax/data/finetuning.py`.
+
+    Attributes:
+      format: `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and
+        everything may be masked. `llada`: an example a row, the prompt is never masked, the answer is padded with EOS
+        to the longest row of the global batch, and each row weighs 1.
+      over_length: what happens to an example longer than data.length: `split` (over several windows or rows),
+        `truncate` (its end is lost) or `drop`. Truncated and dropped examples are counted.
+      bucket: with `llada`, rows are as long as a multiple of it, so that few shapes are compiled.
+      strict: refuse a source with a bad example instead of leaving it out and counting it.
+    """
+
+    format: Literal["none", "illada", "llada"] = "none"
+    over_length: Literal["split", "truncate", "drop"] = "split"
+    bucket: int = 64
+    strict: bool = False
+
+    def __post_init__(self):
+        _positive("sft", self, "bucket")
 
 
 @dataclass(frozen=True)
@@ -179,6 +204,7 @@ class OptimizerConfig:
       changed_rates: the rates from those steps on.
       decay_start: step at which the decay starts; -1 puts its end at train.steps.
       decay_steps: steps of the decay; 0 never decays.
+      decay_fraction: instead of decay_steps, the last share of the run that decays (iLLaDA's fine-tuning: 0.1).
       decay_shape: `linear` or `cosine`.
       final_learning_rate: the floor that the decay reaches.
       b1: Adam's first decay rate.
@@ -199,6 +225,7 @@ class OptimizerConfig:
     changed_rates: tuple[float, ...] = ()
     decay_start: int = -1
     decay_steps: int = 0
+    decay_fraction: float = 0.0
     decay_shape: Literal["linear", "cosine"] = "linear"
     final_learning_rate: float = 0.0
     b1: float = 0.9
@@ -212,8 +239,10 @@ class OptimizerConfig:
         _positive("optimizer", self, "learning_rate", "adam_learning_rate", "eps")
         _not_negative("optimizer", self, "warmup_steps", "decay_steps", "final_learning_rate", "weight_decay",
                       "clip_norm")
-        _unit_interval("optimizer", self, "b1", "b2", "muon_momentum")
+        _unit_interval("optimizer", self, "b1", "b2", "muon_momentum", "decay_fraction")
         _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
+        _require(not (self.decay_fraction and self.decay_steps), "optimizer.decay_fraction", self.decay_fraction,
+                 f"is given instead of optimizer.decay_steps = {self.decay_steps}: one of them must be 0")
         _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
         _require(len(self.change_steps) == len(self.changed_rates), "optimizer.changed_rates", self.changed_rates,
                  f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
@@ -229,7 +258,8 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-      steps: optimizer steps of the whole run.
+      steps: optimizer steps of the whole run; 0 where `epochs` decides.
+      epochs: fine-tuning: how often the run goes through its examples, which decides the steps; 0: steps decides.
       stop_step: save and stop cleanly at this step, the schedule unchanged; 0 runs to the end.
       microbatches: gradient accumulation: the global batch is computed in this many parts.
       logits_chunk: positions of a row whose logits exist at the same time in the loss; 0: the whole row.
@@ -240,6 +270,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    epochs: int = 0
     stop_step: int = 0
     microbatches: int = 1
     logits_chunk: int = 0
@@ -249,8 +280,10 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
-        _positive("train", self, "steps", "microbatches", "log_every", "plateau_tolerance")
-        _not_negative("train", self, "stop_step", "logits_chunk", "plateau_window")
+        _positive("train", self, "microbatches", "log_every", "plateau_tolerance")
+        _not_negative("train", self, "steps", "epochs", "stop_step", "logits_chunk", "plateau_window")
+        _require(self.steps > 0 or self.epochs > 0, "train.steps", self.steps,
+                 "must be greater than 0, or train.epochs must be")
         _require(self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every, "train.plateau_window",
                  self.plateau_window, f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0")
 
@@ -300,6 +333,7 @@ class EvalConfig:
 
     Attributes:
       every: steps between evaluations; the last step is always evaluated.
+      every_epochs: the same in epochs, where train.epochs decides the steps; 0: `every` decides.
       evaluators: names of those that run at every evaluation.
       final: names of those that run once more, after the last step, for the closing report.
       batch_size: rows per evaluation batch.
@@ -310,9 +344,13 @@ class EvalConfig:
       gap_length: tokens of a gap.
       prompts: prompts of `samples`, in turn; an empty string starts from nothing.
       separator: `exact_match` takes a held-out document up to and with it as the prompt, the rest as the answer.
+        Fine-tuning examples know their answers.
+      scorer: how `exact_match` compares, see `illada_jax/data/scorers.py`: `exact`, `numeric` (the last number) or
+        `package.module:function`, called as function(prompt, answer, reference).
     """
 
     every: int = 1000
+    every_epochs: float = 0.0
     evaluators: tuple[str, ...] = ("bits_per_byte",)
     final: tuple[str, ...] = ()
     batch_size: int = 32
@@ -323,10 +361,11 @@ class EvalConfig:
     gap_length: int = 3
     prompts: tuple[str, ...] = ("",)
     separator: str = "="
+    scorer: str = "exact"
 
     def __post_init__(self):
         _positive("eval", self, "every", "batch_size", "draws", "rows", "gaps", "gap_length")
-        _not_negative("eval", self, "windows")
+        _not_negative("eval", self, "windows", "every_epochs")
         _require(bool(self.prompts), "eval.prompts", self.prompts, "give at least one, which may be empty")
         _require(bool(self.separator), "eval.separator", self.separator, "must not be empty")
 
@@ -425,6 +464,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -444,6 +484,21 @@ class Config:
         chunk = self.train.logits_chunk
         _require(chunk == 0 or self.data.length % chunk == 0, "train.logits_chunk", chunk,
                  f"must divide data.length = {self.data.length}, or be 0")
+        _require(chunk == 0 or self.sft.format != "llada" or self.sft.bucket % chunk == 0, "train.logits_chunk", chunk,
+                 f"must divide sft.bucket = {self.sft.bucket}, or be 0")
+        _require(not self.train.epochs or self.sft.format != "none", "train.epochs", self.train.epochs,
+                 "is for fine-tuning (sft.format); otherwise give train.steps")
+        _require(not self.eval.every_epochs or self.train.epochs > 0, "eval.every_epochs", self.eval.every_epochs,
+                 "needs train.epochs")
+        _require(self.data.tokenizer != "checkpoint" or bool(self.init.checkpoint), "data.tokenizer", "checkpoint",
+                 "needs init.checkpoint")
+        if self.train.steps:  # else they are known with the examples
+            self._check_schedule()
+        if self.model.vocab_size:
+            _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
+                     f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
+
+    def _check_schedule(self) -> None:
         _require(self.train.stop_step <= self.train.steps, "train.stop_step", self.train.stop_step,
                  f"must not exceed train.steps = {self.train.steps}")
         _require(self.optimizer.warmup_steps <= self.decay_start, "optimizer.warmup_steps", self.optimizer.warmup_steps,
@@ -451,16 +506,18 @@ class Config:
         changes = (self.optimizer.warmup_steps, *self.optimizer.change_steps, self.decay_start)
         _require(list(changes) == sorted(changes), "optimizer.change_steps", self.optimizer.change_steps,
                  f"must ascend from the end of the warm-up, {changes[0]}, to the start of the decay, {changes[-1]}")
-        if self.model.vocab_size:
-            _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
-                     f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
+
+    @property
+    def decay_steps(self) -> int:
+        """The steps of the decay; 0 never decays."""
+        return self.optimizer.decay_steps or round(self.optimizer.decay_fraction * self.train.steps)
 
     @property
     def decay_start(self) -> int:
         """The step at which the learning rate starts to decay; train.steps where it never does."""
         if self.optimizer.decay_start >= 0:
             return self.optimizer.decay_start
-        return self.train.steps - self.optimizer.decay_steps
+        return self.train.steps - self.decay_steps
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -501,10 +558,11 @@ _COMPUTE_FIELDS = ("dtype", "remat", "attention", "scan_unroll", "init_std", "ma
 
 # What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
 RESUMABLE = (
-    "train.steps", "train.stop_step", "train.log_every", "train.plateau_window", "train.plateau_tolerance",
-    "train.tensorboard", "train.microbatches", "train.logits_chunk", "mesh", "checkpoint", "eval", "decode",
-    "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.scan_unroll",
-    "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_shape", "optimizer.final_learning_rate",
+    "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
+    "train.plateau_tolerance", "train.tensorboard", "train.microbatches", "train.logits_chunk", "mesh", "checkpoint",
+    "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.scan_unroll",
+    "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",
+    "optimizer.final_learning_rate",
 )
 
 

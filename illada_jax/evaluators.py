@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batch import Batch
+from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
-from illada_jax.data.pipeline import Pipeline
-from illada_jax.decoding import Decoder, SpecialIds
+from illada_jax.data.example_store import Examples
+from illada_jax.data.scorers import make_scorer
+from illada_jax.decoding import Decoded, Decoder, SpecialIds
 from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError, InputError
@@ -28,11 +30,13 @@ from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import use_mesh
 
+_TABLE_ROWS = 6
+
 Evaluator = Callable[[Any, int], dict[str, float | str]]
 
 
 def make_evaluators(
-    names: tuple[str, ...], config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh
+    names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
 ) -> dict[str, Evaluator]:
     """Builds the evaluators called `names`.
 
@@ -45,7 +49,7 @@ def make_evaluators(
     return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
 
 
-def bits_per_byte(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
     Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that
@@ -105,13 +109,13 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _decoder(config: Config, corpus: Corpus, settings: DecodeConfig, params: Any) -> Decoder:
+def _decoder(config: Config, corpus: Corpus | Examples, settings: DecodeConfig, params: Any) -> Decoder:
     logits_fn = model.make_logits_fn(config.model, params)
     return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length,
                    model.make_init_cache(config.model))
 
 
-def samples(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+def samples(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
     """Texts written by the model with the settings of `config.decode`, from `config.eval.prompts` in turn."""
     del pipeline
     texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
@@ -128,7 +132,7 @@ def samples(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> E
     return evaluate
 
 
-def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
     """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit.
 
     Gaps are filled greedily, the surest tokens first.
@@ -175,22 +179,69 @@ def infill(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Ev
     return evaluate
 
 
-def exact_match(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
-    """The share of held-out documents whose answer, all after `config.eval.separator`, is decoded exactly."""
+class Questions(NamedTuple):
+    """Held-out things to ask.
+
+    Attributes:
+      prompts: ids.
+      asked: the prompts as text.
+      answers: the reference answers as text.
+      sources: the name of the source of each; empty where there is only one.
+    """
+
+    prompts: list[list[int]]
+    asked: list[str]
+    answers: list[str]
+    sources: list[str]
+
+
+def exact_match(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+    """Held-out prompts are decoded with config.decode and the answers compared by config.eval.scorer.
+
+    `eval/exact_match` (the mean score; beside it that of each source) with its standard error, `eval/answer_tokens`
+    (without the end token), `eval/ended` (the share that ended by EOS or another end token), `eval/nfe` (network
+    evaluations per answer), and a table `eval/answers`. Prompts are held-out examples; of plain documents, all up to
+    and with config.eval.separator.
+    """
     del pipeline
-    prompts, answers = _questions(config, corpus)
+    questions = _questions(config, corpus)
+    scorer = make_scorer(config.eval.scorer)
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        return {"eval/exact_match": _exact_match(config, corpus, mesh, config.decode, params, prompts, answers)[0]}
+        decoded = _ask(config, corpus, mesh, config.decode, params, questions)
+        answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
+        rows = zip(questions.asked, answers, questions.answers, strict=True)
+        scores = np.array([float(scorer(*row)) for row in rows])
+        results: dict[str, float | str] = {"eval/exact_match": float(scores.mean())}
+        results["eval/exact_match_stderr"] = float(scores.std() / math.sqrt(len(scores)))
+        for source in dict.fromkeys(questions.sources):
+            here = np.array(questions.sources) == source
+            results[f"eval/exact_match/{source}"] = float(scores[here].mean())
+        results["eval/answer_tokens"] = float(np.mean([len(each.tokens) for each in decoded]))
+        results["eval/ended"] = float(np.mean([each.stopped_by in ("eos", "stop_id") for each in decoded]))
+        results["eval/nfe"] = float(np.mean([each.nfe for each in decoded]))
+        results["eval/answers"] = _table(questions, answers, scores)
+        return results
 
     return evaluate
 
 
-def decoding_orders(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Mesh) -> Evaluator:
+def _table(questions: Questions, answers: list[str], scores: np.ndarray) -> str:
+    """A few answers, spread over all, with their scores."""
+    lines = []
+    for row in dict.fromkeys(np.linspace(0, len(answers) - 1, _TABLE_ROWS).astype(int)):
+        asked, answer, reference = (" ".join(text.split()) for text in (
+            questions.asked[row], answers[row], questions.answers[row]))
+        verdict = "✓" if scores[row] == 1 else f"✗ {reference}"
+        lines.append(f"{asked[-60:]} ⟦{answer[:80]}⟧ {verdict[:80]}")
+    return "\n".join(lines)
+
+
+def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
     """A table of exact match by order and number of steps: why it pays to reveal first what is surest."""
     del pipeline
-    prompts, answers = _questions(config, corpus)
+    questions = _questions(config, corpus)
     steps = config.decode.steps_per_block
     variants = [(order, count) for count in sorted({steps, max(1, steps // 4), 1}, reverse=True)
                 for order in ("low_confidence", "random")]
@@ -200,41 +251,47 @@ def decoding_orders(config: Config, corpus: Corpus, pipeline: Pipeline, mesh: Me
         lines = ["order            steps  evaluations  exact match"]
         for order, count in variants:
             settings = dataclasses.replace(config.decode, confidence=order, steps_per_block=count)
-            share, nfe = _exact_match(config, corpus, mesh, settings, params, prompts, answers)
-            error = math.sqrt(share * (1 - share) / len(prompts))
+            decoded = _ask(config, corpus, mesh, settings, params, questions)
+            answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
+            share = float(np.mean([a == b for a, b in zip(answers, questions.answers, strict=True)]))
+            nfe = float(np.mean([each.nfe for each in decoded]))
+            error = math.sqrt(share * (1 - share) / len(answers))
             lines.append(f"{order:15} {count:6} {nfe:12.1f}  {share:.3f} ± {error:.3f}")
         return {"eval/decoding_orders": "\n".join(lines)}
 
     return evaluate
 
 
-def _questions(config: Config, corpus: Corpus) -> tuple[list[list[int]], list[str]]:
-    """Prompts as ids and answers as text, from the first `config.eval.rows` held-out documents."""
-    separator = config.eval.separator
-    prompts, answers = [], []
-    if not corpus.heldout.num_documents:
+def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
+    """At most config.eval.rows held-out questions: examples spread evenly over all, or the first documents."""
+    available = corpus.heldout.num_documents
+    if not available:
         raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to ask")
-    for index in range(min(config.eval.rows, corpus.heldout.num_documents)):
-        text = corpus.tokenizer.decode(corpus.heldout.document(index))
-        prompt, found, answer = text.partition(separator)
-        if not found:
+    count = min(config.eval.rows, available)
+    decode = corpus.tokenizer.decode
+    if isinstance(corpus, Examples):
+        chosen = [index * available // count for index in range(count)]
+        asked = [corpus.heldout.question(index) for index in chosen]
+        sources = [corpus.sources[corpus.heldout.sources_N[index]] for index in chosen]
+        return Questions([each.prompt for each in asked], [decode(each.prompt) for each in asked],
+                         [decode(each.answer) for each in asked], sources if len(corpus.sources) > 1 else [])
+    separator = config.eval.separator
+    texts = [decode(corpus.heldout.document(index)) for index in range(count)]
+    for index, text in enumerate(texts):
+        if separator not in text:
             raise ConfigError(f"config.eval.separator = {separator!r}: not in held-out document {index}: {text[:60]!r}")
-        prompts.append(corpus.tokenizer.encode(prompt + found))
-        answers.append(answer)
-    return prompts, answers
+    parts = [text.partition(separator) for text in texts]
+    asked = [prompt + found for prompt, found, _ in parts]
+    return Questions([corpus.tokenizer.encode(text) for text in asked], asked, [answer for *_, answer in parts], [])
 
 
-def _exact_match(config: Config, corpus: Corpus, mesh: Mesh, settings: DecodeConfig, params: Any,
-                 prompts: list[list[int]], answers: list[str]) -> tuple[float, float]:
-    """(Share of answers decoded exactly, mean network evaluations)."""
+def _ask(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any,
+         questions: Questions) -> list[Decoded]:
     with use_mesh(mesh):
-        results = _decoder(config, corpus, settings, params).generate(prompts)
-    texts = [corpus.tokenizer.decode(result.tokens) for result in results]
-    share = float(np.mean([text == answer for text, answer in zip(texts, answers, strict=True)]))
-    return share, float(np.mean([result.nfe for result in results]))
+        return _decoder(config, corpus, settings, params).generate(questions.prompts)
 
 
-EVALUATORS: dict[str, Callable[[Config, Corpus, Pipeline, Mesh], Evaluator]] = {
+EVALUATORS: dict[str, Callable[[Config, Corpus | Examples, Batches, Mesh], Evaluator]] = {
     "bits_per_byte": bits_per_byte,
     "samples": samples,
     "infill": infill,

@@ -9,6 +9,7 @@ The same command resumes a workdir that has a checkpoint. Exit codes: 0 done, 2 
 """
 
 import dataclasses
+import math
 import pathlib
 
 from absl import flags
@@ -17,12 +18,17 @@ from ml_collections import config_flags
 
 from illada_jax import cli, plan, report
 from illada_jax.config import Config, from_config_dict
-from illada_jax.data.corpus import open_corpus
+from illada_jax.data.batches import Batches
+from illada_jax.data.chat import chat_format
+from illada_jax.data.corpus import Corpus, open_corpus
+from illada_jax.data.example_store import Examples, open_examples, report_dropped
+from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.checkpoints import checkpoint_tokenizer
 from illada_jax.training.loop import train
 
 EXIT_RESUMABLE = 75
@@ -65,6 +71,59 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
+def open_data(config: Config) -> tuple[Config, Corpus | Examples, Batches]:
+    """Opens what the config trains on.
+
+    Returns:
+      The resolved config, the text or the examples, and the batches of every step.
+
+    Raises:
+      InputError: the data are no good, or do not fit the config.
+    """
+    tokenizer = None
+    if config.data.tokenizer == "checkpoint":
+        tokenizer = checkpoint_tokenizer(config.init.checkpoint)
+    if config.sft.format == "none":
+        if tokenizer is not None:
+            raise ConfigError("config.data.tokenizer = 'checkpoint': is for fine-tuning (config.sft.format); a corpus "
+                              "is prepared with its tokenizer")
+        corpus = open_corpus(config.data)
+        config = resolve(config, corpus.tokenizer)
+        return config, corpus, Pipeline(config, corpus)
+    examples = open_examples(config, tokenizer)
+    report_dropped(examples)
+    config = stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
+    batches = example_batches(config, examples)
+    if config.train.epochs:
+        config = resolve_epochs(config, batches.num_steps)
+    return config, examples, batches
+
+
+def stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
+    """Lets decoding stop at the token with which the tokenizer's chat template ends an answer."""
+    end_id = chat_format(tokenizer).end_id
+    if end_id in (tokenizer.eos_id, *config.decode.stop_ids):
+        return config
+    stop_ids = (*config.decode.stop_ids, end_id)
+    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, stop_ids=stop_ids))
+
+
+def resolve_epochs(config: Config, steps: int) -> Config:
+    """Fills in what the number of examples decides: train.steps and, where it is given in epochs, eval.every.
+
+    Raises:
+      ConfigError: both train.steps and train.epochs are given, or the schedule does not fit into the steps.
+    """
+    if config.train.steps:
+        raise ConfigError(f"config.train.steps = {config.train.steps}: must be 0 where config.train.epochs = "
+                          f"{config.train.epochs} decides")
+    every = config.eval.every
+    if config.eval.every_epochs:
+        every = math.ceil(steps * config.eval.every_epochs / config.train.epochs)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps),
+                               eval=dataclasses.replace(config.eval, every=every))
+
+
 def dry_run(config: Config) -> None:
     """Prints the plan and, where the corpus is there, the first row of the first batch. Allocates no model.
 
@@ -72,17 +131,18 @@ def dry_run(config: Config) -> None:
       ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
     """
     try:
-        corpus = open_corpus(config.data)
+        resolved, corpus, batches = open_data(config)
+    except ConfigError:
+        raise
     except InputError as error:
         if config.model.vocab_size == 0:
             raise ConfigError("config.model.vocab_size = 0: without a corpus, give its value") from error
         print(plan.describe(config))
         print(f"corpus            missing: {error}")
         return
-    config = resolve(config, corpus.tokenizer)
-    print(plan.describe(config))
+    print(plan.describe(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
-    first = Pipeline(config, corpus).rows(0, [0]).tokens_BL[0]
+    first = batches.rows(0, [0]).tokens_BL[0]
     print(f"first row\n{corpus.tokenizer.decode(first)}")
 
 
@@ -96,9 +156,7 @@ def main(_: list[str]) -> int:
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         plan.check_fits(config, mesh)
-    corpus = open_corpus(config.data)
-    config = resolve(config, corpus.tokenizer)
-    pipeline = Pipeline(config, corpus)
+    config, corpus, pipeline = open_data(config)
     evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
     final = make_evaluators(config.eval.final, config, corpus, pipeline, mesh)
     plan.check_fits(config, mesh)

@@ -60,10 +60,10 @@ def describe(config: Config) -> str:
         f"parameters        {count:,} ({count / 1e9:.2f} B), without embedding and head {count - embeddings:,} "
         f"({(count - embeddings) / 1e9:.2f} B)",
         f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
-        f"steps             {config.train.steps:,} = {config.train.steps * tokens / 1e12:,.3f} T tokens "
-        f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)",
-        f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step, "
-        f"{flops * tokens * config.train.steps:.4g} in all (attention not halved, recomputation not counted)",
+        _steps(config, tokens),
+        f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step"
+        + (f", {flops * tokens * config.train.steps:.4g} in all" if config.train.steps else "")
+        + " (attention not halved, recomputation not counted)",
     ]
     for mesh in _meshes(config):
         check_divisible(config, mesh)
@@ -71,6 +71,13 @@ def describe(config: Config) -> str:
         lines.append(f"state per device  {state_bytes_per_device(config, mesh) / GIB:,.2f} GiB with {axes} (float32 "
                      "params, gradients, optimizer; activations come on top)")
     return "\n".join(lines)
+
+
+def _steps(config: Config, tokens: int) -> str:
+    if not config.train.steps:
+        return f"steps             {config.train.epochs} epochs; how many steps that are is known with the examples"
+    return (f"steps             {config.train.steps:,} = {config.train.steps * tokens / 1e12:,.3f} T tokens "
+            f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)")
 
 
 def _meshes(config: Config) -> list[AbstractMesh]:

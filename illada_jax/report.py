@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config
 from illada_jax.data.corpus import Corpus
+from illada_jax.data.example_store import Examples
 from illada_jax.training.loop import Outcome
 
 
-def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus) -> None:
+def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus | Examples) -> None:
     """Says what is about to be trained, on what, where."""
     axes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
     device = jax.devices()[0]
@@ -24,14 +25,14 @@ def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus)
           f"{config.model.vocab_size:,}")
     print(f"corpus   {corpus.train.num_tokens:,} tokens of {corpus.train.num_documents:,} documents; held out "
           f"{corpus.heldout.num_tokens:,} tokens of {corpus.heldout.num_documents:,}")
-    print(f"training {config.train.steps:,} steps of {tokens:,} tokens "
-          f"({config.train.steps * tokens / max(corpus.train.num_tokens, 1):.1f} epochs)")
+    epochs = config.train.epochs or config.train.steps * tokens / max(corpus.train.num_tokens, 1)
+    print(f"training {config.train.steps:,} steps of {tokens:,} tokens ({epochs:.4g} epochs)")
     print(f"devices  {mesh.size} × {device.device_kind}, mesh {axes}")
     print(f"workdir  {workdir}", flush=True)
 
 
 def print_end(
-    config: Config, outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus
+    config: Config, outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus | Examples
 ) -> None:
     """Says how the run ended, what the evaluators found, and what to type next."""
     print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}.\n")
@@ -60,9 +61,13 @@ def print_end(
         print(f"  tensorboard --logdir={shlex.quote(str(workdir))}  (pip install tensorboard)")
 
 
-def _example_prompts(config: Config, corpus: Corpus) -> tuple[str, str]:
+def _example_prompts(config: Config, corpus: Corpus | Examples) -> tuple[str, str]:
     """A prompt to continue and a text with a gap, for the commands that are suggested, from the held-out text."""
     stream = corpus.heldout if corpus.heldout.num_documents else corpus.train
+    if isinstance(corpus, Examples):
+        prompt, answer = stream.question(0)
+        asked = corpus.tokenizer.decode(prompt)
+        return asked, f"{asked}[[mask:{len(answer)}]]"
     tokens = stream.document(0)
     text = " ".join(corpus.tokenizer.decode(tokens).split())[:60]
     question, separator, answer = text.partition(config.eval.separator)

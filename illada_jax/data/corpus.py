@@ -107,28 +107,30 @@ def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
         raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB are too much to prepare on "
                          f"the fly; type: python -m illada_jax.prepare --source={','.join(data.sources)} --target=DIR "
                          f"--tokenizer={data.tokenizer}, then set config.data.sources to ('prepared:DIR',)")
-    cache = _cache_directory(data)
+    cache = cache_directory(data)
     target = cache / preparing.content_key(settings, parts)
     if not (target / shards.MANIFEST).exists():
         unfinished = shards.temporary_name(target)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             preparing.prepare(settings, unfinished, progress=progress)
-            _rename(unfinished, target)
+            rename_finished(unfinished, target, shards.MANIFEST)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
-def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
+def rename_finished(source: pathlib.Path, target: pathlib.Path, last_file: str) -> None:
+    """Moves a directory, whole or not at all, to its place in the cache; `last_file` shows that one is whole."""
     try:
         os.rename(source, target)
     except OSError:
-        if not (target / shards.MANIFEST).exists():  # else another process was faster, with the same result
+        if not (target / last_file).exists():  # else another process was faster, with the same result
             raise
 
 
-def _cache_directory(data: DataConfig) -> pathlib.Path:
+def cache_directory(data: DataConfig) -> pathlib.Path:
+    """Where small corpora and examples are prepared."""
     if data.cache_dir:
         return pathlib.Path(data.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

@@ -5,7 +5,7 @@ a resumed run asks for the step at which it stopped; nothing is saved to make th
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -13,16 +13,16 @@ import numpy as np
 from illada_jax.config import Config
 from illada_jax.data import packing
 from illada_jax.data.batch import Batch
+from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.mixture import Mixture
 from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
 
-_BUFFERED_STEPS = 16
-_RANDOM_LENGTH, _SPLIT = 1, 2  # purposes of random draws: part of the format of a run
+_RANDOM_LENGTH = 1  # purpose of random draws, part of the format of a run; see `Batches.step_draws`
 
 
-class Pipeline:
+class Pipeline(Batches):
     """Windows of the corpora, mixed by weight, each corpus in a new random order every time it starts over.
 
     Attributes:
@@ -35,9 +35,8 @@ class Pipeline:
         Raises:
           InputError: a corpus does not fill one batch.
         """
+        super().__init__(config)
         self.fingerprint = corpus.fingerprint
-        self._config = config
-        self._data = config.data
         self._pad_id = corpus.tokenizer.pad_id
         self._components = corpus.components
         self._num_windows = [packing.num_windows(c.train.num_tokens, self._data.length) for c in corpus.components]
@@ -50,26 +49,16 @@ class Pipeline:
         self._orders = [self._shuffled(component) for component in range(len(corpus.components))]
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The rows of a step, in the order asked for, as a Batch [len(rows), L]."""
+        """See Batches."""
         rows = [int(row) for row in rows]
         windows = [self._example(step * self._data.batch_size + row) for row in rows]
-        # Drawn for all rows of the step, so that a row does not depend on which others are asked for.
         if self._data.random_length_probability:
-            windows = self._shorten(windows, self._draws(step, _RANDOM_LENGTH), rows)
-        starts = self._document_starts(windows)
-        if self._config.diffusion.split_probability:
-            starts = self._split(windows, starts, self._draws(step, _SPLIT), rows)
+            windows = self._shorten(windows, self.step_draws(step, _RANDOM_LENGTH), rows)
+        starts = self.split(windows, self._document_starts(windows), step, rows)
         return packing.pack(windows, self._data.length, self._pad_id, starts)
 
-    def iterate(self, start_step: int, rows: Sequence[int] | np.ndarray) -> Iterator[Batch]:
-        """`rows(step, rows)` for start_step, start_step + 1, …, read ahead by threads. Never ends."""
-        rows = np.asarray(rows)
-        steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(lambda step: self.rows(step, rows))
-        threads = grain.ReadOptions(num_threads=self._data.num_threads, prefetch_buffer_size=_BUFFERED_STEPS)
-        yield from steps.to_iter_dataset(threads)
-
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each corpus has been gone through after `step` steps, by the part of its name that is its own."""
+        """See Batches. A name is the part of the corpus's that is its own."""
         names = [os.path.abspath(component.name) for component in self._components]
         parent = os.path.commonpath([os.path.dirname(name) for name in names])
         counts = self._mixture.counts(step * self._data.batch_size)
@@ -77,16 +66,7 @@ class Pipeline:
                 for name, count, windows in zip(names, counts, self._num_windows, strict=True)}
 
     def heldout_windows(self, stream: TokenStream, length: int, count: int) -> Batch:
-        """Windows of a held-out stream, as a Batch [N, length].
-
-        Args:
-          stream: what to cut.
-          length: tokens of a window; the last one of the stream is padded.
-          count: how many, spread evenly over the stream; 0: all of them.
-
-        Raises:
-          InputError: the stream is empty.
-        """
+        """See Batches."""
         available = packing.num_windows(stream.num_tokens, length)
         if not available:
             raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to evaluate on")
@@ -104,11 +84,6 @@ class Pipeline:
         component, nth = self._mixture.place(k)
         return self._read(self._components[component].train, self._orders[component][nth], self._data.length)
 
-    def _draws(self, step: int, purpose: int) -> np.ndarray:
-        """Uniform numbers [B, 2] in [0, 1) of a step."""
-        generator = np.random.default_rng((self._config.seed, purpose, step))
-        return generator.random((self._data.batch_size, 2))
-
     def _shorten(self, windows: list[np.ndarray], draws_B2: np.ndarray, rows: list[int]) -> list[np.ndarray]:
         if self._data.random_length_of == "batch":
             draws_B2 = np.broadcast_to(draws_B2[0], draws_B2.shape)
@@ -116,16 +91,6 @@ class Pipeline:
             window[: 1 + int(length * self._data.length)] if chance < self._data.random_length_probability else window
             for window, (chance, length) in zip(windows, draws_B2[rows], strict=True)
         ]
-
-    def _split(self, windows: list[np.ndarray], starts: list[np.ndarray], draws_B2: np.ndarray, rows: list[int]
-               ) -> list[np.ndarray]:
-        """Adds a cut at 1 … T - 1, uniformly, to the windows that are drawn."""
-        result = []
-        for window, columns, (chance, place) in zip(windows, starts, draws_B2[rows], strict=True):
-            if chance < self._config.diffusion.split_probability and len(window) > 1:
-                columns = np.append(columns, 1 + int(place * (len(window) - 1)))
-            result.append(columns)
-        return result
 
     def _document_starts(self, windows: list[np.ndarray]) -> list[np.ndarray]:
         if not self._data.isolate_documents:

@@ -121,7 +121,7 @@ def _text(argument: str) -> list[Part]:
     """
     return [
         Part(str(path), functools.partial(_read_text, path), path.stat().st_size, (path,))
-        for path in _find_files("text", argument)
+        for path in find_files("text", argument)
     ]
 
 
@@ -130,7 +130,7 @@ def _jsonl(argument: str) -> list[Part]:
     """Files with a JSON object a line, a file, a glob or a directory; the text is in the field after `#`."""
     pattern, _, field = argument.partition("#")
     found = []
-    for path in _find_files("jsonl", pattern):
+    for path in find_files("jsonl", pattern):
         size = path.stat().st_size
         # Lines of a plain file can be found from anywhere in it; a compressed one is read from its beginning.
         step = size or 1 if path.suffix in _COMPRESSED else _JSONL_PART_BYTES
@@ -141,7 +141,8 @@ def _jsonl(argument: str) -> list[Part]:
     return found
 
 
-def _find_files(kind: str, pattern: str) -> list[pathlib.Path]:
+def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
+    """The files that a file, a directory or a glob names. Raises InputError if there are none."""
     if not pattern:
         raise InputError(f"source {kind!r}: which files? Write {kind}:FILE, {kind}:DIRECTORY or {kind}:GLOB")
     path = pathlib.Path(pattern).expanduser()
@@ -157,7 +158,7 @@ def _find_files(kind: str, pattern: str) -> list[pathlib.Path]:
     return sorted(paths)
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
+def open_input(path: pathlib.Path) -> BinaryIO:
     """Opens a file for reading, decompressing by its suffix."""
     if path.suffix == ".gz":
         return gzip.open(path)
@@ -166,7 +167,7 @@ def _open(path: pathlib.Path) -> BinaryIO:
     return path.open("rb")
 
 
-_READ_ERRORS = (OSError, EOFError, zstandard.ZstdError)
+READ_ERRORS = (OSError, EOFError, zstandard.ZstdError)
 
 
 def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
@@ -178,7 +179,7 @@ def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
 
 def _read_text(path: pathlib.Path) -> Iterator[Document]:
     try:
-        with _open(path) as file:
+        with open_input(path) as file:
             offset, pending = 0, []
             size = 0
             for line in io.BufferedReader(file) if path.suffix == ".zst" else file:
@@ -190,14 +191,14 @@ def _read_text(path: pathlib.Path) -> Iterator[Document]:
                     offset, pending, size = offset + size, [], 0
             if pending:
                 yield Document(_decode(b"".join(pending), path, offset))
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int) -> Iterator[Document]:
     """Lines that begin in [start, stop); of a compressed file, all lines."""
     try:
-        with _open(path) as file:
+        with open_input(path) as file:
             position = 0
             if start:
                 file.seek(start - 1)
@@ -211,7 +212,7 @@ def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int) -> Iterat
                     where = functools.partial(_line_number, path, position)
                     yield Document(_text_field(line, path, position, field, where))
                 position += len(line)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -233,5 +234,5 @@ def _text_field(line: bytes, path: pathlib.Path, position: int, field: str, wher
 
 def _line_number(path: pathlib.Path, position: int) -> int:
     """The number of the line that begins at a byte; counted only when there is an error to report."""
-    with _open(path) as file:
+    with open_input(path) as file:
         return 1 + file.read(position).count(b"\n")

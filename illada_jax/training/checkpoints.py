@@ -150,15 +150,21 @@ def check_initial(path: str, config: Config, tokenizer: Tokenizer) -> None:
     Raises:
       InputError: it is no checkpoint, or its architecture or its tokenizer is another.
     """
-    directory, theirs, _ = _open(epath.Path(path))
+    _, theirs, _ = _open(epath.Path(path))
     ours, other = (config_lib.architecture(c.model) for c in (config, theirs))
     if ours != other:
         differences = "; ".join(config_lib.differences(other, ours, "model."))
         raise InputError(f"config.init.checkpoint = {path}: another architecture: {differences}")
-    their_tokenizer = tokenizer_from_files(_decode_files(_read_json(directory, "tokenizer")))
+    their_tokenizer = checkpoint_tokenizer(path)
     if their_tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"config.init.checkpoint = {path}: it was trained with another tokenizer (fingerprint "
                          f"{their_tokenizer.fingerprint}, the corpus has {tokenizer.fingerprint})")
+
+
+def checkpoint_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a workdir or checkpoint. Raises InputError if it is none."""
+    directory, _, _ = _open(epath.Path(path))
+    return tokenizer_from_files(_decode_files(_read_json(directory, "tokenizer")))
 
 
 def initial_params(path: str, mesh: Mesh) -> Any:

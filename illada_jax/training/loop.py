@@ -18,7 +18,7 @@ from tqdm import tqdm
 from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
-from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.batches import Batches
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
@@ -88,7 +88,7 @@ def train(
     config: Config,
     workdir: epath.Path,
     mesh: Mesh,
-    pipeline: Pipeline,
+    pipeline: Batches,
     tokenizer: Tokenizer,
     evaluators: dict[str, Evaluator],
     allowed_changes: tuple[str, ...] = (),
@@ -135,7 +135,7 @@ def train(
 class _Loop:
     """The state of `train` between steps: what has been dispatched, logged, evaluated and saved."""
 
-    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, pipeline: Pipeline,
+    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, pipeline: Batches,
                  checkpoints: Checkpoints, writer: MetricWriter, evaluators: dict[str, Evaluator]):
         self._config = config
         self._mesh = mesh

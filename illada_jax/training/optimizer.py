@@ -34,12 +34,12 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
     if c.warmup_steps:
         schedules.insert(0, optax.linear_schedule(0.0, peak, c.warmup_steps))
         boundaries.insert(0, c.warmup_steps)
-    if c.decay_steps:
+    if config.decay_steps:
         before, floor = (c.learning_rate, *c.changed_rates)[-1], c.final_learning_rate
         if c.decay_shape == "cosine":
-            schedules.append(optax.cosine_decay_schedule(before * scale, c.decay_steps, alpha=floor / before))
+            schedules.append(optax.cosine_decay_schedule(before * scale, config.decay_steps, alpha=floor / before))
         else:
-            schedules.append(optax.linear_schedule(before * scale, floor * scale, c.decay_steps))
+            schedules.append(optax.linear_schedule(before * scale, floor * scale, config.decay_steps))
         boundaries.append(config.decay_start)
     return optax.join_schedules(schedules, boundaries)
 

@@ -1,0 +1,114 @@
+"""Tasks with answers of very different lengths, made here: `tasks:NAME:COUNT`, prompts all different, order fixed.
+
+Answers are 1 to more than 100 characters long. The prompt names the task, so that tasks mix; working is part of the
+answer where it helps (`addition`, `story`).
+"""
+
+import random
+import string
+from collections.abc import Callable, Iterator
+
+from illada_jax.errors import InputError
+
+DEFAULT_COUNT = 10_000
+_PATIENCE = 100  # draws per wanted prompt before a task counts as exhausted
+
+
+def parse(argument: str) -> tuple[str, int]:
+    """The task and the number of examples of `NAME` or `NAME:COUNT`.
+
+    Raises:
+      InputError: there is no such task, or COUNT is no number of examples.
+    """
+    name, _, count = argument.partition(":")
+    if name not in TASKS:
+        raise InputError(f"source tasks:{argument}: unknown task {name!r}; known: {', '.join(TASKS)}")
+    if count and not (count.isdecimal() and int(count) > 0):
+        raise InputError(f"source tasks:{argument}: {count!r} is not a number of examples")
+    return name, int(count or DEFAULT_COUNT)
+
+
+def examples(name: str, count: int) -> Iterator[tuple[str, str]]:
+    """Yields (prompt, response), all prompts different; fewer than `count` if the task has no more."""
+    draw = random.Random(name)
+    seen: set[str] = set()
+    for _ in range(_PATIENCE * count):
+        prompt, response = TASKS[name](draw)
+        if prompt not in seen:
+            seen.add(prompt)
+            yield prompt, response
+        if len(seen) == count:
+            return
+
+
+def _letters(draw: random.Random, least: int, most: int) -> str:
+    return "".join(draw.choices(string.ascii_lowercase, k=draw.randint(least, most)))
+
+
+def _reverse(draw: random.Random) -> tuple[str, str]:
+    """3 to 7 letters."""
+    word = _letters(draw, 3, 7)
+    return f"reverse {word}=", word[::-1]
+
+
+def _sort(draw: random.Random) -> tuple[str, str]:
+    """3 to 12 letters."""
+    word = _letters(draw, 3, 12)
+    return f"sort {word}=", "".join(sorted(word))
+
+
+def _last(draw: random.Random) -> tuple[str, str]:
+    """The letter that comes last in the alphabet: an answer of one character."""
+    word = _letters(draw, 2, 8)
+    return f"last {word}=", max(word)
+
+
+def _addition(draw: random.Random) -> tuple[str, str]:
+    """Two numbers of up to 10 digits, digit by digit from the right with carries, then the sum: up to 100 characters.
+
+    `add 58+7=` has the answer `8+7=15 5+0+1=06 65`.
+    """
+    a, b = (draw.randrange(10 ** draw.randint(1, 10)) for _ in range(2))
+    lines, carry = [], 0
+    width = max(len(str(a)), len(str(b)))
+    for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
+        total = int(x) + int(y) + carry
+        lines.append(f"{x}+{y}{f'+{carry}' if carry else ''}={total:02}")
+        carry = total // 10
+    return f"add {a}+{b}=", " ".join([*lines, str(a + b)])
+
+
+def _count(draw: random.Random) -> tuple[str, str]:
+    """Counting up in steps: 1 to about 40 numbers."""
+    start, step, terms = draw.randint(0, 60), draw.randint(1, 3), draw.randint(1, 40)
+    numbers = range(start, start + step * terms, step)
+    return f"count {start} to {numbers[-1]} by {step}=", " ".join(map(str, numbers))
+
+
+_PEOPLE = ("Ann", "Ben", "Eva", "Tom", "Mia")
+_THINGS = ("apples", "books", "coins", "eggs", "pens")
+
+
+def _story(draw: random.Random) -> tuple[str, str]:
+    """Word problems of one to five steps with their working."""
+    person, thing = draw.choice(_PEOPLE), draw.choice(_THINGS)
+    have = draw.randint(1, 20)
+    text, working = [f"{person} has {have} {thing}"], []
+    for _ in range(draw.randint(1, 5)):
+        amount = draw.randint(1, 9)
+        gives = have >= amount and draw.random() < 0.5
+        text.append(f"{'gives away' if gives else 'gets'} {amount}")
+        after = have - amount if gives else have + amount
+        working.append(f"{have}{'-' if gives else '+'}{amount}={after}")
+        have = after
+    return f"{', '.join(text)}. How many? ", f"{', '.join(working)}. {have}"
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "reverse": _reverse,
+    "sort": _sort,
+    "last": _last,
+    "addition": _addition,
+    "count": _count,
+    "story": _story,
+}
