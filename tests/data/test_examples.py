@@ -59,7 +59,7 @@ def test_bad_lines_are_named_counted_and_refused_if_asked_for(tmp_path, record, 
     assert examples.train.num_documents == 2
     assert re.search("^1 of 3 examples left out: .*data.jsonl, line 2", examples.dropped), examples.dropped
     assert re.search(message, examples.dropped), examples.dropped
-    with pytest.raises(InputError, match="config.sft.strict: 1 of 3 examples left out.*line 2"):
+    with pytest.raises(InputError, match=r"config.sft.strict: 1 of 3 examples left out.*line 2"):
         opened(tmp_path, source, strict=True)
 
 
@@ -143,17 +143,17 @@ def test_compressed_files(tmp_path, suffix):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     conversation = say(("user", "a"), ("assistant", "b"))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([conversation, {"messages": None}]), tmp_path / "a.parquet")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD]), tmp_path / "b.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([conversation, {"messages": None}]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([GOOD]), tmp_path / "b.parquet")
     examples = opened(tmp_path, (f"chat:{tmp_path}/a.parquet", f"chat:{tmp_path}/b.parquet"))
     same = opened(tmp_path, lines(tmp_path, conversation, GOOD))
-    assert [examples.train.document(i).tolist() for i in range(2)] == [same.train.document(i).tolist() for i in range(2)]
+    for index in range(2):
+        assert examples.train.document(index).tolist() == same.train.document(index).tolist()
     assert "a.parquet, row 2" in examples.dropped
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(InputError, match="c.parquet: cannot be read as Parquet"):
+    with pytest.raises(InputError, match=r"c.parquet: cannot be read as Parquet"):
         opened(tmp_path, f"chat:{tmp_path}/c.parquet")
 
 

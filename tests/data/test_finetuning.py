@@ -177,7 +177,7 @@ def test_conversations_end_each_answer_once(tmp_path):
 def test_llada_takes_one_turn_of_a_conversation_and_over_the_epochs_all(tmp_path):
     batches, _ = prepared(tmp_path, [{"messages": TURNS}], format="llada", epochs=20, batch_size=1, length=64)
     turn = lambda role, words: [BOS, *text(role), BOS, *text(words)]  # noqa: E731
-    first = turn("user", "a") + [BOS, *text("assistant"), BOS], text("bc")
+    first = [*turn("user", "a"), BOS, *text("assistant"), BOS], text("bc")
     second = first[0] + first[1] + [EOS] + turn("user", "d") + [BOS, *text("assistant"), BOS], text("e")
     seen = set()
     for step in range(20):
