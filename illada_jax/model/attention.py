@@ -115,7 +115,7 @@ def _local_splash(
                                     residual_checkpoint_name=ATTENTION_OUT)
     # The kernel does not scale the scores.
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * width**-0.5, k_BSKH, v_BSKH))
-    out_BNTH = jax.vmap(kernel)(q_BNTH.astype(k_BSKH.dtype), k_BKSH, v_BKSH, splash.SegmentIds(segments_BT, segments_BS))
+    out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, splash.SegmentIds(segments_BT, segments_BS))
     return out_BNTH.swapaxes(1, 2)[:, :length]
 
 
