@@ -197,13 +197,13 @@ def test_log_probabilities_do_not_saturate():
 
 def test_masks_of_monte_carlo():
     """Counts are stratified, positions uniform, candidates of one context share masks and others do not."""
-    def columns(context, length, mc_num=64, seed=0):
-        row = np.array([*context, *[4] * length], np.int32)
+    def columns(context, length, mc_num=64, seed=0, token=4):
+        row = np.array([*context, *[token] * length], np.int32)
         drawn = hidden_columns(Candidate(row, len(context), len(row)), mc_num, seed)
         return [(np.asarray(hidden) - len(context)).tolist() for hidden in drawn]
 
     assert replicate_sizes(1) == [1] and replicate_sizes(3) == [1, 1, 1] and replicate_sizes(20) == [3] * 4 + [2] * 4
-    assert columns([5, 6], 8) == columns([5, 6], 8)
+    assert columns([5, 6], 8) == columns([5, 6], 8, token=9)
     assert columns([5, 6], 8) != columns([6, 5], 8) and columns([5, 6], 8) != columns([5, 6], 8, seed=1)
     for start in range(0, 64, 8):  # each replicate of eight draws holds every count once
         assert sorted(len(hidden) for hidden in columns([5, 6], 8)[start : start + 8]) == list(range(1, 9))
