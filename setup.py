@@ -28,6 +28,7 @@ setup(
         "numpy",
         "optax",
         "orbax-checkpoint",
+        "safetensors",
         "sentencepiece",
         "tensorboardX",
         "tokenizers",
@@ -40,6 +41,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm_eval"],
+        "hub": ["huggingface_hub"],
         "prepare": ["apache-beam"],
     },
 )

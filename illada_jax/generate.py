@@ -2,6 +2,7 @@
 
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="The with statement" --max_new_tokens=32
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
+  python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
 
 Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
@@ -41,7 +42,9 @@ SETTINGS = [
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),
 ]
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a workdir, or one checkpoint in it", required=True)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
+    required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
 RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
@@ -49,6 +52,7 @@ INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
+QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "round the matrices to eight bits")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
 
 EXIT_INTERRUPTED = 130
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int | None:
     if STREAM.value and (len(prompts) > 1 or RESULTS.value or OUTPUT.value == "json"):
         raise InputError("--stream: prints the text of a single prompt; leave out --results and --output=json")
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
-    lm = api.load(CHECKPOINT.value, DTYPE.value)
+    lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
     settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     if RESULTS.value:
         return write_results(lm, prompts, done, settings)

@@ -28,8 +28,8 @@ from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.checkpoints import checkpoint_tokenizer
 from illada_jax.training.loop import train
+from illada_jax.training.saved_model import checkpoint_tokenizer
 
 EXIT_RESUMABLE = 75
 

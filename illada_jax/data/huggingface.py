@@ -26,6 +26,9 @@ class HuggingFaceTokenizer(Tokenizer):
     Unicode normalisation is dropped (text survives as it is). Special ids come from `special_ids`, else from the
     `tokenizer_config.json` beside it, else from the names of its special tokens; what is missing is numbered after the
     vocabulary. Its special tokens are never recognised in text.
+
+    Attributes:
+      named_ids: the special ids that the files name, by name.
     """
 
     def __init__(self, tokenizer_json: bytes, tokenizer_config: bytes | None = None,
@@ -47,9 +50,14 @@ class HuggingFaceTokenizer(Tokenizer):
             table = tokenizers.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises a bare Exception for whatever it cannot read
             raise InputError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        size = 1 + max(table.get_vocab(with_added_tokens=True).values())
-        found = {**_find_special_ids(table, added, names, size), **(special_ids or {})}
-        super().__init__(max(size, 1 + max(found.values())), found)
+        used = set(table.get_vocab(with_added_tokens=True).values())
+        self.named_ids = _find_special_ids(table, added, names)
+        found = dict(self.named_ids)
+        for name in _NAMES:
+            found.setdefault(name, 1 + max(used | set(found.values())))
+        found |= special_ids or {}
+        super().__init__(1 + max(used | set(found.values())), found)
+        self._unused = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
         for token in added:
             # Those with a meaning to us must be marked, or the library would match them in text.
             token["special"] = token["special"] or token["id"] in found.values()
@@ -87,6 +95,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return piece
 
     @property
+    def unused_ids(self) -> tuple[int, ...]:
+        """See Tokenizer."""
+        return self._unused
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """See Tokenizer."""
         return {**super().special_tokens, **self._special_tokens}
@@ -97,8 +110,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 "special_ids.json": json.dumps({"kind": "huggingface", **self.special_ids}, indent=1).encode()}
 
 
-def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]], names: Mapping[str, Any],
-                      size: int) -> dict[str, int]:
+def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]],
+                      names: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     by_core = {re.sub(r"[<>\[\]|]", "", token["content"]).lower(): token["id"] for token in reversed(added)}
     for name, candidates in _NAMES.items():
@@ -107,9 +120,8 @@ def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]], 
         token_id = table.token_to_id(named) if named else None
         if token_id is None:
             token_id = next((by_core[c] for c in candidates if c in by_core), None)
-        if token_id is None:
-            token_id, size = size, size + 1
-        found[name] = token_id
+        if token_id is not None:
+            found[name] = token_id
     return found
 
 

@@ -58,6 +58,11 @@ class Tokenizer(abc.ABC):
         """The special ids by name."""
         return {"bos": self.bos_id, "pad": self.pad_id, "eos": self.eos_id, "mask": self.mask_id}
 
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        """Ids below vocab_size that stand for nothing: a decoder must not write them."""
+        return ()
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Never a special id, no BOS, no EOS."""

@@ -33,7 +33,8 @@ END_OF_THINKING = "</think>"
 class SpecialIds(NamedTuple):
     """Ids with a meaning. vocab_size is the tokenizer's: the network's V may be larger, those ids are never chosen.
 
-    `end_of_thinking` is what the end-of-thinking boost pushes towards, unless the settings name other ids.
+    `end_of_thinking` is what the end-of-thinking boost pushes towards, unless the settings name other ids. `unused` are
+    ids of the tokenizer that stand for nothing: they are never chosen either.
     """
 
     mask: int
@@ -42,12 +43,13 @@ class SpecialIds(NamedTuple):
     pad: int
     vocab_size: int
     end_of_thinking: tuple[int, ...] = ()
+    unused: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialIds":
         """The special ids of a `data.tokenizer.Tokenizer`."""
         return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size,
-                   tuple(tokenizer.encode(END_OF_THINKING)))
+                   tuple(tokenizer.encode(END_OF_THINKING)), tokenizer.unused_ids)
 
 
 def plain_logits_fn(function: Any) -> Partial:

@@ -91,7 +91,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
                 raise ConfigError(f"config.decode.{key}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
     if settings.cache != "none" and init_cache is None:
         raise ConfigError(f"config.decode.cache = {settings.cache!r}: this network has no cache; use 'none'")
-    suppressed = set(settings.suppressed_ids) | ({ids.eos} if settings.logits_eos_inf else set())
+    suppressed = {*settings.suppressed_ids, *ids.unused} | ({ids.eos} if settings.logits_eos_inf else set())
     suppressed |= {ids.eos, ids.pad} if infill else set()
     if len(suppressed | {ids.mask}) >= ids.vocab_size:
         raise ConfigError("config.decode.suppressed_ids: leaves no token to choose")

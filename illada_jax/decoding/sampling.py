@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from illada_jax.decoding.confidence import Guess, log_probs
 
@@ -29,14 +30,11 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
 
 def suppress(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
-    size = logits_BQV.shape[-1]
-    if not ids and vocab_size in (None, size):
-        return logits_BQV
-    ids_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
-    never_BQV = ids_BQV >= (size if vocab_size is None else vocab_size)
-    for id_ in ids:
-        never_BQV |= ids_BQV == id_
-    return jnp.where(never_BQV, -jnp.inf, logits_BQV)
+    # As a table: a tokenizer may leave hundreds of ids unused.
+    never_V = np.zeros(logits_BQV.shape[-1], bool)
+    never_V[[id_ for id_ in ids if id_ < never_V.size]] = True
+    never_V[never_V.size if vocab_size is None else vocab_size :] = True
+    return jnp.where(never_V[None, None], -jnp.inf, logits_BQV) if never_V.any() else logits_BQV
 
 
 def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:

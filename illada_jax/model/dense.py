@@ -5,27 +5,38 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from illada_jax.model.quantized import Int8
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, w_io: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+
+def dense(x: jax.Array, w_io: jax.Array | Int8, out_dtype: jnp.dtype) -> jax.Array:
     """X · w with operands in x's dtype and float32 accumulation.
-
-    Written with its own backward pass, since autodiff would multiply a float32 cotangent with low-precision operands:
-    a mixed product that is slow everywhere. The gradient of w is not rounded on its way to the float32 params.
 
     Args:
       x: [..., i], float32 or bfloat16.
-      w_io: params [i, o].
+      w_io: params [i, o]. Int8 values are exact in x's dtype and their scales are applied to the sums; no gradient.
       out_dtype: dtype of the result.
 
     Returns:
       [..., o] in out_dtype.
     """
+    if isinstance(w_io, Int8):
+        scale = w_io.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (_dense(x, w_io.values, jnp.float32) * scale).astype(out_dtype)
+    return _dense(x, w_io, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x: jax.Array, w_io: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """`dense` with its own backward pass.
+
+    Autodiff would multiply a float32 cotangent with low-precision operands: a mixed product that is slow everywhere.
+    The gradient of w is not rounded on its way to the float32 params.
+    """
     return jnp.einsum("...i,io->...o", x, w_io.astype(x.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
 def _forward(x: jax.Array, w_io: jax.Array, out_dtype: jnp.dtype):
-    return dense(x, w_io, out_dtype), (x, w_io)
+    return _dense(x, w_io, out_dtype), (x, w_io)
 
 
 def _backward(out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array):
@@ -38,4 +49,4 @@ def _backward(out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], g: jax.A
     return dx.astype(x.dtype), dw_io.astype(w_io.dtype)
 
 
-dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward)

@@ -23,10 +23,11 @@ from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
-from illada_jax.training.checkpoints import Checkpoints, check_initial, initial_params
+from illada_jax.training.checkpoints import Checkpoints
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
+from illada_jax.training.saved_model import check_initial, initial_params
 from illada_jax.training.step import StepMetrics, TrainState, abstract_state, fresh_average, init_state, make_train_step
 
 # Evaluators see params and step and return numbers and texts by name.

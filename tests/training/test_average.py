@@ -7,8 +7,8 @@ import pytest
 from illada_jax.config import from_dict, to_dict
 from illada_jax.errors import ConfigError
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.checkpoints import load_inference
 from illada_jax.training.optimizer import make_optimizer
+from illada_jax.training.saved_model import load_inference
 from illada_jax.training.step import abstract_state
 from tests.training.conftest import make_config
 

@@ -12,7 +12,7 @@ from illada_jax.data.corpus import open_corpus
 from illada_jax.data.preparing import Settings, prepare
 from illada_jax.errors import InputError
 from illada_jax.evaluators import ratio_and_stderr
-from illada_jax.training.checkpoints import load_inference
+from illada_jax.training.saved_model import load_inference
 
 
 def leaves(outcome):

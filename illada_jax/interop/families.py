@@ -1,0 +1,201 @@
+"""The public checkpoint layouts, one table for each family: names of tensors, keys of `config.json`, ids.
+
+The figures and names are those of the released files (GSAI-ML/LLaDA-8B-*, LLaDA-1.5 and GSAI-ML/iLLaDA-8B-*). A linear
+layer is stored as [out, in].
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from illada_jax import config as config_lib
+from illada_jax.config import DecodeConfig, ModelConfig
+from illada_jax.errors import ConfigError, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one family of models is written down.
+
+    Attributes:
+      model_type: its name in config.json.
+      architecture: the class of its modelling file.
+      tensors: for each param, by path, the name of its tensor; `{}` stands for the layer.
+      keys: for each field of ModelConfig, the keys of config.json that may give it; the first is written.
+      demanded: keys that must have one of these values where they are given; the first is written, if it is not None.
+      special_ids: ids where neither config nor tokenizer names them.
+      eot_id: id of the end of a turn, -1 where there is none.
+      decode: the sampler that the models were published with.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: Mapping[str, str]
+    keys: Mapping[str, tuple[str, ...]]
+    demanded: Mapping[str, tuple[Any, ...]]
+    special_ids: Mapping[str, int]
+    eot_id: int
+    decode: DecodeConfig
+
+
+LLADA = Family(
+    model_type="llada",
+    architecture="LLaDAModelLM",
+    tensors={
+        "embedding": "model.transformer.wte.weight",
+        "layers/attention_norm/scale": "model.transformer.blocks.{}.attn_norm.weight",
+        "layers/attention/q": "model.transformer.blocks.{}.q_proj.weight",
+        "layers/attention/k": "model.transformer.blocks.{}.k_proj.weight",
+        "layers/attention/v": "model.transformer.blocks.{}.v_proj.weight",
+        "layers/attention/o": "model.transformer.blocks.{}.attn_out.weight",
+        "layers/mlp_norm/scale": "model.transformer.blocks.{}.ff_norm.weight",
+        "layers/mlp/gate": "model.transformer.blocks.{}.ff_proj.weight",
+        "layers/mlp/up": "model.transformer.blocks.{}.up_proj.weight",
+        "layers/mlp/down": "model.transformer.blocks.{}.ff_out.weight",
+        "final_norm/scale": "model.transformer.ln_f.weight",
+        "head": "model.transformer.ff_out.weight",
+    },
+    keys={
+        "vocab_size": ("embedding_size", "vocab_size"),
+        "d_model": ("d_model",),
+        "num_layers": ("n_layers",),
+        "num_heads": ("n_heads",),
+        "num_kv_heads": ("n_kv_heads", "n_heads"),
+        "d_ff": ("mlp_hidden_size",),
+        "max_length": ("max_sequence_length",),
+        "rope_theta": ("rope_theta",),
+        "norm_eps": ("rms_norm_eps",),
+        "tied_head": ("weight_tying",),
+    },
+    demanded={
+        "block_type": ("llama",),
+        "block_group_size": (1,),
+        "activation_type": ("silu",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "layer_norm_eps": (None,),
+        "attention_layer_norm": (False,),
+        "bias_for_layer_norm": (False, None),
+        "include_bias": (False,),
+        "include_qkv_bias": (False, None),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "multi_query_attention": (None, False),
+        "clip_qkv": (None,),
+        "alibi": (False,),
+        "rope": (True,),
+    },
+    special_ids={"mask": 126_336, "bos": 126_080, "eos": 126_081, "pad": 126_081},
+    eot_id=126_348,
+    decode=DecodeConfig(length="fixed", max_new_tokens=128, block_length=32, steps_per_block=32),
+)
+
+ILLADA = Family(
+    model_type="illada",
+    architecture="ILLaDAForCausalLM",
+    tensors={
+        "embedding": "model.embed_tokens.weight",
+        "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+        "layers/attention/q": "model.layers.{}.self_attn.q_proj.weight",
+        "layers/attention/k": "model.layers.{}.self_attn.k_proj.weight",
+        "layers/attention/v": "model.layers.{}.self_attn.v_proj.weight",
+        "layers/attention/o": "model.layers.{}.self_attn.o_proj.weight",
+        "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+        "layers/mlp/gate": "model.layers.{}.mlp.gate_proj.weight",
+        "layers/mlp/up": "model.layers.{}.mlp.up_proj.weight",
+        "layers/mlp/down": "model.layers.{}.mlp.down_proj.weight",
+        "final_norm/scale": "model.norm.weight",
+        "head": "lm_head.weight",
+    },
+    keys={
+        "vocab_size": ("vocab_size",),
+        "d_model": ("hidden_size",),
+        "num_layers": ("num_hidden_layers",),
+        "num_heads": ("num_attention_heads",),
+        "num_kv_heads": ("num_key_value_heads", "num_attention_heads"),
+        "d_ff": ("intermediate_size",),
+        "max_length": ("max_position_embeddings",),
+        "rope_theta": ("rope_theta",),
+        "norm_eps": ("rms_norm_eps",),
+        "tied_head": ("tie_word_embeddings",),
+    },
+    demanded={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "layer_norm_eps": (None,),
+    },
+    special_ids={"mask": 5, "bos": 0, "pad": 1, "eos": 2},
+    eot_id=-1,
+    decode=DecodeConfig(length="variable", max_new_tokens=1024, block_length=32, steps_per_block=32),
+)
+
+FAMILIES = {family.model_type: family for family in (LLADA, ILLADA)}
+_SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_length")
+
+
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family that a config.json belongs to. Raises InputError for any other model_type."""
+    model_type = values.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(f"model_type = {model_type!r}: must be one of {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      family: of `family_of`.
+      values: the content of config.json.
+      has_head: whether the weights hold a head of their own: what decides where the config does not say.
+
+    Raises:
+      InputError: a key is missing or wrong, or asks for something that the model here does not do; names it.
+    """
+    for key, allowed in family.demanded.items():
+        if key in values and values[key] not in allowed:
+            raise InputError(f"{key} = {values[key]!r}: not supported; must be {' or '.join(map(repr, allowed))}")
+    given = {field: next((values[key] for key in keys if values.get(key) is not None), None)
+             for field, keys in family.keys.items()}
+    given["rope_theta"] = _rope_theta(values, given["rope_theta"])
+    if given["tied_head"] is None:
+        given["tied_head"] = not has_head
+    for field, value in given.items():
+        if value is None:
+            raise InputError(f"{family.keys[field][0]}: missing")
+    for field in _SIZES:
+        if not isinstance(given[field], int) or given[field] < 1:
+            raise InputError(f"{family.keys[field][0]} = {given[field]!r}: must be a whole number above 0")
+    if given["d_model"] % given["num_heads"]:
+        raise InputError(f"{family.keys['d_model'][0]} = {given['d_model']}: must be divisible by "
+                         f"{family.keys['num_heads'][0]} = {given['num_heads']}")
+    given["head_dim"] = given["d_model"] // given["num_heads"]
+    if values.get("head_dim") not in (None, given["head_dim"]):
+        raise InputError(f"head_dim = {values['head_dim']!r}: not supported; must be {given['head_dim']}, "
+                         f"{family.keys['d_model'][0]} / {family.keys['num_heads'][0]}")
+    try:
+        return config_lib.override(ModelConfig(), "model", given)
+    except ConfigError as error:
+        raise InputError(f"no model that can be built: {error}") from error
+
+
+def write_model_config(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_model_config`. Raises InputError if the family cannot express the model."""
+    if model.head_dim * model.num_heads != model.d_model:
+        raise InputError(f"config.model.head_dim = {model.head_dim}: a checkpoint of the family {family.model_type!r} "
+                         f"needs model.d_model / model.num_heads = {model.d_model // model.num_heads}")
+    values = {"model_type": family.model_type, "architectures": [family.architecture], "vocab_size": model.vocab_size}
+    values |= {keys[0]: getattr(model, field) for field, keys in family.keys.items()}
+    return values | {key: allowed[0] for key, allowed in family.demanded.items() if allowed[0] is not None}
+
+
+def _rope_theta(values: Mapping[str, Any], theta: Any) -> Any:
+    """The base of plain rotary positions, wherever it is written; anything but plain ones is refused."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default" or rope.get("factor", 1.0) != 1.0:
+            raise InputError(f"{key} = {values[key]!r}: not supported; must be null")
+        theta = rope.get("rope_theta", theta)
+    return theta

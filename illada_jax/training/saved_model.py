@@ -1,0 +1,222 @@
+"""Reading a checkpoint without its optimizer: onto any mesh, whole or param by param, rounded to eight bits or not."""
+
+import base64
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh, PartitionSpec
+
+from illada_jax import config as config_lib
+from illada_jax import model
+from illada_jax.config import Config, ModelConfig
+from illada_jax.data.tokenizer import Tokenizer, tokenizer_from_files
+from illada_jax.errors import InputError
+from illada_jax.model.quantized import quantize_params, quantized_axes
+from illada_jax.parallel import sharding
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model as decoding and scoring need it.
+
+    Attributes:
+      config: the config that made it.
+      params: params of the model.
+      tokenizer: its tokenizer.
+      step: the training step.
+    """
+
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A checkpoint whose params are still to be read: their moving average where the run has kept one.
+
+    Attributes:
+      directory: `WORKDIR/checkpoints/STEP`, absolute.
+      config: the config that made it.
+      step: the training step.
+      quantized: its matrices are Int8.
+      family: whose weights they are, where they were converted (`interop/families.py`), else empty.
+    """
+
+    directory: epath.Path
+    config: Config
+    step: int
+    quantized: bool
+    family: str
+
+    @property
+    def _params(self) -> epath.Path:
+        average = self.directory / "ema"
+        return average if average.is_dir() else self.directory / "params"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was saved with it."""
+        return tokenizer_from_files(_decode_files(_read_json(self.directory, "tokenizer")))
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """The type of the params (of those that are not Int8)."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(self._params).item_metadata.tree
+        return jnp.dtype(saved["embedding"].dtype)
+
+    def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
+        """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
+        if self.quantized or not quantized:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(self._params, self._abstract(dtype, mesh))
+        # One at a time: the params as they were saved may not fit beside the others.
+        places = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
+        params = {path: jax.jit(lambda w, path=path: quantize_params({path: w})[path], out_shardings=place)(
+                      self.restore_param(path, dtype, mesh)) for path, place in places.items()}
+        return traverse_util.unflatten_dict(params, sep="/")
+
+    def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+        """One of the params as they were saved, by path; nothing else is read."""
+        target = traverse_util.flatten_dict(self._abstract(dtype, mesh), sep="/")[path]
+        tree = traverse_util.unflatten_dict({path: target}, sep="/")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(self._params, args=ocp.args.PyTreeRestore(
+                tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
+        return traverse_util.flatten_dict(restored, sep="/")[path]
+
+    def _abstract(self, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+        """The params as they were saved, in `dtype`, with the places where they go."""
+        def init() -> Any:
+            params = model.init_params(self.config.model, jax.random.key(0))
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            return quantize_params(params) if self.quantized else params
+
+        shardings = param_shardings(self.config.model, mesh, self.quantized)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                            jax.eval_shape(init), shardings)
+
+
+def open_model(path: str | epath.Path) -> SavedModel:
+    """Opens a workdir (its newest checkpoint) or one checkpoint, `WORKDIR/checkpoints/STEP`.
+
+    Raises:
+      InputError: there is no checkpoint, or it has another format version.
+    """
+    path = absolute_path(epath.Path(path))
+    if (path / "checkpoints").is_dir():
+        steps = ocp.utils.checkpoint_steps(path / "checkpoints")
+        if not steps:
+            raise InputError(f"{path}: no checkpoint has been saved yet")
+        path = path / "checkpoints" / str(max(steps))
+    if not (path / "params").is_dir() or not (path / "meta").is_dir():
+        raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP")
+    meta = _read_json(path, "meta")
+    if meta["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {meta['format_version']}; this code reads {FORMAT_VERSION}")
+    return SavedModel(path, config_lib.from_saved(meta["config"]), int(path.name), meta.get("quantized", False),
+                      meta.get("family", ""))
+
+
+def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None,
+                   quantized: bool = False) -> Loaded:
+    """Loads params, config and tokenizer of a workdir (its newest checkpoint) or of one checkpoint; no optimizer.
+
+    Args:
+      path: the workdir or `WORKDIR/checkpoints/STEP`.
+      dtype: type of params and compute, `float32` or `bfloat16`; None keeps float32 params and the config's compute.
+      mesh: where the params go; None puts them on the first device.
+      quantized: matrices as Int8, as they also are if they were saved so.
+
+    Raises:
+      InputError: there is no checkpoint, or it has another format version.
+    """
+    saved = open_model(path)
+    config = saved.config
+    if dtype is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    params = saved.restore(jnp.dtype(dtype or "float32"), mesh, quantized)
+    return Loaded(config, params, saved.tokenizer, saved.step)
+
+
+def save_model(workdir: epath.Path, config: Config, params: Any, tokenizer: Tokenizer, quantized: bool,
+               family: str) -> None:
+    """Writes a checkpoint of params alone, at step 0: whole or not at all. For the arguments see SavedModel."""
+    meta = {"format_version": FORMAT_VERSION, "config": config_lib.to_dict(config), "corpus_fingerprint": "",
+            "quantized": quantized, "family": family}
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(absolute_path(workdir) / "checkpoints", options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            meta=ocp.args.JsonSave(meta),
+            tokenizer=ocp.args.JsonSave(encode_files(tokenizer.files())),
+        ))
+        manager.wait_until_finished()
+
+
+def check_initial(path: str, config: Config, tokenizer: Tokenizer) -> None:
+    """Checks that a run may start from the params of `path` (`config.init.checkpoint`).
+
+    Raises:
+      InputError: it is no checkpoint, its architecture or its tokenizer is another, or its weights are Int8.
+    """
+    saved = open_model(path)
+    if saved.quantized:
+        raise InputError(f"config.init.checkpoint = {path}: its weights have eight bits; start from what it was "
+                         "made of")
+    ours, other = (config_lib.architecture(c.model) for c in (config, saved.config))
+    if ours != other:
+        differences = "; ".join(config_lib.differences(other, ours, "model."))
+        raise InputError(f"config.init.checkpoint = {path}: another architecture: {differences}")
+    if saved.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"config.init.checkpoint = {path}: it was trained with another tokenizer (fingerprint "
+                         f"{saved.tokenizer.fingerprint}, the corpus has {tokenizer.fingerprint})")
+
+
+def checkpoint_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a workdir or checkpoint. Raises InputError if it is none."""
+    return open_model(path).tokenizer
+
+
+def initial_params(path: str, mesh: Mesh) -> Any:
+    """Params of another run to start from (its average if it has one), float32, on `mesh`; see `check_initial`."""
+    return open_model(path).restore(jnp.dtype("float32"), mesh)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh | None, quantized: bool = False) -> Any:
+    """Where each param goes: by the rules on the mesh, or on the first device."""
+    axes = model.param_axes(config)
+    axes = quantized_axes(axes) if quantized else axes
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: here, axes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    return sharding.param_shardings(mesh, axes)
+
+
+def absolute_path(path: epath.Path) -> epath.Path:
+    """Orbax asks for absolute paths; `gs://…` is one, which `Path.absolute` does not know."""
+    return path if path.is_absolute() else path.absolute()
+
+
+def _read_json(directory: epath.Path, item: str) -> Any:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(directory / item)
+
+
+def encode_files(files: dict[str, bytes]) -> dict[str, str]:
+    """Files as JSON can hold them."""
+    return {name: base64.b64encode(content).decode("ascii") for name, content in files.items()}
+
+
+def _decode_files(files: dict[str, str]) -> dict[str, bytes]:
+    return {name: base64.b64decode(content) for name, content in files.items()}
