@@ -7,8 +7,9 @@
 Architecture, window, split, weight decay, peak and final rate are the published ones. Not published, hence ours: the
 batch (2,048 rows: 16.8 M tokens a step, in the range of dense 8B models), the warm-up (2,000 steps, as in LLaDA),
 betas and clipping (0.9, 0.95 and 1.0, the usual ones), and when the decay starts: the paper switched from the constant
-rate when the loss had stopped falling. So this config never decays by itself: resume with
-`--config.optimizer.decay_start=N --config.optimizer.decay_steps=M` when the loss has levelled off.
+rate when the loss had stopped falling. So this config never decays by itself: it says when the loss falls by less than
+0.2 % in 10,000 steps (168 B tokens; ours), to be resumed with `--config.optimizer.decay_start=N
+--config.optimizer.decay_steps=M`.
 """
 
 import ml_collections
@@ -54,6 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.steps = 715_256  # 12 T tokens
     c.train.logits_chunk = 512
     c.train.log_every = 10
+    c.train.plateau_window = 10_000  # ours
+    c.train.plateau_tolerance = 0.002  # ours
     c.checkpoint.every = 1000
     c.eval.every = 5000
     c.eval.batch_size = 256

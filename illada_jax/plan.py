@@ -57,8 +57,8 @@ def describe(config: Config) -> str:
     count = model.num_params(config.model)
     embeddings = config.model.vocab_size * config.model.d_model * (1 if config.model.tied_head else 2)
     lines = [
-        f"parameters        {count:,} ({count / 1e9:.2f} B), without embedding and head {count - embeddings:,} "
-        f"({(count - embeddings) / 1e9:.2f} B)",
+        f"parameters        {count:,} ({_in_units(count)}), without embedding and head {count - embeddings:,} "
+        f"({_in_units(count - embeddings)})",
         f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
         _steps(config, tokens),
         f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step"
@@ -76,8 +76,14 @@ def describe(config: Config) -> str:
 def _steps(config: Config, tokens: int) -> str:
     if not config.train.steps:
         return f"steps             {config.train.epochs} epochs; how many steps that are is known with the examples"
-    return (f"steps             {config.train.steps:,} = {config.train.steps * tokens / 1e12:,.3f} T tokens "
+    return (f"steps             {config.train.steps:,} = {_in_units(config.train.steps * tokens)} tokens "
             f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)")
+
+
+def _in_units(number: float) -> str:
+    """A number in thousands (K), millions (M), billions (B) or trillions (T)."""
+    unit, size = next((pair for pair in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if number >= pair[1]), ("K", 1e3))
+    return f"{number / size:.2f} {unit}"
 
 
 def _meshes(config: Config) -> list[AbstractMesh]:

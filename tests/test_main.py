@@ -142,7 +142,7 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
     result = run([sys.executable, "-m", "illada_jax.main", "--config=experiments/pretrain_8b.py", "--dry_run"])
     assert result.returncode == 0, result.stderr
     assert "7,615,025,152 (7.62 B)" in result.stdout
-    assert "= 12.000 T tokens" in result.stdout
+    assert "= 12.00 T tokens" in result.stdout
     assert "missing" in result.stdout
     result = run([sys.executable, "-m", "illada_jax.main", "--config=experiments/pretrain_8b.py",
                   "--workdir=/dev/null/w"])
