@@ -22,8 +22,10 @@ from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
 from illada_jax.model import make_init_cache, make_logits_fn
+from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
+NORMALISATIONS = ("none", "tokens", "characters", "bytes")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,61 @@ class LanguageModel:
         finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
         return ((index, self._generation(decoded, stop, sources[index], ids[index], infill))
                 for index, decoded in finished)
+
+    def score(self, context: Prompt, candidates: Sequence[Prompt], **settings: Any) -> list[Score]:
+        """Scores candidates that may follow a context, one for each, in their order.
+
+        Args:
+          context: text, or ids, which are used as they are; may be empty.
+          candidates: texts or ids. A text is tokenised together with its context, and apart where a token would
+            straddle the two.
+          **settings: fields of `scoring.ScoreConfig`, such as method="confidence" or "monte_carlo".
+
+        Raises:
+          InputError: a candidate or a setting is wrong; the message names it.
+        """
+        if isinstance(candidates, str):
+            raise InputError("candidates: a list of candidates is wanted, not one text")
+        return self.scorer(**settings).score([self.encode_pair(context, candidate) for candidate in candidates])
+
+    def choose(self, context: Prompt, candidates: Sequence[Prompt], *,
+               normalise: Literal["none", "tokens", "characters", "bytes"] = "none", **settings: Any) -> int:
+        """The index of the best candidate, for less than it takes to score all (see `Scorer.choose`).
+
+        Args:
+          context: see `score`.
+          candidates: see `score`.
+          normalise: what a score is divided by: nothing (lm-eval's acc), the candidate's tokens, its characters
+            (acc_norm) or its UTF-8 bytes (acc_bytes).
+          **settings: see `score`.
+        """
+        if isinstance(candidates, str):
+            raise InputError("candidates: a list of candidates is wanted, not one text")
+        if normalise not in NORMALISATIONS:
+            raise InputError(f"normalise = {normalise!r}: must be one of {', '.join(map(repr, NORMALISATIONS))}")
+        pairs = [self.encode_pair(context, candidate) for candidate in candidates]
+        texts = [c if isinstance(c, str) else self.tokenizer.decode(c) for c in candidates]
+        lengths = {"none": [1] * len(pairs), "tokens": [len(ids) for _, ids in pairs],
+                   "characters": [len(text) for text in texts], "bytes": [len(text.encode()) for text in texts]}
+        return self.scorer(**settings).choose([pairs], [[max(1, length) for length in lengths[normalise]]])[0]
+
+    def scorer(self, **settings: Any) -> Scorer:
+        """What `score` uses, for many questions at once: `scoring.Scorer` with fields of `scoring.ScoreConfig`."""
+        return Scorer(self._logits_fn, override(ScoreConfig(), "score", settings), SpecialIds.of(self.tokenizer),
+                      self.config.model.max_length, self.mesh)
+
+    def encode_pair(self, context: Prompt, candidate: Prompt) -> tuple[list[int], list[int]]:
+        """The ids of a context and of a candidate behind it.
+
+        Two texts are tokenised as one, as lm-eval does, if the tokens of the context begin it; else apart.
+        """
+        encode = self.tokenizer.encode
+        if isinstance(context, str) and isinstance(candidate, str):
+            whole, before = encode(context + candidate), encode(context)
+            if whole[: len(before)] == before and (len(whole) > len(before) or not candidate):
+                return before, whole[len(before) :]
+        return tuple(encode(part) if isinstance(part, str) else [int(id_) for id_ in part]
+                     for part in (context, candidate))
 
     def logits(self, tokens_BL: Any) -> jax.Array:
         """Logits of every position, float32 [B, L, V], for looking inside: this is the whole array, in memory.

@@ -59,8 +59,13 @@ class ModelConfig:
       init_std: standard deviation of the projections; residual outputs are scaled by 1/sqrt(2·num_layers).
         0 stands for sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
       dtype: type of activations; params are float32 in training.
-      remat: what the backward pass recomputes: `none`, `dots` (all but matmul outputs), `full` (every layer).
-      attention: back end, see `model/attention.py`; `auto` chooses by platform.
+      remat: what the backward pass recomputes: `none` (nothing), `dots` (all but the results of matrix products and
+        attention), `projections` (the feed-forward too), `attention` (all but attention), `full` (every layer).
+      attention: back end, see `model/attention.py`; `auto` chooses by platform: `splash` on TPU, `cudnn` on GPU, else
+        `xla`. `splash_interpret` runs the TPU kernel in an interpreter, anywhere, slowly.
+      attention_block_q: queries per block of the TPU kernel, a multiple of 128 (the largest that divides the length).
+      attention_block_kv: keys per block that are brought into memory on the chip.
+      attention_block_kv_compute: keys per block that are computed at once; at most attention_block_kv.
       scan_unroll: layers per iteration of the scan over layers.
     """
 
@@ -77,8 +82,11 @@ class ModelConfig:
     tied_head: bool = True
     init_std: float = 0.0
     dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "xla"] = "auto"
+    remat: Literal["none", "dots", "projections", "attention", "full"] = "none"
+    attention: Literal["auto", "xla", "cudnn", "splash", "splash_interpret"] = "auto"
+    attention_block_q: int = 1024
+    attention_block_kv: int = 1024
+    attention_block_kv_compute: int = 512
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -90,6 +98,12 @@ class ModelConfig:
         _require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
                  f"must divide model.num_heads = {self.num_heads}")
         _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even (rotary pairs)")
+        for name in ("attention_block_q", "attention_block_kv", "attention_block_kv_compute"):
+            value = getattr(self, name)
+            _require(value > 0 and value % 128 == 0, f"model.{name}", value, "must be a multiple of 128")
+        _require(self.attention_block_kv_compute <= self.attention_block_kv, "model.attention_block_kv_compute",
+                 self.attention_block_kv_compute,
+                 f"must not exceed model.attention_block_kv = {self.attention_block_kv}")
         _require(self.num_layers % self.scan_unroll == 0, "model.scan_unroll", self.scan_unroll,
                  f"must divide model.num_layers = {self.num_layers}")
 
@@ -554,13 +568,15 @@ def from_saved(values: dict[str, Any]) -> Config:
 
 
 # What does not change the parameters of a model, only how they are computed.
-_COMPUTE_FIELDS = ("dtype", "remat", "attention", "scan_unroll", "init_std", "max_length")
+_COMPUTE_FIELDS = ("dtype", "remat", "attention", "attention_block_q", "attention_block_kv",
+                   "attention_block_kv_compute", "scan_unroll", "init_std", "max_length")
 
 # What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
 RESUMABLE = (
     "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
     "train.plateau_tolerance", "train.tensorboard", "train.microbatches", "train.logits_chunk", "mesh", "checkpoint",
-    "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.scan_unroll",
+    "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.attention_block_q",
+    "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
     "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",
     "optimizer.final_learning_rate",
 )

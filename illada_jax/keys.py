@@ -11,6 +11,7 @@ class Purpose(enum.IntEnum):
     PARAMS = 0
     CORRUPTION = 1
     EVALUATION = 2
+    SCORING = 3
 
 
 def key_for(seed: int, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:

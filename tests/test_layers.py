@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "parallel": {"config", "errors"},
     "training": FOUNDATION,
     "decoding": FOUNDATION,
-    "scoring": FOUNDATION,
+    "scoring": FOUNDATION | {"decoding"},
     "interop": FOUNDATION | {"training"},
     "evaluators": FOUNDATION | {"decoding", "scoring"},
 }

@@ -1,27 +1,39 @@
 """Attention back ends: bidirectional, within segments, grouped keys and values.
 
-A back end is `f(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> out_BTNH`: it may be replaced by another with the
-same meaning. Every token attends to all tokens of its own segment, before and after it.
+A back end is `f(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> out_BTNH`: it may be replaced by another
+with the same meaning. Every token attends to all tokens of its own segment, before and after it.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
 
-from illada_jax.errors import ConfigError
+from illada_jax.config import ModelConfig
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
+# The name under which remat policies find what attention returned.
+ATTENTION_OUT = "attention_out"
+LANES = 128  # the kernel's blocks are multiples of it
+NO_SEGMENT = -2  # of keys that fill up the last block: neither a segment nor what a cache hides (-1)
+
 
 def xla_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array, segments_BS: jax.Array
+    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
+    segments_BS: jax.Array,
 ) -> jax.Array:
     """Attention in plain XLA: any platform, softmax in float32, memory grows with T·S.
 
     The G = N/K query heads that share keys are rows of one product (g = G·T), and the mask is added as a bias: on CPU
     this takes 0.6 to 0.85 of the time of `jax.nn.dot_product_attention`.
     """
+    del config
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKgH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
@@ -36,16 +48,100 @@ def xla_attention(
                           preferred_element_type=jnp.float32)
     out_BKgH = out_BKgH / jnp.sum(unnormed_BKgS, axis=-1, keepdims=True)
     out_BTNH = out_BKgH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-    return out_BTNH.astype(q_BTNH.dtype)
+    return checkpoint_name(out_BTNH.astype(q_BTNH.dtype), ATTENTION_OUT)
 
 
-BACK_ENDS: dict[str, AttentionFn] = {"xla": xla_attention}
+def cudnn_attention(
+    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
+    segments_BS: jax.Array,
+) -> jax.Array:
+    """Flash attention of cuDNN where it takes these shapes (bfloat16, even lengths, heads of at most 128), else XLA."""
+    even = q_BTNH.shape[1] % 2 == 0 and k_BSKH.shape[1] % 2 == 0
+    if not (q_BTNH.dtype == jnp.bfloat16 and even and config.head_dim % 8 == 0 and config.head_dim <= 128):
+        return xla_attention(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+    same_BNTS = (segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=same_BNTS, implementation="cudnn")
+    return checkpoint_name(out_BTNH, ATTENTION_OUT)
 
 
-def attention_fn(name: str) -> AttentionFn:
-    """The back end called `name`; `auto` takes the best for the platform. Raises ConfigError for an unknown one."""
-    if name == "auto":
-        name = "xla"
-    if name not in BACK_ENDS:
-        raise ConfigError(f"config.model.attention = {name!r}: must be auto or one of {', '.join(BACK_ENDS)}")
-    return BACK_ENDS[name]
+def splash_attention(
+    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
+    segments_BS: jax.Array, interpret: bool = False,
+) -> jax.Array:
+    """The TPU kernel: nothing of size T·S is ever in memory, keys of a group are not repeated.
+
+    Over a mesh each device computes its own rows and heads; an axis that does not divide them is left out, so that
+    its devices compute the same. Lengths are filled up to whole blocks with keys that nobody sees.
+    """
+    arrays = q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS
+    local = functools.partial(_local_splash, config, interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(*arrays)
+    rules = dict(nn.get_logical_axis_rules())
+    rows = _dividing(rules["batch"], mesh, q_BTNH.shape[0])
+    heads = _dividing(rules["heads_act"], mesh, config.num_kv_heads)
+    of_heads, of_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    # The kernel does not say over which axes its result varies, so that check is off.
+    return jax.shard_map(local, in_specs=(of_heads, of_heads, of_heads, of_rows, of_rows), out_specs=of_heads,
+                         check_vma=False)(*arrays)
+
+
+def _dividing(axes: str | tuple[str, ...], mesh: jax.sharding.AbstractMesh, size: int) -> tuple[str, ...] | None:
+    """The mesh axes of a logical axis, or None where they do not divide its size."""
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    shards = 1
+    for axis in axes:
+        shards *= mesh.shape[axis]
+    return axes if size % shards == 0 else None
+
+
+def _local_splash(
+    config: ModelConfig, interpret: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+    segments_BT: jax.Array, segments_BS: jax.Array,
+) -> jax.Array:
+    length, num_heads, width = q_BTNH.shape[1:]
+    q_BTNH, segments_BT = _fill(q_BTNH), _fill(segments_BT, NO_SEGMENT)
+    k_BSKH, v_BSKH, segments_BS = _fill(k_BSKH), _fill(v_BSKH), _fill(segments_BS, NO_SEGMENT)
+    block_q = _block(config.attention_block_q, q_BTNH.shape[1])
+    block_kv = _block(config.attention_block_kv, k_BSKH.shape[1])
+    compute = _block(config.attention_block_kv_compute, block_kv)
+    # One fused kernel for the backward pass: scores are recomputed once and not twice, five matrix products, not seven.
+    blocks = splash.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_kv_compute=compute, block_q_dkv=block_q, block_kv_dkv=block_kv,
+        block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
+    mask = splash.MultiHeadMask([splash.FullMask((q_BTNH.shape[1], k_BSKH.shape[1]))] * num_heads)
+    kernel = splash.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret,
+                                    residual_checkpoint_name=ATTENTION_OUT)
+    # The kernel does not scale the scores.
+    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * width**-0.5, k_BSKH, v_BSKH))
+    out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, splash.SegmentIds(segments_BT, segments_BS))
+    return out_BNTH.swapaxes(1, 2)[:, :length]
+
+
+def _fill(x_BT: jax.Array, value: int = 0) -> jax.Array:
+    """Fills the second axis up to a multiple of LANES."""
+    missing = -x_BT.shape[1] % LANES
+    if not missing:
+        return x_BT
+    return jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2), constant_values=value)
+
+
+def _block(wanted: int, length: int) -> int:
+    """The largest multiple of LANES that divides `length` and does not exceed `wanted`."""
+    return max(block for block in range(LANES, max(wanted, LANES) + 1, LANES) if length % block == 0)
+
+
+BACK_ENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+    "splash_interpret": functools.partial(splash_attention, interpret=True),
+}
+BEST = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+
+
+def attention_fn(config: ModelConfig) -> AttentionFn:
+    """The back end that `config.attention` names; `auto` takes the best for the platform of the default devices."""
+    name = BEST[jax.default_backend()] if config.attention == "auto" else config.attention
+    return functools.partial(BACK_ENDS[name], config)

@@ -26,13 +26,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def param_axes(config: ModelConfig) -> Any:
     """The logical axis names of every param: a PartitionSpec for each; nothing is computed."""
-    boxed = jax.eval_shape(functools.partial(_initialise, config), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _initialise(config, jax.random.key(0)))
     return nn.get_partition_spec(boxed)
 
 
 def num_params(config: ModelConfig) -> int:
     """Number of parameters, without allocating any."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights, token_losses
+from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
+from illada_jax.training.sharded_loss import sharded_token_losses
 
 
 @flax.struct.dataclass
@@ -80,7 +81,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, process)
-        grads, sums = loss_gradients(config, state.params, batch, corrupted, compact=mesh.size == 1)
+        grads, sums = loss_gradients(config, mesh, state.params, batch, corrupted)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -100,24 +101,22 @@ def make_train_step(
 
 
 def loss_gradients(
-    config: Config, params: Any, batch: Batch, corrupted: Corrupted, compact: bool
+    config: Config, mesh: Mesh, params: Any, batch: Batch, corrupted: Corrupted
 ) -> tuple[Any, LossSums]:
     """Gradients of Σ masked w·CE/p ÷ Σ maskable w over the global batch, and the sums that it is made of.
 
     With micro-batches the parts are added up after dividing by the weight of the WHOLE batch, so that the number of
-    parts changes nothing but the order of additions. `compact`: see `token_losses`.
+    parts changes nothing but the order of additions.
     """
     total_weight = jnp.maximum(jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)), 1e-30)
 
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
-        head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
-        weights_BL = loss_weights(part, corrupted)
-        loss, ce_BL, correct_BL = token_losses(
-            head, hidden_BLD, part.tokens_BL, weights_BL, config.train.logits_chunk, compact
-        )
-        sums = loss_sums(loss, ce_BL, correct_BL, part, corrupted)
-        return sums.loss / total_weight, sums
+        # Divided here and not behind the loss, so that no gradient of the size of the embedding is scaled afterwards.
+        weights_BL = loss_weights(part, corrupted) / total_weight
+        loss, ce_BL, correct_BL = sharded_token_losses(config, mesh, params, hidden_BLD, part.tokens_BL, weights_BL)
+        sums = loss_sums(loss * total_weight, ce_BL, correct_BL, part, corrupted)
+        return loss, sums
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)
     parts = config.train.microbatches

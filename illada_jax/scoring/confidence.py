@@ -1,0 +1,93 @@
+"""Confidence-based scoring (iLLaDA paper, Eq. 2): deterministic, and not a likelihood.
+
+    S(y | p) = Σ_k log p(y_{i_k} | p, y_{k-1}),    i_k = argmax over hidden i of p(y_i | p, y_{k-1})
+
+The candidate starts fully masked; at each step the position whose TRUE token is most probable is revealed, and its
+log-probability counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from illada_jax.scoring.look import Looker, Seen, View
+
+
+@dataclass
+class Reveal:
+    """A candidate on its way from masks to itself.
+
+    Attributes:
+      tokens_L: int32, context, candidate, and what stands visible behind it.
+      hidden_Q: columns that are still hidden.
+      context_length: columns before the candidate.
+      value: the sum so far. What is still to come is at most 0, so this bounds the score from above.
+      greedy: so far, decoding that writes the surest tokens of all first would have written the same.
+    """
+
+    tokens_L: np.ndarray
+    hidden_Q: np.ndarray
+    context_length: int
+    value: float = 0.0
+    greedy: bool = True
+
+
+def finish(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int = 1) -> None:
+    """Reveals everything, all candidates in step.
+
+    Args:
+      looker: the network.
+      reveals: the candidates; they are changed.
+      tokens_per_step: tokens that a step reveals. With one it is the paper's score; more are an approximation, which
+        takes as many times fewer evaluations.
+    """
+    while hidden := [reveal for reveal in reveals if len(reveal.hidden_Q)]:
+        _advance(looker, hidden, tokens_per_step)
+
+
+def race(looker: Looker, groups: Sequence[Sequence[Reveal]], divisors: Sequence[Sequence[float]],
+         tokens_per_step: int = 1) -> list[int]:
+    """Finds the best candidate of each group, exactly, without finishing those that cannot win.
+
+    A sum only falls. So the leader of a group, by its sum so far, is the only one that must advance, and once a leader
+    is finished nothing can overtake it.
+
+    Args:
+      looker: the network.
+      groups: candidates of one question each; they are changed.
+      divisors: for each candidate, the length that its score is divided by before comparing.
+      tokens_per_step: see `finish`.
+
+    Returns:
+      The index of the best candidate of each group; of equal ones the first.
+    """
+    def leader(group: int) -> int:
+        bounds = [reveal.value / divisor for reveal, divisor in zip(groups[group], divisors[group], strict=True)]
+        return int(np.argmax(bounds))
+
+    # All sums start at 0, so all must take a step; those of one length and context share an evaluation here.
+    _advance(looker, [reveal for group in groups for reveal in group], tokens_per_step)
+    leaders = [leader(group) for group in range(len(groups))]
+    while running := [group for group, best in enumerate(leaders) if len(groups[group][best].hidden_Q)]:
+        _advance(looker, [groups[group][leaders[group]] for group in running], tokens_per_step)
+        for group in running:
+            leaders[group] = leader(group)
+    return leaders
+
+
+def _advance(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int) -> None:
+    """One evaluation and one step of each."""
+    seen = looker([View(reveal.tokens_L, reveal.hidden_Q, reveal.context_length) for reveal in reveals])
+    for reveal, what in zip(reveals, seen, strict=True):
+        _step(reveal, what, tokens_per_step)
+
+
+def _step(reveal: Reveal, seen: Seen, tokens_per_step: int) -> None:
+    # Of equal ones the leftmost is revealed first.
+    order = np.argsort(-seen.log_probs_Q, kind="stable")
+    now, later = order[:tokens_per_step], order[tokens_per_step:]
+    reveal.greedy &= bool(np.all(seen.log_probs_Q[now] >= seen.best_Q[now])
+                          and np.min(seen.log_probs_Q[now]) >= np.max(seen.best_Q[later], initial=-np.inf))
+    reveal.value += float(np.sum(seen.log_probs_Q[now], dtype=np.float64))
+    reveal.hidden_Q = np.delete(reveal.hidden_Q, now)

@@ -1,0 +1,190 @@
+"""Looking at rows with hidden tokens: log-probabilities of what is hidden, in a bounded number of compiled shapes.
+
+Dimensions: B rows, L columns, Q hidden columns of a row, C tokens that are asked for at each of them, V vocabulary.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from illada_jax.decoding.contract import LogitsFn, SpecialIds
+from illada_jax.parallel.mesh import use_mesh
+from illada_jax.parallel.sharding import batch_sharding
+
+# Logits of at most this many columns exist at a time, unless one row alone asks for more.
+_COLUMNS_AT_ONCE = 1024
+
+
+class View(NamedTuple):
+    """A row, and what of it is hidden.
+
+    Attributes:
+      tokens_L: int32, the whole row.
+      hidden_Q: int, columns that the network sees as MASK, ascending, at least one.
+      context_length: columns at the start that are given; guidance hides them.
+    """
+
+    tokens_L: np.ndarray
+    hidden_Q: np.ndarray
+    context_length: int
+
+
+class Seen(NamedTuple):
+    """What the network says about the hidden columns of a view.
+
+    Attributes:
+      log_probs_Q: float32, log-probability of the token that is there, over all ids.
+      best_Q: float32, log-probability of the most probable id.
+    """
+
+    log_probs_Q: np.ndarray
+    best_Q: np.ndarray
+
+
+class Looker:
+    """Answers views with one network.
+
+    Rows that look the same to the network are computed once, whatever is asked of them: candidates of one token share
+    an evaluation, and so do the first steps of candidates of one length. What is answered does not depend on the other
+    views, but for the last bits.
+
+    Attributes:
+      evaluations: rows that the network has evaluated (twice as many under guidance), without padding.
+    """
+
+    def __init__(self, logits_fn: LogitsFn, ids: SpecialIds, max_length: int, batch_size: int, cfg_scale: float = 0.0,
+                 mesh: Mesh | None = None):
+        """Prepares looking; nothing is compiled yet.
+
+        Args:
+          logits_fn: the network. A Partial with other params does not compile again.
+          ids: ids with a meaning.
+          max_length: the context of the network.
+          batch_size: rows of a batch, at most; fewer where many columns are asked for.
+          cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u), u without the context.
+          mesh: devices to spread the rows over.
+        """
+        self.evaluations = 0
+        self._logits_fn = logits_fn
+        self._ids = ids
+        self._max_length = max_length
+        self._batch_size = batch_size
+        self._cfg_scale = cfg_scale
+        self._mesh = mesh
+        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def __call__(self, views: Sequence[View]) -> list[Seen]:
+        """One answer for each view, in their order."""
+        alike = defaultdict(list)
+        for index, view in enumerate(views):
+            canvas_L = view.tokens_L.copy()
+            canvas_L[view.hidden_Q] = self._ids.mask
+            alike[canvas_L.tobytes(), view.context_length].append(index)
+        groups = sorted(alike.values(), key=lambda group: (self._shape(views[group[0]]), group[0]), reverse=True)
+        started = [(batch, self._start([[views[index] for index in group] for group in batch]))
+                   for batch in self._batches(groups, views)]
+        seen = {}
+        for batch, result in started:  # all batches are on their way before the first is waited for
+            log_probs_BQC, best_BQ = jax.device_get(result)
+            for row, group in enumerate(batch):
+                for choice, index in enumerate(group):
+                    count = len(views[index].hidden_Q)
+                    seen[index] = Seen(log_probs_BQC[row, :count, choice], best_BQ[row, :count])
+        return [seen[index] for index in range(len(views))]
+
+    def _shape(self, view: View) -> tuple[int, int]:
+        """Columns and wanted columns that the view is padded to."""
+        return (min(_rounded(len(view.tokens_L), 8, 8), self._max_length),
+                min(_rounded(len(view.hidden_Q), 8, 2), self._max_length))
+
+    def _batches(self, groups: list[list[int]], views: Sequence[View]) -> list[list[list[int]]]:
+        """Cuts groups, sorted by shape, into batches of one length, each as wide as its widest."""
+        batches = []
+        for group in groups:
+            length = self._shape(views[group[0]])[0]
+            if batches:
+                first_length, first_wanted = self._shape(views[batches[-1][0][0]])
+                room = max(1, min(self._batch_size, _COLUMNS_AT_ONCE // first_wanted))
+                if length == first_length and len(batches[-1]) < room:
+                    batches[-1].append(group)
+                    continue
+            batches.append([group])
+        return batches
+
+    def _start(self, batch: list[list[View]]) -> tuple[jax.Array, jax.Array]:
+        """Dispatches one batch, each of its rows with all views that share it."""
+        length, wanted = self._shape(batch[0][0])
+        rows = -(-(1 << (len(batch) - 1).bit_length()) // self._shards) * self._shards
+        choices = 1 << (max(map(len, batch)) - 1).bit_length()
+        tokens_BL = np.full((rows, length), self._ids.pad, np.int32)
+        lengths_B, contexts_B = np.zeros((2, rows), np.int32)
+        columns_BQ = np.zeros((rows, wanted), np.int32)
+        targets_BQC = np.zeros((rows, wanted, choices), np.int32)
+        for row, group in enumerate(batch):
+            view = group[0]
+            count = len(view.hidden_Q)
+            tokens_BL[row, : len(view.tokens_L)] = view.tokens_L
+            tokens_BL[row, view.hidden_Q] = self._ids.mask
+            lengths_B[row], contexts_B[row] = len(view.tokens_L), view.context_length
+            columns_BQ[row, :count] = view.hidden_Q
+            for choice, view in enumerate(group):
+                targets_BQC[row, :count, choice] = view.tokens_L[view.hidden_Q]
+        self.evaluations += len(batch) * (2 if self._cfg_scale else 1)
+        arrays = tokens_BL, lengths_B, contexts_B, columns_BQ, targets_BQC
+        settings = {"mask_id": self._ids.mask, "cfg_scale": self._cfg_scale}
+        if self._mesh is None:
+            return _look(self._logits_fn, *jax.device_put(arrays), **settings)
+        with use_mesh(self._mesh):
+            return _look(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
+
+
+def _rounded(length: int, smallest: int, parts: int) -> int:
+    """Length rounded up to a multiple of a `parts`-th of the power of two below it: bounded waste, few sizes."""
+    step = max(smallest, (1 << (length.bit_length() - 1)) // parts)
+    return -(-length // step) * step
+
+
+@functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))
+def _look(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, contexts_B: jax.Array,
+          columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float
+          ) -> tuple[jax.Array, jax.Array]:
+    """(Log-probabilities of the targets [B, Q, C], log-probability of the most probable id [B, Q])."""
+    positions_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
+    segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
+
+    def logits(tokens_BL):
+        return logits_fn(tokens_BL, positions_BL, segments_BL, columns_BQ, None)[0]
+
+    logits_BQV = logits(tokens_BL)
+    if cfg_scale:
+        blind_BQV = logits(jnp.where(positions_BL < contexts_B[:, None], mask_id, tokens_BL))
+        logits_BQV = blind_BQV + (cfg_scale + 1) * (logits_BQV - blind_BQV)
+    return log_probs_of(logits_BQV, targets_BQC)
+
+
+def log_probs_of(logits_BQV: jax.Array, targets_BQC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log softmax at the targets and its maximum, without saturation (design, numbers and types).
+
+    With m the largest logit, log p(c) = (z_c - m) - log1p(Σ of the others' exp(z_v - m)): a probability that float32
+    rounds to 1 keeps its distance from 1, so that the order of sure positions is not decided by false ties.
+
+    Args:
+      logits_BQV: float32.
+      targets_BQC: int32 ids.
+
+    Returns:
+      (float32 [B, Q, C], float32 [B, Q]), natural logarithms.
+    """
+    most_BQ1 = jnp.max(logits_BQV, axis=-1, keepdims=True)
+    is_most_BQV = logits_BQV == most_BQ1
+    # One of the largest is m itself; further ones count as others.
+    others_BQ = jnp.sum(jnp.where(is_most_BQV, 0.0, jnp.exp(logits_BQV - most_BQ1)), axis=-1)
+    others_BQ += jnp.sum(is_most_BQV, axis=-1, dtype=jnp.float32) - 1
+    best_BQ = -jnp.log1p(others_BQ)
+    return jnp.take_along_axis(logits_BQV, targets_BQC, axis=-1) - most_BQ1 + best_BQ[:, :, None], best_BQ

@@ -1,0 +1,158 @@
+"""Scores of (context, candidate) pairs, by either method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from illada_jax.decoding.contract import LogitsFn, SpecialIds
+from illada_jax.errors import ConfigError, InputError
+from illada_jax.scoring.confidence import Reveal, finish, race
+from illada_jax.scoring.look import Looker
+from illada_jax.scoring.monte_carlo import Candidate, estimate
+
+Method = Literal["confidence", "monte_carlo"]
+METHODS = ("confidence", "monte_carlo")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How candidates are scored. Frozen and hashable.
+
+    Attributes:
+      method: `confidence` (iLLaDA paper, Eq. 2) or `monte_carlo` (LLaDA paper, Eq. 6).
+      mc_num: draws of `monte_carlo`.
+      bos: BOS stands before the context.
+      eos: one EOS stands behind the candidate, visible and not scored.
+      cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u), u without the context; 0 is none.
+      tokens_per_step: tokens that a step of `confidence` reveals. 1 is the paper's score; more approximate it.
+      batch_size: rows that are evaluated at the same time; scores do not depend on it.
+      seed: seed of `monte_carlo`.
+    """
+
+    method: Method = "confidence"
+    mc_num: int = 128
+    bos: bool = False
+    eos: bool = False
+    cfg_scale: float = 0.0
+    tokens_per_step: int = 1
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ConfigError(f"config.score.method = {self.method!r}: must be one of {', '.join(map(repr, METHODS))}")
+        for name in ("mc_num", "tokens_per_step", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.score.{name} = {getattr(self, name)!r}: must be greater than 0")
+        for name in ("cfg_scale", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"config.score.{name} = {getattr(self, name)!r}: must be 0 or more")
+
+
+class Score(NamedTuple):
+    """The score of a candidate.
+
+    Attributes:
+      value: sum of log-probabilities in nats: by `monte_carlo` an estimate of the log-likelihood, by `confidence` not a
+        likelihood.
+      stderr: standard error of `value`, of the draws only: 0 where it is exact or nothing is drawn, NaN for one draw.
+      length: tokens of the candidate.
+      greedy: by `confidence`: greedy decoding of so many tokens, the surest first, would write exactly this candidate.
+        None by `monte_carlo`.
+    """
+
+    value: float
+    stderr: float
+    length: int
+    greedy: bool | None = None
+
+
+class Scorer:
+    """Scores candidates with one network.
+
+    A score depends on the context, the candidate and the settings; not on the other candidates, their order or the
+    batch size (in float32; design law 3).
+
+    Attributes:
+      looker: it counts the evaluations.
+    """
+
+    def __init__(self, logits_fn: LogitsFn, settings: ScoreConfig, ids: SpecialIds, max_length: int,
+                 mesh: Mesh | None = None):
+        """Prepares scoring; nothing is compiled yet.
+
+        Args:
+          logits_fn: the network, see `decoding.contract.LogitsFn`.
+          settings: the method.
+          ids: ids with a meaning.
+          max_length: the context of the network, in tokens.
+          mesh: devices to spread the rows over; the params of logits_fn lie on them.
+        """
+        self.settings = settings
+        self.looker = Looker(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
+        self._ids = ids
+        self._max_length = max_length
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """Scores (context ids, candidate ids), one for each, in their order.
+
+        Raises:
+          InputError: a candidate is empty or too long, or an id has no place there; the message names the pair.
+        """
+        rows = [self._row(f"pair {index}", context, candidate) for index, (context, candidate) in enumerate(pairs)]
+        if self.settings.method == "monte_carlo":
+            estimates = estimate(self.looker, rows, self.settings.mc_num, self.settings.seed)
+            return [Score(value, stderr, row.stop - row.start)
+                    for row, (value, stderr) in zip(rows, estimates, strict=True)]
+        reveals = [_reveal(row) for row in rows]
+        finish(self.looker, reveals, self.settings.tokens_per_step)
+        return [Score(reveal.value, 0.0, row.stop - row.start, reveal.greedy)
+                for row, reveal in zip(rows, reveals, strict=True)]
+
+    def choose(self, questions: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+               divisors: Sequence[Sequence[float]] | None = None) -> list[int]:
+        """The best pair (context ids, candidate ids) of each question: of equal ones the first.
+
+        By `confidence` it takes fewer evaluations than `score`, and the choice is the same: candidates that cannot win
+        any more are not finished.
+
+        Args:
+          questions: the pairs of each question.
+          divisors: lengths that the scores are divided by before they are compared; by default they are not.
+
+        Raises:
+          InputError: see `score`, or a question has no candidates.
+        """
+        rows = [[self._row(f"question {index}, pair {choice}", *pair) for choice, pair in enumerate(pairs)]
+                for index, pairs in enumerate(questions)]
+        if [] in rows:
+            raise InputError(f"question {rows.index([])}: has no candidates")
+        divisors = divisors or [[1.0] * len(group) for group in rows]
+        if self.settings.method == "confidence":
+            groups = [[_reveal(row) for row in group] for group in rows]
+            return race(self.looker, groups, divisors, self.settings.tokens_per_step)
+        flat = [row for group in rows for row in group]
+        values = iter(estimate(self.looker, flat, self.settings.mc_num, self.settings.seed))
+        return [int(np.argmax([next(values)[0] / divisor for divisor in group])) for group in divisors]
+
+    def _row(self, name: str, context: Sequence[int], candidate: Sequence[int]) -> Candidate:
+        if not len(candidate):
+            raise InputError(f"{name}: the candidate is empty")
+        before = [self._ids.bos] * self.settings.bos + list(context)
+        tokens = before + list(candidate) + [self._ids.eos] * self.settings.eos
+        if len(tokens) > self._max_length:
+            raise InputError(f"{name}: {len(before)} tokens of context, {len(candidate)} of the candidate and "
+                             f"{int(self.settings.eos)} behind it exceed the context of {self._max_length} tokens")
+        for id_ in tokens:
+            if not 0 <= id_ < self._ids.vocab_size:
+                raise InputError(f"{name}: id {id_} lies outside the vocabulary of {self._ids.vocab_size}")
+        if self._ids.mask in tokens:
+            raise InputError(f"{name}: holds a mask (id {self._ids.mask}): give what is to be scored")
+        return Candidate(np.array(tokens, np.int32), len(before), len(before) + len(candidate))
+
+
+def _reveal(row: Candidate) -> Reveal:
+    return Reveal(row.tokens_L, np.arange(row.start, row.stop), row.start)
