@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from illada_jax.config import Config, DecodeConfig, override
+from illada_jax.data.chat import Message, chat_format, encode_chat
 from illada_jax.decoding import Decoded, Decoder, SpecialIds
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
@@ -88,6 +89,20 @@ class LanguageModel:
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Continues prompts; one result for each, in their order. For the options see `as_completed`."""
         return _in_order(self.as_completed(prompts, **options), len(prompts), progress)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Answers a conversation, rendered by the tokenizer's chat template; stops at the end of the turn.
+
+        Args:
+          messages: objects with `role` (system, user, assistant) and `content`, the last one usually the user's.
+          **options: those of `as_completed`.
+
+        Raises:
+          InputError: a message is wrong, the template refuses the conversation, or it exceeds the context.
+        """
+        ids = self._chat_ids(messages)
+        stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), chat_format(self.tokenizer).end_id}
+        return self.generate([ids], stop_ids=tuple(sorted(stop_ids)), **options)[0]
 
     def infill(self, texts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Fills gaps: `[[mask:8]]` in a text asks for eight tokens. For the options see `as_completed`."""
@@ -200,6 +215,14 @@ class LanguageModel:
         if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < self.config.model.vocab_size:
             raise InputError(f"tokens: ids must lie in [0, {self.config.model.vocab_size})")
         return _all_logits(self._logits_fn, jnp.asarray(tokens_BL, jnp.int32))
+
+    def has_room(self, messages: Sequence[Message], **settings: Any) -> bool:
+        """Whether a conversation leaves room in the context for a block of an answer."""
+        block = self._settings(settings).block_length
+        return len(self._chat_ids(messages)) + block <= self.config.model.max_length
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
 
     def _settings(self, changes: dict[str, Any]) -> DecodeConfig:
         if "block_length" in changes:

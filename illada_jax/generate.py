@@ -4,13 +4,16 @@
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
   python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
+  python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
 Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
 `--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
 reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
-again when the command is repeated after an interruption.
+again when the command is repeated after an interruption. `--chat` is a conversation, a line of standard input a turn,
+through the tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -51,6 +54,8 @@ RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are append
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
+CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
+SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
 QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "round the matrices to eight bits")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
@@ -61,6 +66,10 @@ EXIT_INTERRUPTED = 130
 def main(argv: list[str]) -> int | None:
     """Loads the model and decodes all prompts."""
     del argv
+    if CHAT.value:
+        return chat()
+    if SYSTEM.value:
+        raise InputError("--system: is for --chat")
     if bool(PROMPT.value) == bool(INPUT.value):
         raise InputError("--prompt: give at least one, or --input, but not both")
     prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
@@ -68,14 +77,15 @@ def main(argv: list[str]) -> int | None:
         raise InputError("--stream: prints the text of a single prompt; leave out --results and --output=json")
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
-    settings = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     if RESULTS.value:
-        return write_results(lm, prompts, done, settings)
+        return write_results(lm, prompts, done, given_settings())
     if STREAM.value:
-        return stream(lm, prompts, settings)
+        printer = Printer()
+        printer.finish(lm.generate(prompts, stop=STOP.value, on_block=printer, **given_settings())[0].text)
+        return None
     start = time.monotonic()
     results, seconds = {}, {}
-    for index, result in lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **settings):
+    for index, result in lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **given_settings()):
         results[index], seconds[index] = result, time.monotonic() - start
     for index, prompt in enumerate(prompts):
         result = results[index]
@@ -83,20 +93,67 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def stream(lm: api.LanguageModel, prompts: list[str], settings: dict[str, Any]) -> None:
-    """Prints the text of the only prompt as its blocks finish."""
-    shown = 0
+def given_settings() -> dict[str, Any]:
+    """The fields of DecodeConfig that flags set."""
+    return {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
 
-    def on_block(index: int, text: str) -> None:
-        nonlocal shown
+
+class Printer:
+    """Prints the text of a single row as its blocks finish: an `on_block` callback."""
+
+    def __init__(self):
+        self._shown = 0
+
+    def __call__(self, index: int, text: str) -> None:
+        """Prints what is sure to stay."""
         # The tail may still change: it may hold half of a stop string or of a character.
         kept = max([len(stop) for stop in STOP.value], default=1) - 1 or text.endswith("\ufffd")
-        if all(stop not in text for stop in STOP.value) and len(text) - kept > shown:
-            print(text[shown : len(text) - kept], end="", flush=True)
-            shown = len(text) - kept
+        if all(stop not in text for stop in STOP.value) and len(text) - kept > self._shown:
+            print(text[self._shown : len(text) - kept], end="", flush=True)
+            self._shown = len(text) - kept
 
-    result = lm.generate(prompts, stop=STOP.value, on_block=on_block, **settings)[0]
-    print(result.text[shown:])
+    def finish(self, text: str) -> None:
+        """Prints the rest of the whole text and ends the line."""
+        print(text[self._shown :], flush=True)
+
+
+def chat() -> None:
+    """Reads a line, prints the answer block by block, and so on.
+
+    A conversation that gets too long loses its oldest turns. From a pipe nothing but the answers is printed.
+    """
+    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM) if flag.value]
+    if others or OUTPUT.value == "json":
+        raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
+    lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
+    settings = given_settings()
+    start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
+    history: list[dict[str, str]] = []
+    for turn in itertools.count():
+        line = read_line()
+        if line is None or line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        history.append({"role": "user", "content": line})
+        forgotten = len(history)
+        while len(history) > 1 and not lm.has_room(start + history, **settings):
+            del history[:2]
+        if len(history) < forgotten:
+            print(f"(the context is full: the oldest {forgotten - len(history)} messages are forgotten)",
+                  file=sys.stderr)
+        printer = Printer()
+        answer = lm.chat(start + history, stop=STOP.value, on_block=printer, rows=[turn], **settings)
+        printer.finish(answer.text)
+        history.append({"role": "assistant", "content": answer.text})
+
+
+def read_line() -> str | None:
+    """The next line of standard input without its end; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
 
 
 def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> int | None:
