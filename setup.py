@@ -43,5 +43,7 @@ setup(
         "eval": ["lm_eval"],
         "hub": ["huggingface_hub"],
         "prepare": ["apache-beam"],
+        "parquet": ["pyarrow"],
+        "plot": ["matplotlib"],
     },
 )

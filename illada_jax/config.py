@@ -167,6 +167,7 @@ class SftConfig:
       format: `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and
         everything may be masked. `llada`: an example a row, the prompt is never masked, the answer is padded with EOS
         to the longest row of the global batch, and each row weighs 1.
+      mask_prompts: with `illada`, prompts may be masked too, as published; otherwise only answers and end tokens.
       over_length: what happens to an example longer than data.length: `split` (over several windows or rows),
         `truncate` (its end is lost) or `drop`. Truncated and dropped examples are counted.
       bucket: with `llada`, rows are as long as a multiple of it, so that few shapes are compiled.
@@ -174,6 +175,7 @@ class SftConfig:
     """
 
     format: Literal["none", "illada", "llada"] = "none"
+    mask_prompts: bool = True
     over_length: Literal["split", "truncate", "drop"] = "split"
     bucket: int = 64
     strict: bool = False

@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "illada_jax"
 FOUNDATION = {"config", "data", "model", "diffusion", "parallel", "keys", "errors"}
 MAY_IMPORT = {
     "errors": set(),
+    "experiment": {"config", "data", "training", "errors"},
     "keys": set(),
     "config": {"errors"},
     "cli": {"errors"},

@@ -94,8 +94,8 @@ def parts(spec: str) -> list[ExamplePart]:
     raise InputError(f"source {spec!r}: fine-tuning (config.sft.format) reads chat:PATH and tasks:NAME:COUNT")
 
 
-def _read_task(name: str, count: int) -> Iterator[Example]:
-    for number, (prompt, response) in enumerate(synthetic.examples(name, count), start=1):
+def _read_task(name: str, count: int, seed: int) -> Iterator[Example]:
+    for number, (prompt, response) in enumerate(synthetic.examples(name, count, seed), start=1):
         yield Example(f"tasks:{name}, example {number}", prompt=prompt, response=response)
 
 

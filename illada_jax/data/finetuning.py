@@ -88,7 +88,9 @@ class _ExampleBatches(Batches):
 
 
 class ConcatenatedExamples(_ExampleBatches):
-    """iLLaDA: windows of data.length over the examples of all epochs put end to end; everything may be masked.
+    """iLLaDA: windows of data.length over the examples of all epochs put end to end.
+
+    Everything may be masked, prompts too (unless sft.mask_prompts is off: an ablation).
 
     Window k begins at token k · length of that stream. Only the run's last window is padded; rows beyond it are empty.
     """
@@ -107,18 +109,24 @@ class ConcatenatedExamples(_ExampleBatches):
         """See Batches."""
         rows = [int(row) for row in rows]
         cut = [self._window(step * self._data.batch_size + row) for row in rows]
-        windows = [window for window, _ in cut]
-        isolate = self._data.isolate_documents
-        starts = [starts if isolate else np.empty(0, np.int64) for _, starts in cut]
-        return packing.pack(windows, self._data.length, self._pad_id, self.split(windows, starts, step, rows))
+        windows, answers, starts = (list(column) for column in zip(*cut, strict=True))
+        if not self._data.isolate_documents:
+            starts = [np.empty(0, np.int64)] * len(rows)
+        batch = packing.pack(windows, self._data.length, self._pad_id, self.split(windows, starts, step, rows))
+        if self._config.sft.mask_prompts:
+            return batch
+        maskable = np.zeros(batch.maskable_BL.shape, bool)
+        for row, is_answer in zip(maskable, answers, strict=True):
+            row[: len(is_answer)] = is_answer
+        return batch._replace(maskable_BL=maskable, weights_BL=maskable.astype(np.float32))
 
-    def _window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a window, and the columns beside 0 where an example begins in it."""
+    def _window(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of a window, which of them are answers, and the columns beside 0 where an example begins."""
         position = index * self._data.length
         stop = position + self._data.length
         if self._end is not None:
             stop = min(stop, self._end)
-        pieces, starts, filled = [np.empty(0, np.int32)], [], 0
+        pieces, answers, starts, filled = [np.empty(0, np.int32)], [np.empty(0, bool)], [], 0
         while position < stop:
             number, within = divmod(position, self.units_per_epoch)
             epoch = self.epoch(number)
@@ -126,12 +134,13 @@ class ConcatenatedExamples(_ExampleBatches):
             example = self._examples.document(epoch.order_N[place])
             skipped = within - (int(epoch.ends_N[place]) - len(example))
             piece = example[skipped : skipped + stop - position]
+            answers.append(self._examples.is_answer(epoch.order_N[place])[skipped : skipped + len(piece)])
             if filled and not skipped:
                 starts.append(filled)
             pieces.append(piece)
             filled += len(piece)
             position += len(piece)
-        return np.concatenate(pieces), np.asarray(starts, np.int64)
+        return np.concatenate(pieces), np.concatenate(answers), np.asarray(starts, np.int64)
 
 
 class PaddedExamples(_ExampleBatches):

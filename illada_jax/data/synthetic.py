@@ -1,4 +1,6 @@
-"""Tasks with answers of very different lengths, made here: `tasks:NAME:COUNT`, prompts all different, order fixed.
+"""Tasks with answers of very different lengths, made here: `tasks:NAME`, `tasks:NAME:COUNT`, `tasks:NAME:COUNT:SEED`.
+
+Prompts are all different and their order is fixed; another seed draws other examples.
 
 Answers are 1 to more than 100 characters long. The prompt names the task, so that tasks mix; working is part of the
 answer where it helps (`addition`, `story`).
@@ -14,23 +16,26 @@ DEFAULT_COUNT = 10_000
 _PATIENCE = 100  # draws per wanted prompt before a task counts as exhausted
 
 
-def parse(argument: str) -> tuple[str, int]:
-    """The task and the number of examples of `NAME` or `NAME:COUNT`.
+def parse(argument: str) -> tuple[str, int, int]:
+    """The task, the number of examples and the seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`.
 
     Raises:
-      InputError: there is no such task, or COUNT is no number of examples.
+      InputError: there is no such task, or COUNT or SEED is no number.
     """
-    name, _, count = argument.partition(":")
+    name, _, numbers = argument.partition(":")
+    count, _, seed = numbers.partition(":")
     if name not in TASKS:
         raise InputError(f"source tasks:{argument}: unknown task {name!r}; known: {', '.join(TASKS)}")
     if count and not (count.isdecimal() and int(count) > 0):
         raise InputError(f"source tasks:{argument}: {count!r} is not a number of examples")
-    return name, int(count or DEFAULT_COUNT)
+    if seed and not seed.isdecimal():
+        raise InputError(f"source tasks:{argument}: {seed!r} is not a seed")
+    return name, int(count or DEFAULT_COUNT), int(seed or 0)
 
 
-def examples(name: str, count: int) -> Iterator[tuple[str, str]]:
+def examples(name: str, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Yields (prompt, response), all prompts different; fewer than `count` if the task has no more."""
-    draw = random.Random(name)
+    draw = random.Random(f"{name} {seed}" if seed else name)
     seen: set[str] = set()
     for _ in range(_PATIENCE * count):
         prompt, response = TASKS[name](draw)

@@ -1,0 +1,251 @@
+"""What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
+
+A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
+recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
+any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from illada_jax import config as config_lib
+from illada_jax import model
+from illada_jax.config import Config, DecodeConfig
+from illada_jax.data.example_store import Examples
+from illada_jax.decoding import Decoder, SpecialIds
+from illada_jax.experiment import open_data
+from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.loop import train
+
+SEEDS = (0, 1, 2)
+EPOCHS = 12
+QUESTIONS = 192
+TIMED = 64
+BLOCK = 16
+CANVAS = 128
+BUDGET = 2_850_000  # tokens that a run computes, padding included: 12 epochs of the windows
+
+# How answers are decoded: one token a step in all of them.
+DECODINGS = {
+    "variable": DecodeConfig(length="variable", max_new_tokens=CANVAS, block_length=BLOCK, steps_per_block=BLOCK),
+    "canvas": DecodeConfig(length="fixed", max_new_tokens=CANVAS, block_length=CANVAS, steps_per_block=CANVAS),
+    "canvas in blocks": DecodeConfig(length="fixed", max_new_tokens=CANVAS, block_length=BLOCK, steps_per_block=BLOCK),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+      format: of the examples, `illada` or `llada`.
+      split: share of the windows that are split.
+      isolate: examples in a window do not see each other.
+      seed: of parameters, order, times and masks.
+    """
+
+    format: str = "illada"
+    split: float = 0.3
+    isolate: bool = False
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        if self.format == "llada":
+            return f"llada_seed{self.seed}"
+        return f"illada_split{self.split}{'_isolated' if self.isolate else ''}_seed{self.seed}"
+
+
+def config_of(cell: Cell, cache: str) -> Config:
+    """A model of 0.2 M parameters on six tasks whose answers are 1 to more than 100 characters long."""
+    c = config_lib.defaults()
+    c.seed = cell.seed
+    c.data.sources = TASKS
+    c.data.tokenizer = "bytes"
+    c.data.heldout_fraction = 0.06
+    c.data.cache_dir = cache
+    c.data.isolate_documents = cell.isolate
+    c.sft.format = cell.format
+    c.diffusion.eps = 0.1
+    if cell.format == "illada":
+        c.data.length, c.data.batch_size = 128, 16
+        c.diffusion.split_probability = cell.split
+    else:
+        c.data.length, c.data.batch_size = 256, 8
+        c.sft.bucket = 32
+    c.model.d_model, c.model.num_layers, c.model.d_ff, c.model.scan_unroll = 64, 3, 192, 3
+    c.model.num_heads, c.model.num_kv_heads, c.model.head_dim = 4, 4, 16
+    c.model.max_length = 256
+    c.model.rope_theta = 200.0
+    c.optimizer.name = "muon"
+    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.01
+    c.optimizer.b2 = 0.99
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.warmup_steps = 50
+    c.optimizer.decay_fraction = 0.3
+    c.train.tensorboard = False
+    c.checkpoint.every = 10**6
+    if cell.format == "illada":
+        c.train.steps, c.train.epochs, c.eval.every_epochs = 0, EPOCHS, EPOCHS / 4
+    else:  # the same compute, which is fewer epochs
+        c.train.steps = c.eval.every = 10**6
+    return config_lib.from_config_dict(c)
+
+
+def run(cell: Cell, cache: str) -> dict[str, Any]:
+    """Trains a cell and decodes held-out prompts in every way."""
+    config, examples, batches = open_data(config_of(cell, cache))
+    if cell.format == "llada":
+        steps = _steps_within_budget(batches)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps),
+                                     eval=dataclasses.replace(config.eval, every=-(-steps // 4)))
+    mesh = make_mesh(config.mesh)
+    curve: list[dict[str, float]] = []
+    evaluate = lambda params, step: _note(curve, config, examples, batches, params, step)  # noqa: E731
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as workdir:
+        outcome = train(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer, {"curve": evaluate})
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    decoded = {}
+    for name, settings in DECODINGS.items():
+        if cell.format == "llada" or name == "variable" or (cell.split, cell.isolate) == (0.3, False):
+            decoded[name] = decode(config, examples, outcome.state.params, settings, QUESTIONS, timed=True)
+    epochs = next(iter(batches.epochs(outcome.step).values()))
+    return {"cell": dataclasses.asdict(cell), "steps": outcome.step, "epochs": epochs,
+            "parameters": model.num_params(config.model), "training_seconds": seconds,
+            "training_processor_seconds": cpu_seconds, "curve": curve, "decoded": decoded}
+
+
+def _steps_within_budget(batches: Any) -> int:
+    computed = step = 0
+    while computed < BUDGET:
+        computed += batches.rows(step, range(batches.units_per_step)).tokens_BL.size
+        step += 1
+    return step
+
+
+def _note(curve: list, config: Config, examples: Examples, batches: Any, params: Any, step: int) -> dict[str, float]:
+    found = decode(config, examples, params, DECODINGS["variable"], QUESTIONS // 2, timed=False)
+    curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
+    return {"eval/exact_match": found["exact_match"]}
+
+
+def decode(config: Config, examples: Examples, params: Any, settings: DecodeConfig, count: int, timed: bool
+           ) -> dict[str, Any]:
+    """Exact match and costs of decoding `count` held-out prompts, spread evenly over the tasks."""
+    available = examples.heldout.num_documents
+    chosen = [index * available // count for index in range(count)]
+    questions = [examples.heldout.question(index) for index in chosen]
+    settings = dataclasses.replace(settings, batch_size=32)
+    logits_fn = model.make_logits_fn(config.model, params)
+    decoder = Decoder(logits_fn, settings, SpecialIds.of(examples.tokenizer), config.model.max_length)
+    results = decoder.generate([question.prompt for question in questions])
+    right = [result.tokens == question.answer for result, question in zip(results, questions, strict=True)]
+    ended = [result.stopped_by == "eos" for result in results]
+    longer = [len(result.tokens) > len(question.answer) for result, question in zip(results, questions, strict=True)]
+    tokens = [computed_tokens(settings, len(question.prompt), result.nfe)
+              for result, question in zip(results, questions, strict=True)]
+    names = [examples.sources[examples.heldout.sources_N[index]].split(":")[1] for index in chosen]
+    found = {
+        "exact_match": float(np.mean(right)),
+        "by_task": {name: float(np.mean([r for r, n in zip(right, names, strict=True) if n == name]))
+                    for name in dict.fromkeys(names)},
+        "unfinished": 1 - float(np.mean(ended)),
+        "too_long": float(np.mean(longer)),
+        "evaluations": float(np.mean([result.nfe for result in results])),
+        "tokens": float(np.mean(tokens)),
+        "answer_length": float(np.mean([len(question.answer) for question in questions])),
+        "longest_answer": max(len(question.answer) for question in questions),
+    }
+    if timed:  # again, with everything compiled
+        again = [question.prompt for question in questions[:: max(1, count // TIMED)]]
+        started, cpu_started = time.perf_counter(), time.process_time()
+        decoder.generate(again)
+        found["seconds"] = (time.perf_counter() - started) / len(again)
+        found["processor_seconds"] = (time.process_time() - cpu_started) / len(again)
+    return found
+
+
+def computed_tokens(settings: DecodeConfig, prompt_length: int, evaluations: int) -> int:
+    """Tokens that the network computes for an answer: the length of its canvas, summed over the evaluations."""
+    if settings.length == "fixed":
+        return evaluations * (prompt_length + settings.max_new_tokens)
+    total, left, length = 0, evaluations, prompt_length
+    while left > 0:
+        length += settings.block_length
+        total += min(left, settings.steps_per_block) * length
+        left -= settings.steps_per_block
+    return total
+
+
+TASKS = ("tasks:reverse:1500", "tasks:sort:2000", "tasks:last:500", "tasks:addition:1000", "tasks:count:500",
+         "tasks:story:500")
+
+
+def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pathlib.Path], str]) -> None:
+    """The command of a study: runs the cells that are missing, writes and prints the table."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("workdirs/studies"),
+                        help="where finished cells, tables and plots are kept (default: %(default)s)")
+    parser.add_argument("--cells", type=int, default=len(cells), help="run at most so many missing cells, then report")
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not (arguments.results / f"{cell.name}.json").exists()]
+    for number, cell in enumerate(missing[: arguments.cells], start=1):
+        print(f"cell {cell.name} ({number} of {len(missing)} missing)", flush=True)
+        result = run(cell, str(arguments.results / "cache"))
+        unfinished = arguments.results / f"{cell.name}.json.partial"
+        unfinished.write_text(json.dumps(result, indent=1))
+        shutil.move(unfinished, arguments.results / f"{cell.name}.json")
+        jax.clear_caches()
+    done = {cell: json.loads((arguments.results / f"{cell.name}.json").read_text()) for cell in cells
+            if (arguments.results / f"{cell.name}.json").exists()}
+    if len(done) < len(cells):
+        print(f"{len(done)} of {len(cells)} cells are finished: the same command does the rest")
+    if done:
+        print(report(done, arguments.results))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard error over seeds."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    digits = 3 if max(values) < 10 else 0
+    return f"{np.mean(values):,.{digits}f} ± {error:.{digits}f}"
+
+
+def write_table(path: pathlib.Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, written to a file and returned."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path.write_text(text + "\n")
+    return text
+
+
+def plot(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
+    """Draws into a file; without matplotlib only says so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: plots need matplotlib (pip install 'illada_jax[plot]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    draw(axes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
