@@ -1,5 +1,6 @@
 """What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
 
+All cells start from one base model (`base.py`), which knows the tasks, as fine-tuning starts from a pre-trained one.
 A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
 recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
 any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import base
 import jax
 import numpy as np
 from etils import epath
@@ -23,10 +25,12 @@ from etils import epath
 from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
+from illada_jax.data.batches import Batches
 from illada_jax.data.example_store import Examples
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.checkpoints import initial_params
 from illada_jax.training.loop import train
 
 SEEDS = (0, 1, 2)
@@ -35,7 +39,8 @@ QUESTIONS = 192
 TIMED = 64
 BLOCK = 16
 CANVAS = 128
-BUDGET = 2_850_000  # tokens that a run computes, padding included: 12 epochs of the windows
+TASKS = ("tasks:reverse:750", "tasks:sort:1000", "tasks:last:250", "tasks:addition:500", "tasks:count:250",
+         "tasks:story:250")
 
 # How answers are decoded: one token a step in all of them.
 DECODINGS = {
@@ -69,51 +74,56 @@ class Cell:
         return f"illada_split{self.split}{'_isolated' if self.isolate else ''}_seed{self.seed}"
 
 
-def config_of(cell: Cell, cache: str) -> Config:
-    """A model of 0.2 M parameters on six tasks whose answers are 1 to more than 100 characters long."""
-    c = config_lib.defaults()
-    c.seed = cell.seed
-    c.data.sources = TASKS
-    c.data.tokenizer = "bytes"
-    c.data.heldout_fraction = 0.06
-    c.data.cache_dir = cache
-    c.data.isolate_documents = cell.isolate
-    c.sft.format = cell.format
-    c.diffusion.eps = 0.1
-    if cell.format == "illada":
-        c.data.length, c.data.batch_size = 128, 16
-        c.diffusion.split_probability = cell.split
-    else:
-        c.data.length, c.data.batch_size = 256, 8
-        c.sft.bucket = 32
-    c.model.d_model, c.model.num_layers, c.model.d_ff, c.model.scan_unroll = 64, 3, 192, 3
-    c.model.num_heads, c.model.num_kv_heads, c.model.head_dim = 4, 4, 16
-    c.model.max_length = 256
-    c.model.rope_theta = 200.0
-    c.optimizer.name = "muon"
-    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.01
-    c.optimizer.b2 = 0.99
-    c.optimizer.weight_decay = 0.0
-    c.optimizer.warmup_steps = 50
-    c.optimizer.decay_fraction = 0.3
+def base_config(directory: pathlib.Path) -> Config:
+    """What the base model is trained with."""
+    c = base.get_config()
+    c.data.cache_dir = str(directory / "cache")
     c.train.tensorboard = False
-    c.checkpoint.every = 10**6
-    if cell.format == "illada":
-        c.train.steps, c.train.epochs, c.eval.every_epochs = 0, EPOCHS, EPOCHS / 4
-    else:  # the same compute, which is fewer epochs
-        c.train.steps = c.eval.every = 10**6
     return config_lib.from_config_dict(c)
 
 
-def run(cell: Cell, cache: str) -> dict[str, Any]:
-    """Trains a cell and decodes held-out prompts in every way."""
-    config, examples, batches = open_data(config_of(cell, cache))
+def train_base(directory: pathlib.Path) -> None:
+    """Trains the base model, or goes on with it."""
+    config, examples, batches = open_data(base_config(directory))
+    if not (directory / "base" / "checkpoints" / str(config.train.steps)).is_dir():
+        print("the base model", flush=True)
+        train(config, epath.Path(directory) / "base", make_mesh(config.mesh), batches, examples.tokenizer, {})
+
+
+def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
+    """Fine-tuning of the base model for 12 epochs, or for `steps` steps; the schedule is the paper's."""
+    c = base.get_config()
+    c.seed = cell.seed
+    c.init.checkpoint = str(directory / "base")
+    c.data.sources = TASKS
+    c.data.cache_dir = str(directory / "cache")
+    c.data.isolate_documents = cell.isolate
+    c.sft.format = cell.format
+    c.sft.mask_prompts = True
     if cell.format == "llada":
-        steps = _steps_within_budget(batches)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps),
-                                     eval=dataclasses.replace(config.eval, every=-(-steps // 4)))
+        c.data.length, c.data.batch_size, c.sft.bucket = 256, 8, 32
+    c.diffusion.split_probability = cell.split if cell.format == "illada" else 0.0
+    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.004
+    c.optimizer.final_learning_rate = 0.0004
+    c.optimizer.decay_fraction = 0.1
+    c.train.steps, c.train.epochs = steps, 0 if steps else EPOCHS
+    c.train.tensorboard = False
+    c.eval.every, c.eval.every_epochs = max(1, -(-steps // 4)), 0.0 if steps else EPOCHS / 4
+    c.checkpoint.every = 10**6
+    return config_lib.from_config_dict(c)
+
+
+def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
+    """Trains a cell and decodes held-out prompts in every way."""
+    config, examples, batches = open_data(config_of(cell, directory, 0 if cell.format == "illada" else 10**6))
+    if cell.format == "llada":
+        # The same compute, padding included, as 12 epochs of windows; that is fewer epochs.
+        windows = open_data(config_of(dataclasses.replace(cell, format="illada"), directory))[2]
+        steps = _steps_within(batches, windows.num_steps * windows.units_per_step)
+        config, examples, batches = open_data(config_of(cell, directory, steps))
     mesh = make_mesh(config.mesh)
     curve: list[dict[str, float]] = []
+    _note(curve, config, examples, batches, initial_params(config.init.checkpoint, mesh), 0)
     evaluate = lambda params, step: _note(curve, config, examples, batches, params, step)  # noqa: E731
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
@@ -129,15 +139,16 @@ def run(cell: Cell, cache: str) -> dict[str, Any]:
             "training_processor_seconds": cpu_seconds, "curve": curve, "decoded": decoded}
 
 
-def _steps_within_budget(batches: Any) -> int:
+def _steps_within(batches: Batches, tokens: int) -> int:
     computed = step = 0
-    while computed < BUDGET:
+    while computed < tokens:
         computed += batches.rows(step, range(batches.units_per_step)).tokens_BL.size
         step += 1
     return step
 
 
-def _note(curve: list, config: Config, examples: Examples, batches: Any, params: Any, step: int) -> dict[str, float]:
+def _note(curve: list, config: Config, examples: Examples, batches: Batches, params: Any, step: int
+          ) -> dict[str, float]:
     found = decode(config, examples, params, DECODINGS["variable"], QUESTIONS // 2, timed=False)
     curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
     return {"eval/exact_match": found["exact_match"]}
@@ -191,10 +202,6 @@ def computed_tokens(settings: DecodeConfig, prompt_length: int, evaluations: int
     return total
 
 
-TASKS = ("tasks:reverse:1500", "tasks:sort:2000", "tasks:last:500", "tasks:addition:1000", "tasks:count:500",
-         "tasks:story:500")
-
-
 def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pathlib.Path], str]) -> None:
     """The command of a study: runs the cells that are missing, writes and prints the table."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,9 +211,11 @@ def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pa
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not (arguments.results / f"{cell.name}.json").exists()]
+    if missing[: arguments.cells]:
+        train_base(arguments.results)
     for number, cell in enumerate(missing[: arguments.cells], start=1):
         print(f"cell {cell.name} ({number} of {len(missing)} missing)", flush=True)
-        result = run(cell, str(arguments.results / "cache"))
+        result = run(cell, arguments.results)
         unfinished = arguments.results / f"{cell.name}.json.partial"
         unfinished.write_text(json.dumps(result, indent=1))
         shutil.move(unfinished, arguments.results / f"{cell.name}.json")
