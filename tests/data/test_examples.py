@@ -191,6 +191,7 @@ def test_the_store_is_used_again_and_knows_its_settings(tmp_path):
     ("text:x", "reads chat:PATH and tasks:NAME:COUNT"),
     ("tasks:juggling", "unknown task 'juggling'; known: reverse"),
     ("tasks:sort:many", "'many' is not a number of examples"),
+    ("tasks:sort:9:one", "'one' is not a seed"),
     ("chat:/nowhere.jsonl", "no such file"),
 ])
 def test_bad_sources(tmp_path, source, message):
@@ -225,6 +226,7 @@ def test_tasks_are_right_and_of_many_lengths():
     lengths = [len(response) for examples in made.values() for _, response in examples]
     assert min(lengths) == 1 and max(lengths) >= 100
     assert list(synthetic.examples("sort", 5)) == made["sort"][:5]
+    assert not set(synthetic.examples("sort", 300, seed=1)) & set(made["sort"])
 
 
 def test_scorers():

@@ -69,6 +69,20 @@ def test_illada_windows_by_hand(tmp_path):
     assert (got.positions_BL[:full_rows] == np.arange(16)).all()
 
 
+def test_prompts_may_be_left_alone_in_windows(tmp_path):
+    batches, _ = prepared(tmp_path, pairs(), epochs=2, mask_prompts=False, split=0.5)
+    got, plain = whole(batches), whole(prepared(tmp_path, pairs(), epochs=2, split=0.5)[0])
+    assert all(np.array_equal(a, b) for a, b in zip(got[:1] + got[2:4], plain[:1] + plain[2:4], strict=True))
+    wanted = []
+    for number in range(2):
+        for index in batches.epoch(number).order_N:
+            prompt, response = PAIRS[index]
+            wanted += [False] * len(prompt) + [True] * (len(response) + 1)
+    flat = got.maskable_BL.reshape(-1)
+    assert flat[: len(wanted)].tolist() == wanted and not flat[len(wanted) :].any()
+    assert np.array_equal(got.weights_BL, got.maskable_BL.astype(np.float32))
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_every_token_of_every_example_once_per_epoch(tmp_path, epochs):
     given = numbered(40)
