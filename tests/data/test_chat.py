@@ -44,7 +44,8 @@ def vocabulary() -> str:
 
 
 def tokenizer_with(template: str):
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "mask_token": None, "chat_template": template}
+    config = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "mask_token": None,
+              "chat_template": template}
     return tokenizer_from_files({"tokenizer.json": vocabulary().encode(),
                                  "tokenizer_config.json": json.dumps(config).encode()})
 
