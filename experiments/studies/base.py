@@ -2,7 +2,8 @@
 
     python -m illada_jax.main --config=experiments/studies/base.py --workdir=workdirs/studies/base
 
-Six tasks, prompts given, examples other than those of the studies. The studies train it themselves if it is not there.
+Six tasks with prompts given (LLaDA's format: at this size it learns tasks from scratch, the other does not), on examples
+other than those of the studies. The studies train it themselves if it is not there.
 """
 
 import ml_collections
@@ -13,17 +14,16 @@ HELDOUT = 0.06
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """0.2 M parameters; about 12 minutes on one core."""
+    """0.2 M parameters; about 9 minutes on one core."""
     c = config.defaults()
-    c.data.sources = ("tasks:reverse:30000:1", "tasks:sort:60000:1", "tasks:last:10000:1", "tasks:addition:20000:1",
-                      "tasks:count:5000:1", "tasks:story:20000:1")
+    c.data.sources = ("tasks:reverse:20000:1", "tasks:sort:30000:1", "tasks:last:6000:1", "tasks:addition:8000:1",
+                      "tasks:count:4000:1", "tasks:story:5000:1")
     c.data.tokenizer = "bytes"
     c.data.heldout_fraction = HELDOUT
-    c.data.length = 128
+    c.data.length = 256
     c.data.batch_size = 16
-    c.sft.format = "illada"
-    c.sft.mask_prompts = False
-    c.diffusion.split_probability = 0.3
+    c.sft.format = "llada"
+    c.sft.bucket = 32
     c.diffusion.eps = 0.1
 
     c.model.vocab_size = 264
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.weight_decay = 0.0
     c.optimizer.warmup_steps = 50
     c.optimizer.decay_fraction = 0.3
-    c.train.steps = 8000
+    c.train.steps = 4500
     c.checkpoint.every = 500
     c.train.log_every = 100
 
@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.decode.block_length = 16
     c.decode.steps_per_block = 16
     c.decode.batch_size = 32
-    c.eval.every = 2000
+    c.eval.every = 1500
     c.eval.rows = 192
     c.eval.evaluators = ("exact_match",)
     return c

@@ -99,8 +99,9 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     c.data.cache_dir = str(directory / "cache")
     c.data.isolate_documents = cell.isolate
     c.sft.format = cell.format
-    c.sft.mask_prompts = True
-    if cell.format == "llada":
+    if cell.format == "illada":
+        c.data.length, c.data.batch_size = 128, 16
+    else:
         c.data.length, c.data.batch_size, c.sft.bucket = 256, 8, 32
     c.diffusion.split_probability = cell.split if cell.format == "illada" else 0.0
     c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.004

@@ -40,7 +40,6 @@ class _ExampleBatches(Batches):
         super().__init__(config)
         self.fingerprint = examples.fingerprint
         self._examples = examples.train
-        self._name = ", ".join(config.data.sources)
         self._pad_id = examples.tokenizer.pad_id
         self._eos_id = examples.tokenizer.eos_id
         self.epoch = functools.lru_cache(_CACHED_EPOCHS)(self._draw_epoch)
@@ -70,7 +69,7 @@ class _ExampleBatches(Batches):
     def epochs(self, step: int) -> dict[str, float]:
         """See Batches."""
         units = step * self.units_per_step
-        return {self._name: min(units, self._end or units) / self.units_per_epoch}
+        return {"examples": min(units, self._end or units) / self.units_per_epoch}
 
     def heldout_windows(self, heldout: ExampleSet, length: int, count: int) -> Batch:
         """See Batches. In both formats: held-out examples one after the other, all of them maskable."""
