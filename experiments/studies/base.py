@@ -2,8 +2,8 @@
 
     python -m illada_jax.main --config=experiments/studies/base.py --workdir=workdirs/studies/base
 
-Six tasks with prompts given (LLaDA's format: at this size it learns tasks from scratch, the other does not), on examples
-other than those of the studies. The studies train it themselves if it is not there.
+Six tasks with prompts given (LLaDA's format: at this size it learns tasks from scratch, the other does not), on
+examples other than those of the studies. The studies train it themselves if it is not there.
 """
 
 import ml_collections
