@@ -12,7 +12,7 @@ from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError
-from illada_jax.training.checkpoints import checkpoint_tokenizer
+from illada_jax.training.saved_model import checkpoint_tokenizer
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:

@@ -21,7 +21,6 @@ from illada_jax.evaluators import make_evaluators
 from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
-from illada_jax.training.saved_model import checkpoint_tokenizer
 
 EXIT_RESUMABLE = 75
 

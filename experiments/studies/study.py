@@ -30,8 +30,8 @@ from illada_jax.data.example_store import Examples
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.checkpoints import initial_params
 from illada_jax.training.loop import train
+from illada_jax.training.saved_model import initial_params
 
 SEEDS = (0, 1, 2)
 EPOCHS = 12
