@@ -122,7 +122,8 @@ def test_chat_goes_with_no_other_mode(option):
 
 def losses(place, workdir, form, **changes):
     settled, examples, batches = opened(place, **{"sft.format": form, "train.epochs": 4, "train.log_every": 1,
-                                                  "optimizer.warmup_steps": 1, **changes})
+                                                  "optimizer.warmup_steps": 1, "optimizer.name": "adamw",
+                                                  "model.num_layers": 1, "model.scan_unroll": 1, **changes})
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
     train(settled, epath.Path(workdir), mesh, batches, examples.tokenizer, {})
     return [line["train/loss"] for line in metrics(workdir)]
