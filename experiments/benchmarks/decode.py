@@ -2,6 +2,7 @@
 
 Examples:
   python experiments/benchmarks/decode.py --repeats=3
+  python experiments/benchmarks/decode.py --answer=40 --repeats=5
   python experiments/benchmarks/decode.py --checkpoint=workdirs/sudoku --rows=64
   python experiments/benchmarks/decode.py --checkpoint=workdirs/quickstart --rows=32
 
@@ -9,6 +10,9 @@ Without a checkpoint: a random network of the given size decodes one prompt, gre
 length. The PyTorch row is `torch_llada.py` with the same weights; it is left out, with a message, where PyTorch is
 not installed. `--steps_per_block` below the block length makes all of them faster by the same factor, except that a
 cache then has fewer steps between refreshes. On a busy machine compare the processor's seconds, on one core.
+
+With `--answer=40` the network is made to end its answer with the 40th token: the time must follow the answer, not the
+budget.
 
 With a checkpoint: its held-out data are decoded by every strategy and cache. The score is exact match (documents with
 the separator of `config.eval`) or the share of tokens hit in gaps (other text); `agreement` is the share of tokens
@@ -21,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -38,6 +43,7 @@ PROMPT = flags.DEFINE_integer("prompt_length", 256, "tokens of the prompt")
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to write")
 BLOCK = flags.DEFINE_integer("block_length", 32, "tokens of a block")
 STEPS = flags.DEFINE_integer("steps_per_block", 0, "steps of a block; 0: one per token")
+ANSWER = flags.DEFINE_integer("answer", 0, "instead: time of an answer of so many tokens under growing budgets")
 REPEATS = flags.DEFINE_integer("repeats", 1, "times each is run; the fastest counts")
 
 MASK = 5
@@ -48,6 +54,8 @@ def main(argv: list[str]) -> None:
     del argv
     if CHECKPOINT.value:
         quality_table(CHECKPOINT.value)
+    elif ANSWER.value:
+        budget_table()
     else:
         speed_table()
 
@@ -73,9 +81,7 @@ def fastest(run: Callable[[], object]) -> Timed:
 
 def speed_table() -> None:
     """Seconds of exact and cached decoding beside PyTorch."""
-    config = ModelConfig(vocab_size=VOCABULARY.value, d_model=WIDTH.value, num_layers=LAYERS.value,
-                         num_heads=WIDTH.value // 64, num_kv_heads=max(1, WIDTH.value // 256), head_dim=64,
-                         d_ff=3 * WIDTH.value, max_length=PROMPT.value + NEW_TOKENS.value)
+    config = _network(PROMPT.value + NEW_TOKENS.value)
     # No id can stop the row, so that all decode the same number of tokens: EOS and PAD lie beyond the network.
     ids = SpecialIds(mask=MASK, eos=config.vocab_size, bos=0, pad=1, vocab_size=config.vocab_size)
     params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
@@ -102,6 +108,38 @@ def speed_table() -> None:
             line += (f" {eager.seconds / timed.seconds:10.2f} {eager.processor / timed.processor:12.2f} "
                      f"{np.mean(np.equal(timed.result[0].tokens, eager.result)):6.3f}")
         print(line, flush=True)
+
+
+def budget_table() -> None:
+    """Seconds for an answer of given length, by budget of new tokens."""
+    budgets = (64, 256, 1024)
+    config = _network(PROMPT.value + max(budgets))
+    ids = SpecialIds(mask=MASK, eos=2, bos=0, pad=1, vocab_size=config.vocab_size)
+    logits_fn = model.make_logits_fn(config, jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0)))
+    ending = jax.tree_util.Partial(_ends_at, logits_fn, jnp.int32(PROMPT.value + ANSWER.value))
+    prompt = np.random.default_rng(0).integers(6, config.vocab_size, PROMPT.value).tolist()
+    print(f"{'budget':>6} {'seconds':>8} {'processor':>10} {'nfe':>5} {'tokens':>7}")
+    decoders = {}
+    for budget in budgets:
+        settings = DecodeConfig(max_new_tokens=budget, block_length=BLOCK.value, steps_per_block=BLOCK.value)
+        decoders[budget] = Decoder(ending, settings, ids, config.max_length)
+        decoders[budget].generate([prompt])  # compiles
+    for budget, decoder in decoders.items():
+        timed = fastest(lambda: decoder.generate([prompt]))  # noqa: B023
+        print(f"{budget:6} {timed.seconds:8.2f} {timed.processor:10.2f} {timed.result[0].nfe:5} "
+              f"{len(timed.result[0].tokens):7}", flush=True)
+
+
+def _ends_at(logits_fn, end, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+    """The network, with EOS written at column `end` and behind it, and nowhere else."""
+    logits_BQV, cache = logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, cache)
+    return logits_BQV.at[:, :, 2].set(jnp.where(want_BQ >= end, 1e9, -1e9)), cache
+
+
+def _network(max_length: int) -> ModelConfig:
+    return ModelConfig(vocab_size=VOCABULARY.value, d_model=WIDTH.value, num_layers=LAYERS.value,
+                       num_heads=WIDTH.value // 64, num_kv_heads=max(1, WIDTH.value // 256), head_dim=64,
+                       d_ff=3 * WIDTH.value, max_length=max_length)
 
 
 def _torch_run(config: ModelConfig, params: dict, prompt: list[int], settings: DecodeConfig) -> Timed | None:
