@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["illada_jax", "illada_jax.*"]),
+    package_data={"illada_jax.tracing": ["page.html"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -42,6 +43,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "eval": ["lm_eval"],
         "hub": ["huggingface_hub"],
+        "plot": ["matplotlib"],
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],
         "plot": ["matplotlib"],

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from illada_jax.config import Config, DecodeConfig, override
 from illada_jax.data.chat import Message, chat_format, encode_chat
-from illada_jax.decoding import Decoded, Decoder, SpecialIds
+from illada_jax.decoding import Decoded, Decoder, LogitsFn, SpecialIds
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
@@ -40,6 +40,9 @@ class Generation:
       stopped_by: `eos`, `stop_string`, `length` (the budget was used up), `filled` (infilling) or `callback`.
       reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
       confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
+      canvas: the whole row of ids at the end: what was given, what was written, also behind the end of the answer.
+      canvas_step: for each id of the canvas, the step at which it was written; -1 for what was given or never written.
+        Together they hold every state that the text went through, see `illada_jax.tracing`.
     """
 
     text: str
@@ -48,6 +51,8 @@ class Generation:
     stopped_by: str
     reveal_step: list[int]
     confidence: list[float]
+    canvas: list[int]
+    canvas_step: list[int]
 
 
 def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None,
@@ -85,6 +90,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self._logits_fn = make_logits_fn(config.model, params)
+
+    @property
+    def logits_fn(self) -> LogitsFn:
+        """The network as decoding and scoring take it (design: the decoder's contract with the model)."""
+        return self._logits_fn
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Continues prompts; one result for each, in their order. For the options see `as_completed`."""
@@ -131,7 +141,7 @@ class LanguageModel:
             raise InputError("prompts: a list of prompts is wanted, not one text")
         if "" in stop:
             raise InputError("stop: a stop string must not be empty")
-        decode = self._settings(settings)
+        decode = self.decode_settings(settings)
         decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
@@ -218,13 +228,14 @@ class LanguageModel:
 
     def has_room(self, messages: Sequence[Message], **settings: Any) -> bool:
         """Whether a conversation leaves room in the context for a block of an answer."""
-        block = self._settings(settings).block_length
+        block = self.decode_settings(settings).block_length
         return len(self._chat_ids(messages)) + block <= self.config.model.max_length
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
 
-    def _settings(self, changes: dict[str, Any]) -> DecodeConfig:
+    def decode_settings(self, changes: dict[str, Any]) -> DecodeConfig:
+        """`config.decode` with some fields changed, as `as_completed` takes them. Raises InputError for a wrong one."""
         if "block_length" in changes:
             changes = {"steps_per_block": changes["block_length"], **changes}
         return override(self.config.decode, "decode", changes)
@@ -249,7 +260,7 @@ class LanguageModel:
             count = bisect.bisect_left(range(count), True, key=stops)
             text, stopped_by = text[: min(starts)], "stop_string"
         return Generation(text, decoded.tokens[:count], decoded.nfe, stopped_by, decoded.reveal_step[:count],
-                          decoded.confidence[:count])
+                          decoded.confidence[:count], decoded.canvas, decoded.canvas_step)
 
 
 @jax.jit

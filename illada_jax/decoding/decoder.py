@@ -40,6 +40,8 @@ class Decoded:
       stopped_by: `eos`, `stop_id`, `callback` (the caller's on_block), `length` (the budget), or `filled` (infilling).
       reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
       confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
+      canvas: the whole row at the end: what was given, what was written, also behind the end of the answer.
+      canvas_step: for each id of the canvas, the step at which it was written; -1 for what was given or never written.
     """
 
     tokens: list[int]
@@ -47,6 +49,8 @@ class Decoded:
     stopped_by: str
     reveal_step: list[int]
     confidence: list[float]
+    canvas: list[int]
+    canvas_step: list[int]
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,8 @@ class Decoder:
             stopped_by=stopped_by,
             reveal_step=carry.reveal_step_BL[slot, row.start : end].tolist(),
             confidence=carry.log_prob_BL[slot, row.start : end].tolist(),
+            canvas=carry.tokens_BL[slot, : carry.length_B[slot]].tolist(),
+            canvas_step=carry.reveal_step_BL[slot, : carry.length_B[slot]].tolist(),
         )
 
 

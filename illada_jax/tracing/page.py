@@ -1,0 +1,24 @@
+"""Traces as one page of HTML that needs nothing else: a slider over the steps, candidates, order as colours."""
+
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Sequence
+
+from illada_jax.tracing.trace import Trace
+
+_MARKER = "/*TRACES*/null"
+
+
+def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
+    """Writes a page that shows the traces side by side, step by step."""
+    template = importlib.resources.files("illada_jax.tracing").joinpath("page.html").read_text(encoding="utf-8")
+    data = [dataclasses.asdict(trace) for trace in traces]
+    for trace in data:
+        trace["probability"] = [round(p, 4) for p in trace["probability"]]
+        trace["candidates"] = [{column: [[piece, round(p, 4)] for piece, p in best] for column, best in step.items()}
+                               for step in trace["candidates"]]
+    # Text of a model must not end the script.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    pathlib.Path(path).write_text(template.replace(_MARKER, text), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""The states of a canvas, from the steps at which its columns were written.
+
+A result of the decoder says when each column was written, and from that every state in between is known. The candidates
+are computed again by the same network on these states, so that decoding itself need not keep them.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from illada_jax.decoding import SpecialIds
+from illada_jax.decoding.contract import LogitsFn
+from illada_jax.decoding.decoder import make_rules
+from illada_jax.decoding.sampling import suppress
+from illada_jax.errors import InputError
+from illada_jax.model import make_init_cache
+
+
+class Candidate(NamedTuple):
+    """A token that the network would put into a column, with its probability."""
+
+    piece: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How one text was written.
+
+    Attributes:
+      title: what the reader is told about it.
+      pieces: the text of each column of the finished canvas.
+      written_at: for each column the step that wrote it, counted from 0; -1 for what was given; `num_steps` for what is
+        still masked at the end.
+      block: for each column the number of its block, from 0; -1 for what was given.
+      probability: for each column the probability of its token in the state in which it was written; 1 for what was
+        given, 0 for what was never written.
+      visible: for each step, the columns that the network sees: in variable length the canvas grows.
+      candidates: for each step, the most probable tokens of the columns that are still masked in the active block, by
+        column.
+    """
+
+    title: str
+    pieces: list[str]
+    written_at: list[int]
+    block: list[int]
+    probability: list[float]
+    visible: list[int]
+    candidates: list[dict[int, list[Candidate]]]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that wrote something."""
+        return len(self.visible)
+
+
+def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = False, num_candidates: int = 5,
+               **settings: Any) -> Trace:
+    """The trace of a result, one network evaluation for each of its steps.
+
+    Args:
+      lm: the `api.LanguageModel` that wrote it.
+      generation: the `api.Generation`.
+      title: see Trace.
+      infill: it was made by `lm.infill`.
+      num_candidates: tokens that are kept for each masked column and step.
+      **settings: those that it was made with.
+
+    Raises:
+      InputError: nothing was written.
+    """
+    ids = SpecialIds.of(lm.tokenizer)
+    decode = lm.decode_settings(settings)
+    grows = decode.length == "variable" and not infill
+    never = (ids.mask, *make_rules(decode, ids, infill, make_init_cache(lm.config.model)).suppressed_ids)
+    canvas = np.asarray(generation.canvas, np.int32)
+    step = np.asarray(generation.canvas_step)
+    num_steps = int(step.max(initial=-1)) + 1
+    if not num_steps:
+        raise InputError("trace: nothing was written")
+    written_at = np.where((step < 0) & (canvas == ids.mask), num_steps, step)
+    block = np.full(len(canvas), -1)
+    to_write = np.flatnonzero(written_at >= 0)
+    block[to_write] = np.arange(len(to_write)) // decode.block_length
+
+    probability = np.where(written_at < 0, 1.0, 0.0)
+    visible, candidates = [], []
+    for now in range(num_steps):
+        masked = written_at >= now
+        active = np.flatnonzero(masked & (block == block[masked].min()))
+        end = int(np.flatnonzero(block == block[active[0]])[-1]) + 1 if grows else len(canvas)
+        state = np.where(masked, ids.mask, canvas)
+        want = np.resize(active, min(decode.block_length, len(to_write)))
+        best_Q5, log_probs_Q5, chosen_Q = _look(
+            lm.logits_fn, state[None], (np.arange(len(canvas)) < end).astype(np.int32)[None], want[None],
+            canvas[want][None], never, ids.vocab_size, num_candidates)
+        probs = np.exp(log_probs_Q5)
+        candidates.append({int(column): [Candidate(display(lm.tokenizer, int(i)), float(p)) for i, p in zip(*pair)]
+                           for column, *pair in zip(active, best_Q5, probs, strict=False)})
+        for column, log_prob in zip(active, chosen_Q, strict=False):
+            if written_at[column] == now:
+                probability[column] = np.exp(log_prob)
+        visible.append(end)
+    return Trace(title, [display(lm.tokenizer, int(i)) for i in canvas], written_at.tolist(), block.tolist(),
+                 probability.tolist(), visible, candidates)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _look(logits_fn: LogitsFn, tokens_BT, segments_BT, want_BQ, chosen_BQ, never: tuple[int, ...], vocab_size: int,
+          count: int):
+    """For the wanted columns: the best ids, their log-probabilities, and the log-probability of the chosen id."""
+    positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    logits_BQV, _ = logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, None)
+    log_probs_BQV = jax.nn.log_softmax(suppress(logits_BQV, never, vocab_size))
+    best_BQn, ids_BQn = jax.lax.top_k(log_probs_BQV, count)
+    chosen_BQ1 = jnp.take_along_axis(log_probs_BQV, chosen_BQ[:, :, None], axis=-1)
+    return ids_BQn[0], best_BQn[0], chosen_BQ1[0, :, 0]
+
+
+def display(tokenizer: Any, id_: int) -> str:
+    """The text of one token: as it decodes alone, or its piece where that is no text (half a character, a special)."""
+    text = tokenizer.decode([id_])
+    return text if text and "\ufffd" not in text else tokenizer.id_to_piece(id_)
