@@ -43,7 +43,6 @@ setup(
         "cuda": ["jax[cuda12]"],
         "eval": ["lm_eval"],
         "hub": ["huggingface_hub"],
-        "plot": ["matplotlib"],
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],
         "plot": ["matplotlib"],

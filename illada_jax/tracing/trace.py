@@ -98,9 +98,10 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
         best_Q5, log_probs_Q5, chosen_Q = _look(
             lm.logits_fn, state[None], (np.arange(len(canvas)) < end).astype(np.int32)[None], want[None],
             canvas[want][None], never, ids.vocab_size, num_candidates)
-        probs = np.exp(log_probs_Q5)
-        candidates.append({int(column): [Candidate(display(lm.tokenizer, int(i)), float(p)) for i, p in zip(*pair)]
-                           for column, *pair in zip(active, best_Q5, probs, strict=False)})
+        probs_Q5 = np.exp(log_probs_Q5)
+        candidates.append({int(column): [Candidate(display(lm.tokenizer, int(i)), float(p))
+                                         for i, p in zip(best_5, probs_5, strict=True)]
+                           for column, best_5, probs_5 in zip(active, best_Q5, probs_Q5, strict=False)})
         for column, log_prob in zip(active, chosen_Q, strict=False):
             if written_at[column] == now:
                 probability[column] = np.exp(log_prob)

@@ -89,7 +89,8 @@ def test_a_page_holds_the_traces_and_no_text_of_the_model_ends_its_script(tmp_pa
     page = (tmp_path / "p.html").read_text()
     assert page.count("</script>") == 1 and "http" not in page
     data = json.loads(re.search(r"const traces = (.*);\n", page).group(1))
-    assert len(data) == 2 and data[0]["pieces"] == TRACE.pieces and data[0]["candidates"][1] == {"1": [["</script>", 0.5]]}
+    assert len(data) == 2 and data[0]["pieces"] == TRACE.pieces
+    assert data[0]["candidates"][1] == {"1": [["</script>", 0.5]]}
 
 
 def test_pictures_have_a_frame_for_each_state(tmp_path):
@@ -105,7 +106,7 @@ def test_pictures_have_a_frame_for_each_state(tmp_path):
 
 
 def test_bad_input(lm, tmp_path):
-    with pytest.raises(InputError, match="the ending must be .gif or .png"):
+    with pytest.raises(InputError, match=r"must be \.gif or \.png"):
         write_picture(tmp_path / "t.jpg", TRACE)
     generation = lm.generate(["abc"])[0]
     generation.canvas_step[:] = [-1] * len(generation.canvas_step)
