@@ -91,12 +91,10 @@ def test_what_was_left_out_is_said_and_answers_are_scored(trained):
 
 def test_a_chat_keeps_its_history_and_stops_per_turn(trained):
     workdir, _ = trained
-    talks = [run("illada_jax.generate", f"--checkpoint={workdir}", "--chat", stdin=f"I am {name}!\n\nwho?\n/exit\nx")
-             for name in NAMES[:2]]
-    for talk, name in zip(talks, NAMES, strict=False):
-        assert talk.returncode == 0, talk.stderr
-        first, second = talk.stdout.split("\n")[:-1]
-        assert len(first) <= 4 and second == name
+    talk = run("illada_jax.generate", f"--checkpoint={workdir}", "--chat", stdin="I am Bob!\n\nwho?\n/exit\nx")
+    assert talk.returncode == 0, talk.stderr
+    first, second = talk.stdout.split("\n")[:-1]
+    assert len(first) <= 4 and second == "Bob"
 
 
 def test_a_conversation_that_gets_too_long_forgets_its_beginning(trained):
@@ -137,7 +135,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(place, tmp_path, fo
 
 
 def test_starting_from_a_checkpoint_takes_its_tokenizer(place, trained):
-    changes = {"init.checkpoint": str(trained[0]), "data.tokenizer": "checkpoint", "train.epochs": 3}
+    changes = {"init.checkpoint": str(trained[0]), "data.tokenizer": "checkpoint", "train.epochs": 3,
+               "optimizer.warmup_steps": 1}
     settled, examples, batches = opened(place, **changes)
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
     evaluators = make_evaluators(("exact_match",), settled, examples, batches, mesh)

@@ -8,6 +8,7 @@ what was left out and why.
 import collections
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -25,11 +26,13 @@ from illada_jax.data.chat import Conversation, encode_conversation
 from illada_jax.data.corpus import cache_directory, rename_finished
 from illada_jax.data.examples import Bad, Example, ExamplePart
 from illada_jax.data.preparing import check_lossless
+from illada_jax.data.tasks import in_processes
 from illada_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
 _FORMAT_VERSION = 1
 _SPLITS = ("train", "heldout")
+_WORTH_PROCESSES = 32 * 2**20  # bytes
 _SHOWN = 3  # places that are named for each reason
 
 
@@ -177,28 +180,77 @@ def _key(config: Config, parts: list[tuple[int, ExamplePart]], tokenizer: Tokeni
 
 def _write(config: Config, parts: list[tuple[int, ExamplePart]], tokenizer: Tokenizer | None,
            directory: pathlib.Path, progress: bool) -> None:
+    """Encodes the parts, on all cores if there is much to do, and puts them together in their order."""
     if tokenizer is None:
         texts = (text for _, example in _read(parts) if isinstance(example, Example) for text in example.texts)
         tokenizer = train_sentencepiece(texts, config.data.tokenizer_vocab_size)
+    tokenizer.save(directory / shards.TOKENIZER_DIRECTORY)
+    jobs = [_Job(config, source, part, directory / f"part-{number}", directory / shards.TOKENIZER_DIRECTORY)
+            for number, (source, part) in enumerate(parts)]
+    size = sum(path.stat().st_size for _, part in parts for path in part.files)
+    num_processes = min(len(jobs), os.cpu_count() or 1) if size > _WORTH_PROCESSES else 1
     tally = _Tally()
-    below = config.data.heldout_fraction * 2**64
-    writers = {split: _Writer(directory / split) for split in _SPLITS}
-    for source, item in tqdm(_read(parts), unit=" examples", desc="encoding", disable=None if progress else True):
+    made = {}
+    with tqdm(total=len(jobs), unit="part", desc="encoding", disable=None if progress else True) as bar:
+        for job, found in in_processes(_encode_part, jobs, num_processes):
+            made[job.directory] = found
+            bar.update()
+    num_bytes = dict.fromkeys(_SPLITS, 0)
+    for job in jobs:
+        part_tally, part_bytes = made[job.directory]
+        tally.take(part_tally)
+        for split in _SPLITS:
+            num_bytes[split] += part_bytes[split]
+    for split in _SPLITS:
+        _join([job.directory / split for job in jobs], directory / split)
+    for job in jobs:
+        shutil.rmtree(job.directory)
+    report = {"num_bytes": num_bytes, "losses": tally.lines("left out", "truncated"), "splits": tally.lines("split")}
+    (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1))
+
+
+class _Job(NamedTuple):
+    """What a process needs to encode a part."""
+
+    config: Config
+    source: int
+    part: ExamplePart
+    directory: pathlib.Path
+    tokenizer: pathlib.Path
+
+
+def _encode_part(job: _Job) -> tuple["_Tally", dict[str, int]]:
+    """Writes the examples of a part; what was left out, and the UTF-8 bytes of each split."""
+    tokenizer = load_tokenizer(job.tokenizer)
+    tally = _Tally()
+    below = job.config.data.heldout_fraction * 2**64
+    writers = {split: _Writer(job.directory / split) for split in _SPLITS}
+    for item in job.part.read():
         tally.total += 1
         split = "train"
         if isinstance(item, Example):
             split = "heldout" if _split_hash(item.group) < below else "train"
             item = encode(item, tokenizer)
-        for piece in [item] if isinstance(item, Bad) else _fit(item, config, tally):
+        for piece in [item] if isinstance(item, Bad) else _fit(item, job.config, tally):
             if isinstance(piece, Bad):
                 tally.add(piece)
             else:
                 text = tokenizer.decode(piece.conversation.ids)
-                writers[split].add(piece.conversation, len(text.encode()), source)
-    num_bytes = {split: writer.close() for split, writer in writers.items()}
-    tokenizer.save(directory / shards.TOKENIZER_DIRECTORY)
-    report = {"num_bytes": num_bytes, "losses": tally.lines("left out", "truncated"), "splits": tally.lines("split")}
-    (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1))
+                writers[split].add(piece.conversation, len(text.encode()), job.source)
+    return tally, {split: writer.close() for split, writer in writers.items()}
+
+
+def _join(directories: list[pathlib.Path], target: pathlib.Path) -> None:
+    """Puts splits one after the other."""
+    target.mkdir()
+    for name in ("tokens.bin", "answers.bin"):
+        with (target / name).open("wb") as joined:
+            for directory in directories:
+                with (directory / name).open("rb") as file:
+                    shutil.copyfileobj(file, joined)
+    lengths = [np.diff(np.load(directory / "offsets.npy")) for directory in directories]
+    np.save(target / "offsets.npy", np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64))
+    np.save(target / "sources.npy", np.concatenate([np.load(directory / "sources.npy") for directory in directories]))
 
 
 def _read(parts: list[tuple[int, ExamplePart]]) -> Iterator[tuple[int, Example | Bad]]:
@@ -290,6 +342,13 @@ class _Tally:
         self._counts[fate, bad.reason] += 1
         if len(self._places[fate, bad.reason]) < _SHOWN:
             self._places[fate, bad.reason].append(bad.where + (f" ({bad.detail})" if bad.detail else ""))
+
+    def take(self, other: "_Tally") -> None:
+        """Adds up what another one, of the part that comes next, has counted."""
+        self.total += other.total
+        self._counts += other._counts
+        for key, places in other._places.items():
+            self._places[key] = (self._places[key] + places)[:_SHOWN]
 
     def lines(self, *fates: str) -> list[str]:
         """One line a reason, the most frequent first."""

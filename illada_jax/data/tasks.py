@@ -26,6 +26,7 @@ from illada_jax.data.sources import Document, Part
 from illada_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 DONE_DIRECTORY = "done"
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -156,14 +157,14 @@ class LocalEngine:
                     make_shard(task, directory, tokenizer, bar.update)
             else:
                 make = functools.partial(make_shard_in, directory)
-                for task, _ in _in_processes(make, missing, self.num_processes):
+                for task, _ in in_processes(make, missing, self.num_processes):
                     bar.update(task.num_bytes)
 
     def _without_duplicates(self, tasks: Sequence[Task]) -> list[Task]:
         """Tells each task which of its documents stood in an earlier place already."""
         digests = {}
         with progress_bar(self.progress, sum(task.num_bytes for task in tasks), "looking for duplicates") as bar:
-            for task, found in _in_processes(document_digests, tasks, self.num_processes):
+            for task, found in in_processes(document_digests, tasks, self.num_processes):
                 digests[task.index] = found
                 bar.update(task.num_bytes)
         in_order = [digests[task.index] for task in tasks]
@@ -175,7 +176,7 @@ class LocalEngine:
                 for task, positions in zip(tasks, per_task, strict=True)]
 
 
-def _in_processes(function: Callable[[Task], T], tasks: Sequence[Task], num_processes: int) -> Iterator[tuple[Task, T]]:
+def in_processes(function: Callable[[S], T], tasks: Sequence[S], num_processes: int) -> Iterator[tuple[S, T]]:
     """Yields (task, function(task)) for every task, as they get done. The first error stops the rest."""
     if num_processes == 1:
         yield from ((task, function(task)) for task in tasks)

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainConfig
-from illada_jax.data import scorers, synthetic
+from illada_jax.data import example_store, scorers, synthetic
 from illada_jax.data.example_store import open_examples
 from illada_jax.data.tokenizer import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
@@ -69,6 +69,21 @@ def test_many_bad_lines_are_counted_by_reason(tmp_path):
     assert first.startswith("5 of 7 examples left out: not JSON: ") and first.endswith("line 3 (Expecting property name"
                                                                                       " enclosed in double quotes); …")
     assert second.startswith("1 of 7 examples left out: empty response: ") and second.endswith("line 7")
+
+
+def test_many_files_are_encoded_by_processes_to_the_same_store(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        records = [{"prompt": f"{name}{i}", "response": "x" * i} for i in range(20)]  # the first of each is empty
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    one = opened(tmp_path / "one", f"chat:{tmp_path}/in", heldout=0.2)
+    monkeypatch.setattr(example_store, "_WORTH_PROCESSES", 0)
+    many = opened(tmp_path / "many", f"chat:{tmp_path}/in", heldout=0.2)
+    assert one.dropped == many.dropped and one.dropped.startswith("3 of 60 examples left out: empty response: ")
+    for a, b in ((one.train, many.train), (one.heldout, many.heldout)):
+        assert a.num_documents == b.num_documents > 5 and a.num_bytes == b.num_bytes
+        assert all((a.document(i) == b.document(i)).all() for i in range(a.num_documents))
+    assert one.train.num_documents + one.heldout.num_documents == 57
 
 
 def test_nothing_left_is_an_error(tmp_path):
