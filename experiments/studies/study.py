@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -87,7 +88,9 @@ def train_base(directory: pathlib.Path) -> None:
     config, examples, batches = open_data(base_config(directory))
     if not (directory / "base" / "checkpoints" / str(config.train.steps)).is_dir():
         print("the base model", flush=True)
-        train(config, epath.Path(directory) / "base", make_mesh(config.mesh), batches, examples.tokenizer, {})
+        outcome = train(config, epath.Path(directory) / "base", make_mesh(config.mesh), batches, examples.tokenizer, {})
+        if outcome.status != "finished":
+            sys.exit("stopped in the base model: the same command goes on")
 
 
 def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
@@ -129,6 +132,8 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
         outcome = train(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer, {"curve": evaluate})
+    if outcome.status != "finished":
+        sys.exit(f"stopped in cell {cell.name}: the same command begins it again")
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     decoded = {}
     for name, settings in DECODINGS.items():

@@ -149,6 +149,7 @@ class _Loop:
         self._plateau = PlateauWatch.of(config)
         self._told = False
         self._log_started = time.perf_counter()
+        self._unlogged_tokens = 0
 
     def remember(self, lines: list[dict[str, Any]]) -> None:
         """Takes in the lines of metrics that an earlier life of the run has written."""
@@ -174,6 +175,7 @@ class _Loop:
                     self._log(step, unlogged, bar)
                     unlogged = []
                 unlogged.append(metrics)
+                self._unlogged_tokens += batch.tokens_BL.size
                 step += 1
                 bar.update()
                 last = step == stop
@@ -197,18 +199,18 @@ class _Loop:
         fetched: list[StepMetrics] = jax.device_get(unlogged)
         now = time.perf_counter()
         sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *(m.sums for m in fetched))
-        tokens = len(fetched) * self._config.data.batch_size * self._config.data.length
         metrics = {
             "train/loss": float(sums.loss / max(sums.weight, 1e-30)),
             "train/accuracy": float(sums.correct / max(sums.masked, 1.0)),
             "train/mask_fraction": float(sums.masked / max(sums.maskable, 1.0)),
             "train/gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
             "train/learning_rate": float(self._schedule(step - 1)),
-            "train/tokens_per_second": tokens / (now - self._log_started),
+            "train/tokens_per_second": self._unlogged_tokens / (now - self._log_started),
             **{f"data_epochs/{name}": count for name, count in self._pipeline.epochs(step).items()},
             **curve_over_p(sums),
         }
         self._log_started = now
+        self._unlogged_tokens = 0
         trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
         if trend is not None:
             metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
