@@ -25,6 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.batch_size = 32
     c.sft.format = "llada"
     c.sft.bucket = 32
+    # Rows all of one length would teach to read the length of an answer off the end of the canvas.
+    c.data.random_length_probability = 0.5
+    c.data.random_length_of = "row"
 
     c.model.d_model = 64
     c.model.num_layers = 3
@@ -43,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.b2 = 0.99
     c.optimizer.weight_decay = 0.0
     c.optimizer.warmup_steps = 50
-    c.optimizer.decay_fraction = 0.3
+    c.optimizer.decay_fraction = 0.7
     c.train.steps = 0
     c.train.epochs = 6
     c.checkpoint.every = 2000

@@ -129,7 +129,9 @@ class DataConfig:
       batch_size: rows of the global batch (B).
       isolate_documents: documents (fine-tuning: examples) inside a window are segments of their own.
       random_length_probability: probability that what `random_length_of` says is cut to a length drawn from
-        1 … length, the tail padded (LLaDA: 0.01 of the batches). What is cut off is skipped in that epoch.
+        1 … length, the tail padded (LLaDA: 0.01 of the batches). What is cut off is skipped in that epoch. With
+        sft.format = llada rows keep their prompt and a random share of the padded answer: then the model does not learn
+        to read an answer's length off the length of the row, and decodes on any canvas.
       random_length_of: `batch` (one length for all its rows) or `row`.
       num_threads: threads that read ahead.
     """

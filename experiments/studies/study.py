@@ -101,6 +101,7 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     c.data.sources = TASKS
     c.data.cache_dir = str(directory / "cache")
     c.data.isolate_documents = cell.isolate
+    c.data.random_length_probability = 0.0
     c.sft.format = cell.format
     if cell.format == "illada":
         c.data.length, c.data.batch_size = 128, 16

@@ -10,7 +10,7 @@ from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 
 _BUFFERED_STEPS = 16
-SPLIT = 2  # purpose of random draws, part of the format of a run; see `step_draws`
+RANDOM_LENGTH, SPLIT = 1, 2  # purposes of random draws, part of the format of a run; see `step_draws`
 
 
 class Batches(abc.ABC):
@@ -58,6 +58,13 @@ class Batches(abc.ABC):
         """Uniform numbers [B, 2] in [0, 1) for all rows of a step: a row does not depend on which are asked for."""
         generator = np.random.default_rng((self._config.seed, purpose, step))
         return generator.random((self._data.batch_size, 2))
+
+    def length_draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows of a step are cut short, and where: bool [B] and float [B] in [0, 1) (config.data)."""
+        draws_B2 = self.step_draws(step, RANDOM_LENGTH)
+        if self._data.random_length_of == "batch":
+            draws_B2 = np.broadcast_to(draws_B2[0], draws_B2.shape)
+        return draws_B2[:, 0] < self._data.random_length_probability, draws_B2[:, 1]
 
     def split(self, windows: list[np.ndarray], starts: list[np.ndarray], step: int, rows: list[int]
               ) -> list[np.ndarray]:

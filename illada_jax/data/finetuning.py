@@ -170,16 +170,18 @@ class PaddedExamples(_ExampleBatches):
         length = min(-(-longest // bucket) * bucket, self._data.length)
         tokens = np.full((len(rows), length), self._pad_id, np.int32)
         maskable = np.zeros((len(rows), length), bool)
-        for place, row in enumerate(rows):
-            span = spans[int(row)]
-            if span is not None:
-                example, start, stop = span
-                tokens[place] = self._eos_id
-                tokens[place, :stop] = self._examples.document(example)[:stop]
-                maskable[place, start:] = True
-        real = np.array([[spans[int(row)] is not None] for row in rows])
-        segments = np.broadcast_to(real, tokens.shape).astype(np.int32)
-        positions = np.where(real, np.arange(length, dtype=np.int32), 0)
+        segments = np.zeros((len(rows), length), np.int32)
+        cut_B, place_B = self.length_draws(step)
+        for place, row in enumerate(map(int, rows)):
+            if spans[row] is None:
+                continue
+            example, start, stop = spans[row]
+            end = start + 1 + int(place_B[row] * (length - start)) if cut_B[row] else length
+            tokens[place, :end] = self._eos_id
+            tokens[place, : min(stop, end)] = self._examples.document(example)[: min(stop, end)]
+            maskable[place, start:end] = True
+            segments[place, :end] = 1
+        positions = np.where(segments, np.arange(length, dtype=np.int32), 0)
         weights = maskable / np.maximum(maskable.sum(axis=1, keepdims=True), 1)
         return Batch(tokens, maskable, segments, positions, weights.astype(np.float32))
 

@@ -19,8 +19,6 @@ from illada_jax.data.mixture import Mixture
 from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
 
-_RANDOM_LENGTH = 1  # purpose of random draws, part of the format of a run; see `Batches.step_draws`
-
 
 class Pipeline(Batches):
     """Windows of the corpora, mixed by weight, each corpus in a new random order every time it starts over.
@@ -53,7 +51,7 @@ class Pipeline(Batches):
         rows = [int(row) for row in rows]
         windows = [self._example(step * self._data.batch_size + row) for row in rows]
         if self._data.random_length_probability:
-            windows = self._shorten(windows, self.step_draws(step, _RANDOM_LENGTH), rows)
+            windows = self._shorten(windows, step, rows)
         starts = self.split(windows, self._document_starts(windows), step, rows)
         return packing.pack(windows, self._data.length, self._pad_id, starts)
 
@@ -84,13 +82,10 @@ class Pipeline(Batches):
         component, nth = self._mixture.place(k)
         return self._read(self._components[component].train, self._orders[component][nth], self._data.length)
 
-    def _shorten(self, windows: list[np.ndarray], draws_B2: np.ndarray, rows: list[int]) -> list[np.ndarray]:
-        if self._data.random_length_of == "batch":
-            draws_B2 = np.broadcast_to(draws_B2[0], draws_B2.shape)
-        return [
-            window[: 1 + int(length * self._data.length)] if chance < self._data.random_length_probability else window
-            for window, (chance, length) in zip(windows, draws_B2[rows], strict=True)
-        ]
+    def _shorten(self, windows: list[np.ndarray], step: int, rows: list[int]) -> list[np.ndarray]:
+        cut_B, place_B = self.length_draws(step)
+        return [window[: 1 + int(place_B[row] * self._data.length)] if cut_B[row] else window
+                for window, row in zip(windows, rows, strict=True)]
 
     def _document_starts(self, windows: list[np.ndarray]) -> list[np.ndarray]:
         if not self._data.isolate_documents:

@@ -21,14 +21,15 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"
          {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]
 
 
-def prepared(path, records, seed=0, epochs=2, split=0.0, isolate=False, batch_size=4, length=16, **sft):
+def prepared(path, records, seed=0, epochs=2, split=0.0, isolate=False, batch_size=4, length=16, cut=0.0, **sft):
     """The batches of records, and the examples."""
     source = path / "data.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = Config(
         seed=seed, model=ModelConfig(max_length=512), diffusion=DiffusionConfig(split_probability=split),
         data=DataConfig(sources=(f"chat:{source}",), tokenizer="bytes", heldout_fraction=0.0, length=length,
-                        batch_size=batch_size, isolate_documents=isolate, cache_dir=str(path / "cache")),
+                        batch_size=batch_size, isolate_documents=isolate, random_length_probability=cut,
+                        random_length_of="row", cache_dir=str(path / "cache")),
         sft=SftConfig(**{"format": "illada", "bucket": 8, **sft}),
         train=TrainConfig(epochs=epochs, steps=0 if epochs else 100))
     examples = open_examples(config, progress=False)
@@ -165,6 +166,25 @@ def test_llada_rows_by_hand(tmp_path):
             assert got.positions_BL[row].tolist() == list(range(length))
         assert not got.segments_BL[present:].any() and not got.weights_BL[present:].any()
     assert sorted(seen) == sorted(PAIRS)
+
+
+def test_llada_rows_may_be_cut_anywhere_behind_their_prompts(tmp_path):
+    plain, _ = prepared(tmp_path, pairs(), format="llada", epochs=40, length=32)
+    batches, _ = prepared(tmp_path, pairs(), format="llada", epochs=40, length=32, cut=0.5)
+    shares, cut_rows = [], 0
+    for step in range(batches.num_steps):
+        before, got = plain.rows(step, range(4)), batches.rows(step, range(4))
+        assert batches.rows(step, [2]).segments_BL.tolist() == got.segments_BL[2:3].tolist()
+        for row in range(4):
+            used, start = int(got.segments_BL[row].sum()), int(np.argmax(before.maskable_BL[row]))
+            assert start < used <= before.tokens_BL.shape[1]
+            assert np.array_equal(got.tokens_BL[row, :used], before.tokens_BL[row, :used])
+            assert np.array_equal(got.maskable_BL[row, :used], before.maskable_BL[row, :used])
+            assert not got.maskable_BL[row, used:].any() and (got.tokens_BL[row, used:] == PAD).all()
+            assert got.weights_BL[row].sum() == pytest.approx(1)
+            shares.append((used - start) / (before.tokens_BL.shape[1] - start))
+            cut_rows += used < before.tokens_BL.shape[1]
+    assert 0.35 < cut_rows / len(shares) < 0.6 and min(shares) < 0.2
 
 
 def test_llada_prompts_are_never_masked(tmp_path):
