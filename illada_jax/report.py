@@ -51,10 +51,13 @@ def print_end(
     if python.startswith(os.pardir):
         python = sys.executable
     generate = f"  {python} -m illada_jax.generate --checkpoint={shlex.quote(str(workdir))}"
-    prompt, gapped = _example_prompts(config, corpus)
     print("Next:")
-    print(f"{generate} --prompt={shlex.quote(prompt)}")
-    print(f"{generate} --infill --prompt={shlex.quote(gapped)}")
+    if any(source.startswith("chat:") for source in config.data.sources):
+        print(f"{generate} --chat")
+    else:
+        prompt, gapped = _example_prompts(config, corpus)
+        print(f"{generate} --prompt={shlex.quote(prompt)}")
+        print(f"{generate} --infill --prompt={shlex.quote(gapped)}")
     if outcome.status == "stopped":
         print("  the same command without --config.train.stop_step goes on from here")
     if config.train.tensorboard:
