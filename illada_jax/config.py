@@ -85,7 +85,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "projections", "attention", "full"] = "none"
     attention: Literal["auto", "xla", "cudnn", "splash", "splash_interpret"] = "auto"
     attention_block_q: int = 1024
-    attention_block_kv: int = 1024
+    attention_block_kv: int = 2048
     attention_block_kv_compute: int = 512
     scan_unroll: int = 1
 

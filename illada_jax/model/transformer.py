@@ -18,6 +18,7 @@ from illada_jax.config import ModelConfig
 from illada_jax.model.attention import ATTENTION_OUT, attention_fn
 from illada_jax.model.cache import Cache
 from illada_jax.model.dense import dense
+from illada_jax.model.embedding import look_up
 
 KeysValues = tuple[jax.Array, jax.Array]
 # Names under which remat policies find what a layer computes.
@@ -220,7 +221,7 @@ class Transformer(nn.Module):
         Returns:
           (hidden_BTD, normed, in the compute dtype; the cache).
         """
-        x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(self.config.dtype)
+        x_BTD = look_up(self.embedding_VD, tokens_BT, self.config.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
         if cache is None:
             x_BTD, _ = self.layers(x_BTD, positions_BT, segments_BT, None, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from illada_jax.config import Config, MeshConfig
@@ -17,10 +18,10 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh over `devices` (all of them by default).
+    """Builds the mesh over `devices` (all of them by default). Several slices lie along `data`: only its sums leave one.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or `data` does not divide by the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -30,7 +31,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"config.mesh = {text}: must multiply to the number of devices, {len(devices)}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    num_slices = len({getattr(device, "slice_index", None) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % num_slices:
+        raise ConfigError(f"config.mesh.data = {sizes[0]}: must be divisible by the number of slices, {num_slices}")
+    inside = [sizes[0] // num_slices, *sizes[1:]]
+    hybrid = mesh_utils.create_hybrid_device_mesh(inside, [num_slices, 1, 1], devices=devices)
+    return Mesh(hybrid, AXES, axis_types=axis_types)
 
 
 @contextlib.contextmanager

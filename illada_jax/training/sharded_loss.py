@@ -18,6 +18,7 @@ from illada_jax.diffusion.loss import token_losses
 from illada_jax.parallel.sharding import RULES
 
 ROWS = PartitionSpec(RULES["batch"])
+NUM_PIECES = 8
 
 
 def sharded_token_losses(
@@ -64,8 +65,11 @@ def _gather_forward(x: jax.Array, axis: int, dtype: str):
 
 def _gather_backward(axis: int, dtype: str, _: None, gradient: jax.Array):
     del dtype
-    # Over the other axes, where x is the same on all devices, shard_map adds gradients up by itself.
-    return (jax.lax.psum_scatter(gradient, RULES["embed"], scatter_dimension=axis, tiled=True),)
+    # Over the other axes, where x is the same on all devices, shard_map adds gradients up by itself. In pieces: the
+    # sum before it is scattered may need a buffer of its own.
+    pieces = jnp.array_split(gradient, NUM_PIECES, axis=1 - axis)
+    scattered = [jax.lax.psum_scatter(piece, RULES["embed"], scatter_dimension=axis, tiled=True) for piece in pieces]
+    return (jnp.concatenate(scattered, axis=1 - axis),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

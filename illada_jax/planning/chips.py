@@ -1,0 +1,120 @@
+"""What a chip can do, by its public figures, and the topologies that can be compiled for.
+
+Sources: https://docs.cloud.google.com/tpu/docs/tpu7x (v5p, v6e, tpu7x: one table) and …/tpu/docs/v5e.
+Interconnect figures there count both directions; here they are one direction, summed over a chip's links. Peaks are
+bfloat16.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from illada_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip.
+
+    Attributes:
+      flops: peak bfloat16 operations per second.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes per second.
+      ici_bandwidth: bytes per second that a chip can send to its neighbours, all links together.
+      dcn_bandwidth: bytes per second that a chip can send to other slices.
+      flops_per_cycle: operations that its matrix units finish in a cycle; with `flops` it gives the clock.
+      devices: JAX devices that a chip appears as.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+    flops_per_cycle: float
+    devices: int = 1
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second at which the matrix units reach the peak."""
+        return self.flops / self.flops_per_cycle
+
+
+def _matrix_units(count: int, width: int) -> float:
+    return 2.0 * count * width * width
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 25e9 / 8, _matrix_units(4, 128)),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 50e9 / 8, _matrix_units(8, 128)),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, _matrix_units(2, 256)),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, _matrix_units(4, 256), devices=2),
+}
+# Shapes in chips.
+TOPOLOGIES = {
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The devices of one or several slices, none of which need exist.
+
+    Attributes:
+      name: such as `v5p:4x4x4`.
+      num_slices: slices, joined by the data centre network.
+      chip: what each chip is.
+      num_chips: over all slices.
+      devices: JAX devices to compile for.
+    """
+
+    name: str
+    num_slices: int
+    chip: Chip
+    num_chips: int
+    devices: tuple[jax.Device, ...]
+
+
+def parse(name: str) -> tuple[str, str]:
+    """(chip, shape) of a topology's name. Raises InputError that lists the known ones."""
+    kind, _, shape = name.partition(":")
+    if kind not in TOPOLOGIES:
+        raise InputError(f"--topology={name}: unknown; known chips: {', '.join(TOPOLOGIES)}, for example v5p:4x4x4")
+    if shape not in TOPOLOGIES[kind]:
+        raise InputError(f"--topology={name}: unknown; known for {kind}: "
+                         f"{', '.join(f'{kind}:{known}' for known in TOPOLOGIES[kind])}")
+    return kind, shape
+
+
+def get_topology(name: str, num_slices: int = 1) -> Topology:
+    """The devices of `num_slices` slices called `name`, from libtpu alone: no TPU is asked for.
+
+    Raises:
+      InputError: the name is unknown, or libtpu is not installed.
+    """
+    kind, shape = parse(name)
+    if num_slices < 1:
+        raise InputError(f"--num_slices={num_slices}: must be 1 or more")
+    # libtpu would ask the metadata server of a TPU VM, and let one process in only.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    try:
+        devices = tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except RuntimeError as error:
+        if "libtpu" in str(error).lower() or "unknown backend" in str(error).lower():
+            raise InputError("compiling for a TPU needs its compiler: pip install 'illada_jax[tpu]'") from error
+        raise InputError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+    num_chips = num_slices * math.prod(map(int, re.findall(r"\d+", shape)))
+    return Topology(name, num_slices, CHIPS[kind], num_chips, devices)

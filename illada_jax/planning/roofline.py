@@ -1,0 +1,115 @@
+"""From a compiled program and the figures of a chip to bounds on time: compute, memory, interconnect."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from illada_jax.config import Config
+from illada_jax.model.flops import forward_flops_per_token, training_flops_per_token
+from illada_jax.planning.chips import Topology
+from illada_jax.planning.hlo import Work
+
+# Matrix products of size T·S·H that a call of the attention kernel does for each head: scores and output forward;
+# scores again, and the gradients of scores, queries, keys and values backward.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBounds:
+    """Bounds on one training step, in seconds; model FLOPs are by formula, recomputation not counted.
+
+    Attributes:
+      model_flops: of one device.
+      compute: model FLOPs at the chip's peak: nothing can be faster.
+      fusions: the compiler's estimated cycles at the clock that gives the peak.
+      kernels: attention's matrix products (recomputation counted) at `kernel_efficiency` of the peak.
+      kernels_at_peak: the same at the peak.
+      hbm: bytes moved at the bandwidth of memory.
+      ici: bytes sent at the bandwidth of a chip's links.
+      dcn: bytes sent to other slices at the bandwidth of a chip's share of the network.
+    """
+
+    model_flops: float
+    compute: float
+    fusions: float
+    kernels: float
+    kernels_at_peak: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def best(self) -> float:
+        """The step if everything that can overlap does: the longest of computing, memory and networks."""
+        return max(self.fusions + self.kernels, self.hbm, self.ici, self.dcn)
+
+    @property
+    def without_overlap(self) -> float:
+        """The step if no collective is hidden behind computing."""
+        return max(self.fusions + self.kernels, self.hbm) + self.ici + self.dcn
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step that takes this long."""
+        return self.compute / seconds
+
+
+def kernel_flops(config: Config, mesh: Mesh, kernels: dict[str, int]) -> float:
+    """Operations of one device in the attention kernels of one training step, recomputation included."""
+    rows = config.data.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
+    heads = config.model.num_heads // mesh.shape["tensor"]
+    product = 2.0 * config.data.length**2 * heads * config.model.head_dim * rows
+    products = sum(calls * (FORWARD_PRODUCTS if "fwd" in name else BACKWARD_PRODUCTS) for name, calls in kernels.items())
+    return products * product
+
+
+def step_bounds(config: Config, mesh: Mesh, topology: Topology, work: Work, kernel_efficiency: float) -> StepBounds:
+    """The bounds of a training step from what one device executes in it."""
+    chip, share = topology.chip, 1 / topology.chip.devices
+    tokens = config.data.batch_size * config.data.length
+    model_flops = training_flops_per_token(config.model, config.data.length) * tokens / mesh.size
+    at_peak = kernel_flops(config, mesh, work.kernels) / (chip.flops * share)
+    return StepBounds(
+        model_flops=model_flops,
+        compute=model_flops / (chip.flops * share),
+        fusions=work.cycles / chip.clock,
+        kernels=at_peak / kernel_efficiency,
+        kernels_at_peak=at_peak,
+        hbm=work.hbm_bytes / (chip.hbm_bandwidth * share),
+        ici=work.ici_bytes / (chip.ici_bandwidth * share),
+        dcn=work.dcn_bytes / (chip.dcn_bandwidth * share),
+    )
+
+
+def decode_rates(config: Config, mesh: Mesh, topology: Topology, canvas: int, param_bytes: int) -> list[dict[str, Any]]:
+    """Best-case tokens per second of the whole mesh, by roofline: nothing compiled enters, only formulas.
+
+    An evaluation takes the longer of its FLOPs at the peak and its bytes (the params once, the cache once) at the
+    bandwidth of memory. `exact` computes the whole canvas at every evaluation; `prefix cache` once a block, then the
+    block alone. `per_evaluation` tokens are revealed by each.
+
+    Args:
+      config: its model and decode sections.
+      mesh: rows lie over data and fsdp, params over tensor.
+      topology: the devices.
+      canvas: columns.
+      param_bytes: of one device.
+    """
+    model, share = config.model, 1 / topology.chip.devices
+    rows = config.decode.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
+    tensor, block = mesh.shape["tensor"], config.decode.block_length
+    cache_bytes = 2 * rows * canvas * model.num_layers * model.num_kv_heads * model.head_dim * 2 / tensor
+
+    def seconds(columns: int, reads: float) -> float:
+        head = 2.0 * model.d_model * model.vocab_size
+        flops = rows * (columns * (forward_flops_per_token(model, canvas) - head) + block * head) / tensor
+        return max(flops / (topology.chip.flops * share), reads / (topology.chip.hbm_bandwidth * share))
+
+    whole, part = seconds(canvas, param_bytes), seconds(block, param_bytes + cache_bytes)
+    rates = []
+    for per_evaluation in (1, 2, 4):
+        evaluations = block / per_evaluation
+        for name, time in (("exact", evaluations * whole), ("prefix cache", whole + (evaluations - 1) * part)):
+            rates.append({"decoding": name, "tokens_per_evaluation": per_evaluation,
+                          "tokens_per_second": config.decode.batch_size * block / time})
+    return rates
