@@ -15,10 +15,23 @@ rate when the loss had stopped falling. So this config never decays by itself: i
 import ml_collections
 
 from illada_jax import config
+from illada_jax.errors import ConfigError
+
+# How the same batch is computed on slices of these names, found by compiling for them (`tpu/REPORT.md`): mesh, what the
+# forward pass keeps for the backward pass, micro-batches. The number is that of TensorCores (v5p) or chips.
+VARIANTS = {
+    "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16},
+    "v5p-1024": {"mesh.data": 32, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 2},
+    "v5e-256": {"mesh.fsdp": 256, "model.remat": "attention", "train.microbatches": 8},
+    "v6e-256": {"mesh.fsdp": 256, "model.remat": "projections", "train.microbatches": 8},
+    "tpu7x-128": {"mesh.data": 8, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 8},
+}
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The published recipe; what is ours is marked."""
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The published recipe; what is ours is marked. `variant`: a key of VARIANTS, empty for any devices."""
+    if variant and variant not in VARIANTS:
+        raise ConfigError(f"experiments/pretrain_8b.py:{variant}: known variants: {', '.join(VARIANTS)}")
     c = config.defaults()
     c.model.vocab_size = 155_136
     c.model.d_model = 4096
@@ -61,4 +74,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.every = 5000
     c.eval.batch_size = 256
     c.eval.windows = 1024
+    c.update_from_flattened_dict(VARIANTS.get(variant, {}))
     return c

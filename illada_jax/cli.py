@@ -38,6 +38,12 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
+        # What a config file raised itself says more than that it cannot be parsed.
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, InputError):
+            raise cause from error
         raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from error

@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh over `devices` (all of them by default). Several slices lie along `data`: only its sums leave one.
+    """Builds the mesh over `devices` (all of them by default). Several slices lie along `data`.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or `data` does not divide by the slices.

@@ -10,7 +10,7 @@ from illada_jax.planning.hlo import Module
 
 
 def whole_logits(module: Module, config: Config, rows: int, vocab_shards: int) -> list[str]:
-    """Buffers that hold logits of `rows` whole rows (of one micro-batch, on one device), as text; [] is as it must be."""
+    """Buffers that hold logits of `rows` whole rows (one micro-batch, one device), as text; [] is as it must be."""
     vocab = config.model.vocab_size // vocab_shards
     positions = rows * config.data.length
     return [f"{i.name}: {shape.dtype}{list(shape.dims)}" for i, shape in module.buffers()
@@ -22,6 +22,7 @@ def replicated_params(module: Module, params: Any) -> list[str]:
     """Buffers of the size of a whole stack of layers' parameters, as text, although it lies over several devices.
 
     Args:
+      module: the program.
       params: the params as ShapeDtypeStructs with their shardings.
     """
     stacked = {tuple(sorted(x.shape)): jax.tree_util.keystr(path, simple=True, separator="/")

@@ -5,10 +5,13 @@ Interconnect figures there count both directions; here they are one direction, s
 bfloat16.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
+from importlib import metadata
 
 import jax
 from jax.experimental import topologies
@@ -53,8 +56,8 @@ def _matrix_units(count: int, width: int) -> float:
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 25e9 / 8, _matrix_units(4, 128)),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 50e9 / 8, _matrix_units(8, 128)),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, _matrix_units(2, 256)),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, _matrix_units(4, 256), devices=2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, _matrix_units(4, 256)),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, _matrix_units(8, 256), devices=2),
 }
 # Shapes in chips.
 TOPOLOGIES = {
@@ -82,6 +85,15 @@ class Topology:
     chip: Chip
     num_chips: int
     devices: tuple[jax.Device, ...]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the compilers that are installed, by package."""
+    found = {}
+    for name in ("jax", "libtpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -113,7 +125,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     try:
         devices = tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except RuntimeError as error:
-        if "libtpu" in str(error).lower() or "unknown backend" in str(error).lower():
+        if importlib.util.find_spec("libtpu") is None:
             raise InputError("compiling for a TPU needs its compiler: pip install 'illada_jax[tpu]'") from error
         raise InputError(f"--topology={name}: {str(error).splitlines()[0]}") from error
     num_chips = num_slices * math.prod(map(int, re.findall(r"\d+", shape)))

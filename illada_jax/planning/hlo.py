@@ -111,6 +111,8 @@ class Module:
 
     def trip_count(self, loop: Instruction, otherwise: int) -> int:
         """Iterations of a while loop that counts up to a constant; `otherwise` where its bound is computed."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+            return int(known.group(1))
         condition = self.computations[re.search(r"condition=%([\w.\-]+)", loop.text).group(1)]
         by_name = {instruction.name: instruction for instruction in condition}
         root = next(instruction for instruction in condition if instruction.is_root)
@@ -189,13 +191,19 @@ def work(module: Module, num_devices: int, num_slices: int = 1, otherwise: int =
         for kind, size, text in _collectives(module, instruction):
             group, crossing = _group(text, num_devices, num_slices)
             collectives[kind] += times * size
-            share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(
-                kind, (group - 1) / group)
-            if crossing > 1:
-                # Between slices each device exchanges its own part only; inside one the rest is done as ever.
-                dcn += times * size * share * (crossing - 1) / crossing / max(group // crossing, 1)
-            ici += times * size * share if group > crossing else 0.0
+            # Over several slices: first inside each, then every device exchanges its own part with those of the others.
+            inside = max(group // crossing, 1)
+            dcn += times * size * _share_sent(kind, crossing) / inside
+            ici += times * size * (_share_sent(kind, inside) if crossing == 1 or inside > 1 else 0.0)
     return Work(cycles, hbm, ici, dcn, dict(collectives), dict(kernels))
+
+
+def _share_sent(kind: str, group: int) -> float:
+    """What a device sends for a collective of `group` devices at least, as a multiple of the bytes of its result."""
+    if group == 1:
+        return 0.0
+    return {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(
+        kind, (group - 1) / group)
 
 
 def _collectives(module: Module, instruction: Instruction) -> list[tuple[str, float, str]]:

@@ -22,6 +22,7 @@ from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
 from illada_jax.planning.chips import GIB, Topology
+from illada_jax.scoring.look import look
 from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.step import abstract_state, make_train_step
 
@@ -96,13 +97,7 @@ def lower_decode(config: Config, mesh: Mesh, canvas: int) -> jax.stages.Lowered:
     Raises:
       ConfigError: the rows, or the model, do not divide over the mesh.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.decode.batch_size
-    if rows % shards:
-        raise ConfigError(f"config.decode.batch_size = {rows}: must be divisible by mesh.data × mesh.fsdp = {shards}")
-    one_batch = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=shards),
-                                    train=dataclasses.replace(config.train, microbatches=1))
-    check_divisible(one_batch, mesh)
+    rows = _decode_rows(config, mesh)
     mask = config.diffusion.mask_id
     others = [id_ for id_ in range(4) if id_ != mask][:3]
     ids = SpecialIds(mask, *others, vocab_size=config.model.vocab_size)
@@ -118,6 +113,17 @@ def lower_decode(config: Config, mesh: Mesh, canvas: int) -> jax.stages.Lowered:
     logits_fn = model.make_logits_fn(config.model, abstract_params(config, mesh, jnp.dtype(config.model.dtype)))
     with use_mesh(mesh):
         return run_blocks.lower(logits_fn, carry, num_blocks, rules=rules)
+
+
+def _decode_rows(config: Config, mesh: Mesh) -> int:
+    """Rows that are decoded at the same time, checked against the mesh, as is the model."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.decode.batch_size
+    if rows % shards:
+        raise ConfigError(f"config.decode.batch_size = {rows}: must be divisible by mesh.data × mesh.fsdp = {shards}")
+    check_divisible(dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=shards),
+                                        train=dataclasses.replace(config.train, microbatches=1)), mesh)
+    return rows
 
 
 def compile_for(lowered: jax.stages.Lowered) -> Compiled:
@@ -141,3 +147,18 @@ def compile_for(lowered: jax.stages.Lowered) -> Compiled:
     memory = compiled.memory_analysis()
     return Compiled(compiled.as_text(), memory.argument_size_in_bytes, memory.output_size_in_bytes,
                     memory.alias_size_in_bytes, memory.temp_size_in_bytes, time.process_time() - started)
+
+
+def lower_score(config: Config, mesh: Mesh, canvas: int, wanted: int) -> jax.stages.Lowered:
+    """One evaluation of the scorers: config.decode.batch_size rows of `canvas` columns, `wanted` of them looked at.
+
+    Raises:
+      ConfigError: the rows, or the model, do not divide over the mesh.
+    """
+    rows = _decode_rows(config, mesh)
+    array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+        (rows, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    logits_fn = model.make_logits_fn(config.model, abstract_params(config, mesh, jnp.dtype(config.model.dtype)))
+    with use_mesh(mesh):
+        return look.lower(logits_fn, array(canvas), array(), array(), array(wanted), array(wanted, 1),
+                          mask_id=config.diffusion.mask_id, cfg_scale=config.decode.cfg_scale)

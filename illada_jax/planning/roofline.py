@@ -59,7 +59,8 @@ def kernel_flops(config: Config, mesh: Mesh, kernels: dict[str, int]) -> float:
     rows = config.data.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
     heads = config.model.num_heads // mesh.shape["tensor"]
     product = 2.0 * config.data.length**2 * heads * config.model.head_dim * rows
-    products = sum(calls * (FORWARD_PRODUCTS if "fwd" in name else BACKWARD_PRODUCTS) for name, calls in kernels.items())
+    products = sum(calls * (FORWARD_PRODUCTS if "fwd" in name else BACKWARD_PRODUCTS)
+                   for name, calls in kernels.items())
     return products * product
 
 

@@ -139,9 +139,9 @@ class Looker:
         arrays = tokens_BL, lengths_B, contexts_B, columns_BQ, targets_BQC
         settings = {"mask_id": self._ids.mask, "cfg_scale": self._cfg_scale}
         if self._mesh is None:
-            return _look(self._logits_fn, *jax.device_put(arrays), **settings)
+            return look(self._logits_fn, *jax.device_put(arrays), **settings)
         with use_mesh(self._mesh):
-            return _look(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
+            return look(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
 
 
 def _rounded(length: int, smallest: int, parts: int) -> int:
@@ -151,7 +151,7 @@ def _rounded(length: int, smallest: int, parts: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))
-def _look(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, contexts_B: jax.Array,
+def look(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, contexts_B: jax.Array,
           columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float
           ) -> tuple[jax.Array, jax.Array]:
     """(Log-probabilities of the targets [B, Q, C], log-probability of the most probable id [B, Q])."""

@@ -113,11 +113,11 @@ def test_what_looks_the_same_is_evaluated_once(networks):
 
 def test_shapes_are_few(networks):
     logits_fn, _ = networks
-    look._look.clear_cache()
+    look.look.clear_cache()
     for count in (1, 5, 11, 24):
         scorer(logits_fn, batch_size=4).score(PAIRS[:count])
     # Two lengths (8, 16), three batch sizes, and one, two or four candidates to a row where rows are shared.
-    assert look._look._cache_size() <= 2 * 3 * 3
+    assert look.look._cache_size() <= 2 * 3 * 3
 
 
 def test_reveal_several_at_a_time(networks):
