@@ -280,6 +280,7 @@ class TrainConfig:
       epochs: fine-tuning: how often the run goes through its examples, which decides the steps; 0: steps decides.
       stop_step: save and stop cleanly at this step, the schedule unchanged; 0 runs to the end.
       microbatches: gradient accumulation: the global batch is computed in this many parts.
+      compiler_options: options of the TPU compiler for the step, as `NAME=VALUE`; other platforms leave them out.
       logits_chunk: positions of a row whose logits exist at the same time in the loss; 0: the whole row.
       log_every: steps between lines of metrics.
       plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
@@ -291,6 +292,7 @@ class TrainConfig:
     epochs: int = 0
     stop_step: int = 0
     microbatches: int = 1
+    compiler_options: tuple[str, ...] = ()
     logits_chunk: int = 0
     log_every: int = 50
     plateau_window: int = 10_000
@@ -299,6 +301,8 @@ class TrainConfig:
 
     def __post_init__(self):
         _positive("train", self, "microbatches", "log_every", "plateau_tolerance")
+        for option in self.compiler_options:
+            _require("=" in option, "train.compiler_options", option, "must have the form NAME=VALUE")
         _not_negative("train", self, "steps", "epochs", "stop_step", "logits_chunk", "plateau_window")
         _require(self.steps > 0 or self.epochs > 0, "train.steps", self.steps,
                  "must be greater than 0, or train.epochs must be")
@@ -578,7 +582,8 @@ _COMPUTE_FIELDS = ("dtype", "remat", "attention", "attention_block_q", "attentio
 # What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
 RESUMABLE = (
     "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
-    "train.plateau_tolerance", "train.tensorboard", "train.microbatches", "train.logits_chunk", "mesh", "checkpoint",
+    "train.plateau_tolerance", "train.tensorboard", "train.microbatches", "train.compiler_options",
+    "train.logits_chunk", "mesh", "checkpoint",
     "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.attention_block_q",
     "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
     "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",

@@ -18,7 +18,6 @@ from illada_jax.diffusion.loss import token_losses
 from illada_jax.parallel.sharding import RULES
 
 ROWS = PartitionSpec(RULES["batch"])
-NUM_PIECES = 8
 
 
 def sharded_token_losses(
@@ -65,11 +64,17 @@ def _gather_forward(x: jax.Array, axis: int, dtype: str):
 
 def _gather_backward(axis: int, dtype: str, _: None, gradient: jax.Array):
     del dtype
-    # Over the other axes, where x is the same on all devices, shard_map adds gradients up by itself. In pieces: the
-    # sum before it is scattered may need a buffer of its own.
-    pieces = jnp.array_split(gradient, NUM_PIECES, axis=1 - axis)
-    scattered = [jax.lax.psum_scatter(piece, RULES["embed"], scatter_dimension=axis, tiled=True) for piece in pieces]
-    return (jnp.concatenate(scattered, axis=1 - axis),)
+    # Over the other axes, where x is the same on all devices, shard_map adds gradients up by itself. In pieces, one
+    # after another: the sum before it is scattered may need a buffer of its own.
+    vocab = gradient.shape[1 - axis]
+    size = vocab // next(count for count in (8, 4, 2, 1) if vocab % count == 0)
+
+    def scatter(start: jax.Array) -> jax.Array:
+        piece = jax.lax.dynamic_slice_in_dim(gradient, start, size, axis=1 - axis)
+        return jax.lax.psum_scatter(piece, RULES["embed"], scatter_dimension=axis, tiled=True)
+
+    pieces = jax.lax.map(scatter, jnp.arange(0, vocab, size))
+    return (jnp.concatenate(pieces, axis=1 - axis),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -92,8 +92,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema), StepMetrics(sums, optax.tree.norm(grads))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         train_step,
+        compiler_options=dict(option.split("=", 1) for option in config.train.compiler_options) if on_tpu else None,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
