@@ -89,18 +89,12 @@ def test_what_was_left_out_is_said_and_answers_are_scored(trained):
     assert "who?" in last["eval/answers"] and "✓" in last["eval/answers"]
 
 
-def test_a_chat_keeps_its_history_and_stops_per_turn(trained):
-    workdir, _ = trained
-    talk = run("illada_jax.generate", f"--checkpoint={workdir}", "--chat", stdin="I am Bob!\n\nwho?\n/exit\nx")
+def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_what_is_too_long_ago(trained):
+    talk = run("illada_jax.generate", f"--checkpoint={trained[0]}", "--chat",
+               stdin="I am Bob!\n\nwho?\n" + "who?\n" * 3 + "/exit\nx")
     assert talk.returncode == 0, talk.stderr
-    first, second = talk.stdout.split("\n")[:-1]
-    assert len(first) <= 4 and second == "Bob"
-
-
-def test_a_conversation_that_gets_too_long_forgets_its_beginning(trained):
-    talk = run("illada_jax.generate", f"--checkpoint={trained[0]}", "--chat", stdin="I am Ann!\n" + "who?\n" * 4)
-    assert talk.returncode == 0, talk.stderr
-    assert len(talk.stdout.split("\n")) == 5 + 1
+    first, second, *others = talk.stdout.split("\n")[:-1]
+    assert len(first) <= 4 and second == "Bob" and len(others) == 3
     assert "the context is full: the oldest 2 messages are forgotten" in talk.stderr
 
 
