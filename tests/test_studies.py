@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 
-from illada_jax.config import from_config_dict
 from illada_jax.data.example_store import answer_spans
 
 STUDIES = pathlib.Path(__file__).parent.parent / "experiments" / "studies"
@@ -18,7 +17,7 @@ STUDIES = pathlib.Path(__file__).parent.parent / "experiments" / "studies"
 def modules():
     sys.path.insert(0, str(STUDIES))
     try:
-        return {name: importlib.import_module(name) for name in ("study", "base", "variable_length", "epochs",
+        return {name: importlib.import_module(name) for name in ("study", "variable_length", "epochs",
                                                                  "split_isolation")}
     finally:
         sys.path.remove(str(STUDIES))
@@ -41,7 +40,7 @@ def test_cells_are_valid_and_shared(modules):
     assert len({cell.name for cell in everything}) == len(everything) == 21
     for cell in everything:
         study.config_of(cell, pathlib.Path("x"), 100 if cell.format == "llada" else 0)
-    from_config_dict(modules["base"].get_config())
+    study.base_config(pathlib.Path("x"))
 
 
 def fake(cell):

@@ -1,6 +1,7 @@
 """What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
 
-All cells start from one base model (`base.py`), which knows the tasks, as fine-tuning starts from a pre-trained one.
+All cells start from one model, that of `experiments/sft_quickstart.py`, as fine-tuning starts from a pre-trained one:
+it knows how to reverse and to sort, the other tasks are new to it.
 A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
 recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
 any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
@@ -8,6 +9,7 @@ any moment and goes on with the same command. Studies share the directory, and s
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -18,8 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import base
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -40,8 +42,7 @@ QUESTIONS = 192
 TIMED = 64
 BLOCK = 16
 CANVAS = 128
-TASKS = ("tasks:reverse:750", "tasks:sort:1000", "tasks:last:250", "tasks:addition:500", "tasks:count:250",
-         "tasks:story:250")
+TASKS = ("tasks:reverse:750:1", "tasks:sort:1000:1", "tasks:last:500", "tasks:count:500", "tasks:addition:250")
 
 # How answers are decoded: one token a step in all of them.
 DECODINGS = {
@@ -77,10 +78,18 @@ class Cell:
 
 def base_config(directory: pathlib.Path) -> Config:
     """What the base model is trained with."""
-    c = base.get_config()
+    c = _quickstart()
     c.data.cache_dir = str(directory / "cache")
     c.train.tensorboard = False
     return config_lib.from_config_dict(c)
+
+
+def _quickstart() -> ml_collections.ConfigDict:
+    path = pathlib.Path(__file__).parent.parent / "sft_quickstart.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def train_base(directory: pathlib.Path) -> None:
@@ -95,10 +104,11 @@ def train_base(directory: pathlib.Path) -> None:
 
 def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     """Fine-tuning of the base model for 12 epochs, or for `steps` steps; the schedule is the paper's."""
-    c = base.get_config()
+    c = _quickstart()
     c.seed = cell.seed
     c.init.checkpoint = str(directory / "base")
     c.data.sources = TASKS
+    c.data.heldout_fraction = 0.06
     c.data.cache_dir = str(directory / "cache")
     c.data.isolate_documents = cell.isolate
     c.data.random_length_probability = 0.0
@@ -111,6 +121,7 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.004
     c.optimizer.final_learning_rate = 0.0004
     c.optimizer.decay_fraction = 0.1
+    c.train.log_every = 100
     c.train.steps, c.train.epochs = steps, 0 if steps else EPOCHS
     c.train.tensorboard = False
     c.eval.every, c.eval.every_epochs = max(1, -(-steps // 4)), 0.0 if steps else EPOCHS / 4
@@ -127,9 +138,15 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         steps = _steps_within(batches, windows.num_steps * windows.units_per_step)
         config, examples, batches = open_data(config_of(cell, directory, steps))
     mesh = make_mesh(config.mesh)
+    asked = unseen(examples, directory)
     curve: list[dict[str, float]] = []
-    _note(curve, config, examples, batches, initial_params(config.init.checkpoint, mesh), 0)
-    evaluate = lambda params, step: _note(curve, config, examples, batches, params, step)  # noqa: E731
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        found = decode(config, examples, params, DECODINGS["variable"], asked[::2], timed=False)
+        curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
+        return {"eval/exact_match": found["exact_match"]}
+
+    evaluate(initial_params(config.init.checkpoint, mesh), 0)
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
         outcome = train(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer, {"curve": evaluate})
@@ -139,9 +156,9 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
     decoded = {}
     for name, settings in DECODINGS.items():
         if cell.format == "llada" or name == "variable" or (cell.split, cell.isolate) == (0.3, False):
-            decoded[name] = decode(config, examples, outcome.state.params, settings, QUESTIONS, timed=True)
+            decoded[name] = decode(config, examples, outcome.state.params, settings, asked, timed=True)
     epochs = next(iter(batches.epochs(outcome.step).values()))
-    return {"cell": dataclasses.asdict(cell), "steps": outcome.step, "epochs": epochs,
+    return {"cell": dataclasses.asdict(cell), "questions": len(asked), "steps": outcome.step, "epochs": epochs,
             "parameters": model.num_params(config.model), "training_seconds": seconds,
             "training_processor_seconds": cpu_seconds, "curve": curve, "decoded": decoded}
 
@@ -154,18 +171,19 @@ def _steps_within(batches: Batches, tokens: int) -> int:
     return step
 
 
-def _note(curve: list, config: Config, examples: Examples, batches: Batches, params: Any, step: int
-          ) -> dict[str, float]:
-    found = decode(config, examples, params, DECODINGS["variable"], QUESTIONS // 2, timed=False)
-    curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
-    return {"eval/exact_match": found["exact_match"]}
+def unseen(examples: Examples, directory: pathlib.Path) -> list[int]:
+    """Held-out examples that the base model has not been trained on either, at most QUESTIONS, spread evenly."""
+    known = open_data(base_config(directory))[1].train
+    prompts = {tuple(known.question(index).prompt) for index in range(known.num_documents)}
+    chosen = [index for index in range(examples.heldout.num_documents)
+              if tuple(examples.heldout.question(index).prompt) not in prompts]
+    count = min(QUESTIONS, len(chosen))
+    return [chosen[number * len(chosen) // count] for number in range(count)]
 
 
-def decode(config: Config, examples: Examples, params: Any, settings: DecodeConfig, count: int, timed: bool
+def decode(config: Config, examples: Examples, params: Any, settings: DecodeConfig, chosen: list[int], timed: bool
            ) -> dict[str, Any]:
-    """Exact match and costs of decoding `count` held-out prompts, spread evenly over the tasks."""
-    available = examples.heldout.num_documents
-    chosen = [index * available // count for index in range(count)]
+    """Exact match and costs of decoding held-out prompts."""
     questions = [examples.heldout.question(index) for index in chosen]
     settings = dataclasses.replace(settings, batch_size=32)
     logits_fn = model.make_logits_fn(config.model, params)
@@ -189,7 +207,7 @@ def decode(config: Config, examples: Examples, params: Any, settings: DecodeConf
         "longest_answer": max(len(question.answer) for question in questions),
     }
     if timed:  # again, with everything compiled
-        again = [question.prompt for question in questions[:: max(1, count // TIMED)]]
+        again = [question.prompt for question in questions[:: max(1, len(questions) // TIMED)]]
         started, cpu_started = time.perf_counter(), time.process_time()
         decoder.generate(again)
         found["seconds"] = (time.perf_counter() - started) / len(again)

@@ -2,7 +2,7 @@
 
     python experiments/studies/variable_length.py
 
-Six tasks whose answers are 1 to more than 100 characters long. Models trained in either format answer held-out prompts
+Five tasks whose answers are 1 to more than 100 characters long. Models trained in either format answer held-out prompts
 in three ways, always one token a step: `variable` appends blocks of 16 until EOS; `canvas` shows 128 masks from the
 start and denoises them in any order, as published for LLaDA; `canvas in blocks` has the same 128 masks, but works in
 blocks of 16 and stops after the one that holds EOS. Writes a table and a plot; 6 cells of about 3 minutes on one core.

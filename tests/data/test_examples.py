@@ -231,8 +231,8 @@ def test_tasks_are_right_and_of_many_lengths():
         assert int(total) == a + b
         assert all(eval(re.sub(r"\b0+(?=\d)", "", line.replace("=", "=="))) for line in lines_)
     for prompt, response in made["count"]:
-        start, stop, step = map(int, re.fullmatch(r"count (\d+) to (\d+) by (\d+)=", prompt).groups())
-        assert response == " ".join(map(str, range(start, stop + 1, step)))
+        start, stop = map(int, re.fullmatch(r"count (\d+) to (\d+)=", prompt).groups())
+        assert response == " ".join(map(str, range(start, stop + 1)))
     for prompt, response in made["story"]:
         have = int(re.search(r"has (\d+)", prompt)[1])
         have += sum(int(n) for n in re.findall(r"gets (\d+)", prompt))
