@@ -2,12 +2,12 @@
 
     python -m illada_jax.main --config=experiments/sft_quickstart.py
 
-Held-out prompts such as `sort hello=` are answered by blocks of 16 tokens until EOS. With own data, on a model that
-was trained before:
+Held-out prompts such as `sort hello=` are answered by blocks of 16 tokens until EOS. What one should see after six
+minutes on one core: all of them exactly right, all ended by EOS.
 
-    python -m illada_jax.main --config=experiments/sft_quickstart.py --workdir=workdirs/chat \
-        --config.init.checkpoint=workdirs/quickstart --config.data.tokenizer=checkpoint \
-        --config.data.sources='("chat:conversations.jsonl",)'
+LLaDA's format, because at this size and budget prompts of random letters must not be learnt (iLLaDA's reached 0.1 after
+as many tokens); decoded with variable length, which needs the rows of random length below: without them the model reads
+the length of an answer off the end of the row, and answers short words with one letter too many (0.75 on `sort`).
 """
 
 import ml_collections
