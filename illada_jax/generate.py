@@ -67,7 +67,10 @@ def main(argv: list[str]) -> int | None:
     """Loads the model and decodes all prompts."""
     del argv
     if CHAT.value:
-        return chat()
+        try:
+            return chat()
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
     if SYSTEM.value:
         raise InputError("--system: is for --chat")
     if bool(PROMPT.value) == bool(INPUT.value):

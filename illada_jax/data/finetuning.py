@@ -134,7 +134,7 @@ class ConcatenatedExamples(_ExampleBatches):
             skipped = within - (int(epoch.ends_N[place]) - len(example))
             piece = example[skipped : skipped + stop - position]
             answers.append(self._examples.is_answer(epoch.order_N[place])[skipped : skipped + len(piece)])
-            if filled and not skipped:
+            if not skipped:
                 starts.append(filled)
             pieces.append(piece)
             filled += len(piece)
