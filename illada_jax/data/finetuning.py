@@ -120,7 +120,7 @@ class ConcatenatedExamples(_ExampleBatches):
         return batch._replace(maskable_BL=maskable, weights_BL=maskable.astype(np.float32))
 
     def _window(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens of a window, which of them are answers, and the columns beside 0 where an example begins."""
+        """The tokens of a window, which of them are answers, and the columns where an example begins."""
         position = index * self._data.length
         stop = position + self._data.length
         if self._end is not None:
