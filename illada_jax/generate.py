@@ -4,12 +4,14 @@
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
   python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
+  python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --trace=out.html
   python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
 Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
 `--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
 reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
-again when the command is repeated after an interruption. `--chat` is a conversation, a line of standard input a turn,
+again when the command is repeated after an interruption. `--trace` shows how the texts were written: a page with all
+prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order). `--chat` is a conversation, a line of standard input a turn,
 through the tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from illada_jax import api, cli
+from illada_jax import api, cli, tracing
 from illada_jax.errors import InputError
 
 SETTINGS = [
@@ -54,6 +56,7 @@ RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are append
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
+TRACE = flags.DEFINE_string("trace", "", "file to show the order of writing in: .html, .gif or .png")
 CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
@@ -78,6 +81,8 @@ def main(argv: list[str]) -> int | None:
     prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
     if STREAM.value and (len(prompts) > 1 or RESULTS.value or OUTPUT.value == "json"):
         raise InputError("--stream: prints the text of a single prompt; leave out --results and --output=json")
+    if TRACE.value:
+        check_trace(pathlib.Path(TRACE.value), len(prompts))
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
     if RESULTS.value:
@@ -93,7 +98,32 @@ def main(argv: list[str]) -> int | None:
     for index, prompt in enumerate(prompts):
         result = results[index]
         print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
+    if TRACE.value:
+        write_trace(lm, prompts, [results[index] for index in range(len(prompts))])
     return None
+
+
+def check_trace(path: pathlib.Path, num_prompts: int) -> None:
+    """Raises InputError if `--trace` cannot be written for so many prompts."""
+    if STREAM.value or RESULTS.value:
+        raise InputError("--trace: does not go with --stream or --results")
+    if path.suffix not in (".html", *tracing.SUFFIXES):
+        raise InputError(f"--trace={path}: the ending must be .html, {' or '.join(tracing.SUFFIXES)}")
+    if path.suffix != ".html" and num_prompts > 1:
+        raise InputError(f"--trace={path}: a picture shows a single prompt; .html shows several")
+    if not path.parent.is_dir():
+        raise InputError(f"--trace={path}: there is no directory {path.parent}")
+
+
+def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Generation]) -> None:
+    """Writes `--trace`, one network evaluation for each step."""
+    path = pathlib.Path(TRACE.value)
+    traces = [tracing.make_trace(lm, result, title=prompt, infill=INFILL.value, **given_settings())
+              for prompt, result in zip(prompts, results, strict=True)]
+    if path.suffix == ".html":
+        tracing.write_page(path, traces)
+    else:
+        tracing.write_picture(path, traces[0])
 
 
 def given_settings() -> dict[str, Any]:
@@ -125,7 +155,7 @@ def chat() -> None:
 
     A conversation that gets too long loses its oldest turns. From a pipe nothing but the answers is printed.
     """
-    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM) if flag.value]
+    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
     lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)

@@ -177,3 +177,24 @@ def test_results_of_other_prompts_are_not_mixed(run, tmp_path):
     with pytest.raises(InputError, match="line 1: is not a result for the prompts given"):
         run("--prompt=abc", f"--results={results}")
     assert results.read_text() == '{"index": 0, "prompt": "other"}\n'
+
+
+def test_a_trace_of_all_prompts_on_one_page(run, lm, tmp_path):
+    code, out = run("--prompt=abc", "--prompt=b", f"--trace={tmp_path}/t.html", "--max_new_tokens=8")
+    assert not code and out == run("--prompt=abc", "--prompt=b", "--max_new_tokens=8")[1]
+    traces = json.loads((tmp_path / "t.html").read_text().split("const traces = ")[1].split(";\n")[0])
+    assert [trace["title"] for trace in traces] == ["abc", "b"]
+    texts = [result.text for result in lm.generate(["abc", "b"], max_new_tokens=8)]
+    assert all(text in "".join(trace["pieces"]) for text, trace in zip(texts, traces, strict=True))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--trace=t.jpg"], "must be .html, .gif or .png"),
+    (["--trace=t.gif", "--prompt=b"], "shows a single prompt"),
+    (["--trace=/none/t.html"], "there is no directory /none"),
+    (["--trace=t.html", "--stream"], "does not go with --stream"),
+])
+def test_a_trace_that_cannot_be_is_refused_before_decoding(run, arguments, message):
+    with pytest.raises(InputError) as caught:
+        run("--prompt=abc", *arguments)
+    assert message in str(caught.value)

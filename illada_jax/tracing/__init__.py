@@ -1,7 +1,7 @@
 """Pictures of how a text was written: every state that it went through, and what else the network thought of."""
 
 from illada_jax.tracing.page import write_page
-from illada_jax.tracing.picture import write_picture
+from illada_jax.tracing.picture import SUFFIXES, write_picture
 from illada_jax.tracing.trace import Trace, make_trace
 
-__all__ = ["Trace", "make_trace", "write_page", "write_picture"]
+__all__ = ["SUFFIXES", "Trace", "make_trace", "write_page", "write_picture"]
