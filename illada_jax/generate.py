@@ -11,8 +11,8 @@ Settings that are not given are those of the checkpoint's config. Several `--pro
 `--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
 reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
 again when the command is repeated after an interruption. `--trace` shows how the texts were written: a page with all
-prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order). `--chat` is a conversation, a line of standard input a turn,
-through the tokenizer's chat template; it ends with /exit or Ctrl-D.
+prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order). `--chat` is a
+conversation, a line of standard input a turn, through the tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
 
 import itertools
