@@ -173,6 +173,16 @@ def loss_weights(batch: Batch, corrupted: Corrupted) -> jax.Array:
     return jnp.where(corrupted.masked_BL, batch.weights_BL / p_BL, 0.0)
 
 
+def total_weight(batch: Batch) -> jax.Array:
+    """Σ over maskable of weight, float32.
+
+    Rows first, then over the rows: as one long float32 sum it would be off by more than what any part contributes, and
+    the compiler makes one of two that follow each other.
+    """
+    weight_B = jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0), axis=1)
+    return jnp.sum(jax.lax.optimization_barrier(weight_B))
+
+
 def loss_sums(
     loss: jax.Array, ce_BL: jax.Array, correct_BL: jax.Array, batch: Batch, corrupted: Corrupted
 ) -> LossSums:
@@ -185,7 +195,7 @@ def loss_sums(
 
     return LossSums(
         loss=loss,
-        weight=jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)),
+        weight=total_weight(batch),
         masked=jnp.sum(masked_BL, dtype=jnp.float32),
         maskable=jnp.sum(batch.maskable_BL, dtype=jnp.float32),
         correct=jnp.sum(correct_BL & masked_BL, dtype=jnp.float32),

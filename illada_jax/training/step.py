@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights
+from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights, total_weight
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
@@ -110,14 +110,14 @@ def loss_gradients(
     With micro-batches the parts are added up after dividing by the weight of the WHOLE batch, so that the number of
     parts changes nothing but the order of additions.
     """
-    total_weight = jnp.maximum(jnp.sum(jnp.where(batch.maskable_BL, batch.weights_BL, 0.0)), 1e-30)
+    weight = jnp.maximum(total_weight(batch), 1e-30)
 
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
         # Divided here and not behind the loss, so that no gradient of the size of the embedding is scaled afterwards.
-        weights_BL = loss_weights(part, corrupted) / total_weight
+        weights_BL = loss_weights(part, corrupted) / weight
         loss, ce_BL, correct_BL = sharded_token_losses(config, mesh, params, hidden_BLD, part.tokens_BL, weights_BL)
-        sums = loss_sums(loss * total_weight, ce_BL, correct_BL, part, corrupted)
+        sums = loss_sums(loss * weight, ce_BL, correct_BL, part, corrupted)
         return loss, sums
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)

@@ -105,6 +105,14 @@ def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(outcome.state.params))
 
 
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, {"4", "10"}), (False, {"10"})])
+def test_the_checkpoint_with_the_best_bound_is_kept(run, tmp_path, keep_best, kept):
+    bounds = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.5}
+    run(tmp_path / "w", evaluators={"bound": lambda params, step: {"eval/bits_per_byte": bounds[step]}},
+        eval__every=2, checkpoint__every=2, checkpoint__keep=1, checkpoint__keep_best=keep_best)
+    assert {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()} == kept
+
+
 def test_a_run_starts_from_the_params_of_another(run, tmp_path):
     first, _ = run(tmp_path / "first")
     second, _ = run(tmp_path / "second", train__steps=1, init__checkpoint=str(tmp_path / "first"),
