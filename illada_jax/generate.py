@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
 from illada_jax.errors import InputError
+from illada_jax.parallel.mesh import parse_mesh
 
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
@@ -61,9 +62,15 @@ CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, an
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
 QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "round the matrices to eight bits")
+MESH = flags.DEFINE_string("mesh", "", "devices that share the work, such as fsdp=4,tensor=2; default: the first one")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
 
 EXIT_INTERRUPTED = 130
+
+
+def load() -> api.LanguageModel:
+    """The model that the flags name."""
+    return api.load(CHECKPOINT.value, DTYPE.value, parse_mesh(MESH.value), QUANTIZE.value)
 
 
 def main(argv: list[str]) -> int | None:
@@ -84,7 +91,7 @@ def main(argv: list[str]) -> int | None:
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
-    lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
+    lm = load()
     if RESULTS.value:
         return write_results(lm, prompts, done, given_settings())
     if STREAM.value:
@@ -158,7 +165,7 @@ def chat() -> None:
     others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
-    lm = api.load(CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value)
+    lm = load()
     settings = given_settings()
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
     history: list[dict[str, str]] = []

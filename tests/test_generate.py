@@ -102,7 +102,7 @@ def test_bad_input(lm, call, message):
 @pytest.fixture
 def run(lm, monkeypatch, capsys):
     """Runs the command with flags; returns (exit code, stdout)."""
-    monkeypatch.setattr(api, "load", lambda path, dtype, quantize: lm)
+    monkeypatch.setattr(api, "load", lambda path, dtype, mesh, quantize: lm)
 
     def call(*arguments):
         flags.FLAGS.unparse_flags()

@@ -46,8 +46,13 @@ class Int8:
 
 
 def quantize_params(params: Any) -> Any:
-    """The params of a model, or some of them by path, with every matrix as Int8."""
-    return _map_matrices(params, lambda path, w: quantize(w, INPUT_AXES[path], int(path.startswith("layers/"))))
+    """The params of a model with every matrix as Int8."""
+    return _map_matrices(params, quantize_matrix)
+
+
+def quantize_matrix(path: str, w: jax.Array) -> Int8:
+    """The param called `path`, one of INPUT_AXES, as Int8."""
+    return quantize(w, INPUT_AXES[path], first=int(path.startswith("layers/")))
 
 
 def quantized_axes(axes: Any) -> Any:

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from illada_jax.config import Config, MeshConfig
-from illada_jax.errors import ConfigError
+from illada_jax.config import Config, MeshConfig, ModelConfig
+from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel.sharding import RULES
 
 AXES = ("data", "fsdp", "tensor")
@@ -42,6 +42,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(hybrid, AXES, axis_types=axis_types)
 
 
+def parse_mesh(text: str) -> Mesh | None:
+    """The mesh that a flag such as `fsdp=4,tensor=2` asks for; axes that it leaves out have one device.
+
+    Returns:
+      A mesh over the first devices, as many as it asks for; None for an empty text.
+
+    Raises:
+      InputError: the text is no mesh; ConfigError: there are not enough devices.
+    """
+    if not text:
+        return None
+    try:
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        config = MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"mesh = {text!r}: must look like fsdp=4,tensor=2; axes are {', '.join(AXES)}") from error
+    count = math.prod(size for size in (config.data, config.fsdp, config.tensor) if size != -1)
+    return make_mesh(config, jax.devices() if -1 in sizes.values() else jax.devices()[:count])
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, the logical constraints of the model refer to `mesh` (while tracing)."""
@@ -57,18 +77,20 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.data.batch_size // config.train.microbatches
-    model = config.model
-    checks = [
-        ("data.batch_size / train.microbatches", rows, "data × mesh.fsdp", shards),
-        ("model.d_model", model.d_model, "fsdp", mesh.shape["fsdp"]),
-        ("model.num_heads", model.num_heads, "tensor", mesh.shape["tensor"]),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor", mesh.shape["tensor"]),
-        ("model.d_ff", model.d_ff, "tensor", mesh.shape["tensor"]),
-        ("model.vocab_size", model.vocab_size, "tensor", mesh.shape["tensor"]),
-    ]
-    for key, value, axis, size in checks:
-        if value % size:
-            raise ConfigError(f"config.{key} = {value}: must be divisible by mesh.{axis} = {size}")
+    _check("data.batch_size / train.microbatches", rows, "data × mesh.fsdp", shards)
+    check_model_divisible(config.model, mesh)
+
+
+def check_model_divisible(model: ModelConfig, mesh: Mesh) -> None:
+    """`check_divisible` for the params alone."""
+    _check("model.d_model", model.d_model, "fsdp", mesh.shape["fsdp"])
+    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        _check(f"model.{name}", getattr(model, name), "tensor", mesh.shape["tensor"])
+
+
+def _check(key: str, value: int, axis: str, size: int) -> None:
+    if value % size:
+        raise ConfigError(f"config.{key} = {value}: must be divisible by mesh.{axis} = {size}")
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:

@@ -17,8 +17,9 @@ from illada_jax import model
 from illada_jax.config import Config, ModelConfig
 from illada_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
-from illada_jax.model.quantized import quantize_params, quantized_axes
+from illada_jax.model.quantized import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding
+from illada_jax.parallel.mesh import check_model_divisible
 
 FORMAT_VERSION = 1
 
@@ -63,6 +64,9 @@ class SavedModel:
         average = self.directory / "ema"
         return average if average.is_dir() else self.directory / "params"
 
+    def _target(self, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+        return _abstract(self.config.model, dtype, mesh, self.quantized)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved with it."""
@@ -79,32 +83,37 @@ class SavedModel:
         """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
         if self.quantized or not quantized:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(self._params, self._abstract(dtype, mesh))
-        # One at a time: the params as they were saved may not fit beside the others.
+                return checkpointer.restore(self._params, self._target(dtype, mesh))
+        # One at a time, for the params as they were saved may not fit beside the others; and from all of their bits.
         places = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
-        params = {path: jax.jit(lambda w, path=path: quantize_params({path: w})[path], out_shardings=place)(
-                      self.restore_param(path, dtype, mesh)) for path, place in places.items()}
+        params = {}
+        for path, place in places.items():
+            if isinstance(place, Int8):
+                as_int8 = jax.jit(functools.partial(quantize_matrix, path), out_shardings=place)
+                params[path] = as_int8(self.restore_param(path, self.dtype, mesh))
+            else:
+                params[path] = self.restore_param(path, dtype, mesh)
         return traverse_util.unflatten_dict(params, sep="/")
 
     def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
         """One of the params as they were saved, by path; nothing else is read."""
-        target = traverse_util.flatten_dict(self._abstract(dtype, mesh), sep="/")[path]
+        target = traverse_util.flatten_dict(self._target(dtype, mesh), sep="/")[path]
         tree = traverse_util.unflatten_dict({path: target}, sep="/")
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(self._params, args=ocp.args.PyTreeRestore(
                 tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
         return traverse_util.flatten_dict(restored, sep="/")[path]
 
-    def _abstract(self, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
-        """The params as they were saved, in `dtype`, with the places where they go."""
-        def init() -> Any:
-            params = model.init_params(self.config.model, jax.random.key(0))
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-            return quantize_params(params) if self.quantized else params
 
-        shardings = param_shardings(self.config.model, mesh, self.quantized)
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                            jax.eval_shape(init), shardings)
+@functools.cache
+def _abstract(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
+    """Params in `dtype` (with `quantized`, matrices as Int8) as abstract arrays with the places where they go."""
+    def init() -> Any:
+        params = jax.tree.map(lambda x: x.astype(dtype), model.init_params(config, jax.random.key(0)))
+        return quantize_params(params) if quantized else params
+
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                        jax.eval_shape(init), param_shardings(config, mesh, quantized))
 
 
 def open_model(path: str | epath.Path) -> SavedModel:
@@ -149,17 +158,17 @@ def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh 
     return Loaded(config, params, saved.tokenizer, saved.step)
 
 
-def save_model(workdir: epath.Path, config: Config, params: Any, tokenizer: Tokenizer, quantized: bool,
-               family: str) -> None:
-    """Writes a checkpoint of params alone, at step 0: whole or not at all. For the arguments see SavedModel."""
-    meta = {"format_version": FORMAT_VERSION, "config": config_lib.to_dict(config), "corpus_fingerprint": "",
+def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family: str) -> None:
+    """Writes a workdir with a checkpoint of params alone. For the arguments see SavedModel."""
+    workdir = absolute_path(epath.Path(workdir))
+    meta = {"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config), "corpus_fingerprint": "",
             "quantized": quantized, "family": family}
-    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
-    with ocp.CheckpointManager(absolute_path(workdir) / "checkpoints", options=options) as manager:
-        manager.save(0, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+    loaded.tokenizer.save(workdir / "tokenizer")
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        manager.save(loaded.step, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(loaded.params),
             meta=ocp.args.JsonSave(meta),
-            tokenizer=ocp.args.JsonSave(encode_files(tokenizer.files())),
+            tokenizer=ocp.args.JsonSave(encode_files(loaded.tokenizer.files())),
         ))
         manager.wait_until_finished()
 
@@ -194,12 +203,17 @@ def initial_params(path: str, mesh: Mesh) -> Any:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | None, quantized: bool = False) -> Any:
-    """Where each param goes: by the rules on the mesh, or on the first device."""
+    """Where each param goes: by the rules on the mesh, or on the first device.
+
+    Raises:
+      ConfigError: the mesh does not divide the model.
+    """
     axes = model.param_axes(config)
     axes = quantized_axes(axes) if quantized else axes
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: here, axes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    check_model_divisible(config, mesh)
     return sharding.param_shardings(mesh, axes)
 
 

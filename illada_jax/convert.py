@@ -1,0 +1,52 @@
+"""Converts models: official weights to a workdir, a workdir to the official layout, either one to eight bits.
+
+  python -m illada_jax.convert --source=LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
+  python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
+  python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
+
+What the source is decides the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a
+workdir that generate, evaluate and `--config.init.checkpoint` take; a workdir becomes a Hugging Face directory, or a
+smaller workdir with `--quantize=int8`. The target appears when it is whole. JAX_PLATFORMS=cpu converts in host memory.
+"""
+
+import sys
+
+from absl import flags
+
+from illada_jax import cli
+from illada_jax.interop.conversion import DEFAULT_SHARD_GIGABYTES, Conversion
+from illada_jax.interop.families import FAMILIES
+from illada_jax.interop.tensors import DTYPES
+
+_SOURCE = flags.DEFINE_string("source", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
+                              required=True)
+_TARGET = flags.DEFINE_string("target", None, "the directory to write; must not exist, or be empty", required=True)
+_DTYPE = flags.DEFINE_enum("dtype", None, [dtype.name for dtype in DTYPES.values()],
+                           "type of the weights written; default: as they are (float16 becomes float32 in a workdir)")
+_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "write a workdir with matrices of eight bits")
+_MESH = flags.DEFINE_string("mesh", "", "devices that hold the weights meanwhile, such as fsdp=8; default: the first")
+_SHARD_GIGABYTES = flags.DEFINE_float(
+    "shard_gigabytes", None, f"size of an exported file; default: {DEFAULT_SHARD_GIGABYTES}", lower_bound=1e-6)
+_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES),
+                            "layout of an export; default: where the weights came from, else illada")
+_IDS = {name: flags.DEFINE_integer(f"{name}_id", None, f"id of {name.upper()}, before what config and tokenizer say")
+        for name in ("mask", "bos", "eos", "pad", "eot")}
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> int | None:
+    """Converts, and says what was made."""
+    del argv
+    special_ids = {name: flag.value for name, flag in _IDS.items() if flag.value is not None}
+    try:
+        print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value,
+                         _SHARD_GIGABYTES.value, _FAMILY.value, special_ids).run())
+    except KeyboardInterrupt:
+        print(f"interrupted: {_TARGET.value} was not written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return None
+
+
+if __name__ == "__main__":
+    cli.run(main)
