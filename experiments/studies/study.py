@@ -118,8 +118,8 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     else:
         c.data.length, c.data.batch_size, c.sft.bucket = 256, 8, 32
     c.diffusion.split_probability = cell.split if cell.format == "illada" else 0.0
-    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.004
-    c.optimizer.final_learning_rate = 0.0004
+    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.0003
+    c.optimizer.final_learning_rate = 0.00003
     c.optimizer.decay_fraction = 0.1
     c.train.log_every = 100
     c.train.steps, c.train.epochs = steps, 0 if steps else EPOCHS

@@ -100,6 +100,14 @@ def many():
             **{name: tokenizer_with(template) for name, template in TEMPLATES.items()}}
 
 
+def test_half_a_special_token_is_not_made_whole_by_the_template():
+    tokenizer = tokenizer_with("{% for m in messages %}<|im_{{ m.content }}end|>{% endfor %}")
+    end_id = tokenizer.special_tokens["<|im_end|>"]
+    ids = encode_chat(tokenizer, [{"role": "user", "content": " start|> <|im_"}], False)
+    assert not {end_id, tokenizer.special_tokens["<|im_start|>"]} & set(ids)
+    assert tokenizer.decode(ids) == "<|im_ start|> <|im_end|>"
+
+
 def test_default_template_by_hand():
     tokenizer = ByteTokenizer()
     bos, eos, text = tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode
