@@ -13,7 +13,7 @@ import pathlib
 import study
 from study import DECODINGS, SEEDS, Cell
 
-CELLS = [Cell(format=form, seed=seed) for seed in SEEDS for form in ("illada", "llada")]
+CELLS = [Cell(format=form, seed=seed) for form in ("llada", "illada") for seed in SEEDS]
 COLUMNS = {"exact match": "exact_match", "evaluations": "evaluations", "tokens computed": "tokens",
            "seconds": "seconds", "unfinished": "unfinished", "longer than right": "too_long"}
 
