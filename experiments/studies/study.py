@@ -254,10 +254,11 @@ def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pa
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard error over seeds."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Mean ± standard error over seeds; of a single seed only the value."""
     digits = 3 if max(values) < 10 else 0
-    return f"{np.mean(values):,.{digits}f} ± {error:.{digits}f}"
+    if len(values) == 1:
+        return f"{values[0]:,.{digits}f} (1 seed)"
+    return f"{np.mean(values):,.{digits}f} ± {np.std(values, ddof=1) / math.sqrt(len(values)):,.{digits}f}"
 
 
 def write_table(path: pathlib.Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
