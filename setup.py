@@ -16,6 +16,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["illada_jax", "illada_jax.*"]),
     package_data={"illada_jax.tracing": ["page.html"]},
+    # Read by versions of lm-eval after 0.4.13: `lm_eval --model illada_jax`.
+    entry_points={"lm_eval.models": ["illada_jax = illada_jax.harness:IlladaJax"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -41,7 +43,7 @@ setup(
         "dev": ["ruff"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "eval": ["lm_eval"],
+        "eval": ["lm_eval[math]>=0.4.13,<0.5"],
         "hub": ["huggingface_hub"],
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],

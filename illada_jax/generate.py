@@ -25,10 +25,10 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from illada_jax import api, cli, tracing
+from illada_jax import api, cli, model_flags, tracing
 from illada_jax.errors import InputError
-from illada_jax.parallel.mesh import parse_mesh
 
+flags.adopt_module_key_flags(model_flags)
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
     flags.DEFINE_enum("length", None, ["variable", "fixed"], "append blocks until EOS, or show all masks at once"),
@@ -48,9 +48,6 @@ SETTINGS = [
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),
 ]
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
-    required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
 RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
@@ -60,17 +57,9 @@ STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt b
 TRACE = flags.DEFINE_string("trace", "", "file to show the order of writing in: .html, .gif or .png")
 CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
-QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "round the matrices to eight bits")
-MESH = flags.DEFINE_string("mesh", "", "devices that share the work, such as fsdp=4,tensor=2; default: the first one")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
 
 EXIT_INTERRUPTED = 130
-
-
-def load() -> api.LanguageModel:
-    """The model that the flags name."""
-    return api.load(CHECKPOINT.value, DTYPE.value, parse_mesh(MESH.value), QUANTIZE.value)
 
 
 def main(argv: list[str]) -> int | None:
@@ -91,7 +80,7 @@ def main(argv: list[str]) -> int | None:
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
-    lm = load()
+    lm = model_flags.load()
     if RESULTS.value:
         return write_results(lm, prompts, done, given_settings())
     if STREAM.value:
@@ -165,7 +154,7 @@ def chat() -> None:
     others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
-    lm = load()
+    lm = model_flags.load()
     settings = given_settings()
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
     history: list[dict[str, str]] = []

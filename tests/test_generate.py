@@ -106,7 +106,7 @@ def run(lm, monkeypatch, capsys):
 
     def call(*arguments):
         flags.FLAGS.unparse_flags()
-        for flag in flags.FLAGS.get_flags_for_module(generate):
+        for flag in flags.FLAGS.get_key_flags_for_module(generate):
             flag.unparse()
         flags.FLAGS(["generate", "--checkpoint=x", *arguments])
         code = generate.main([])

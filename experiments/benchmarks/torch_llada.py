@@ -91,3 +91,19 @@ def denoise(network, canvas, prompt_length, start, stop, steps, ids, cfg_scale=0
         # The published topk leaves the order of equal confidences open; here the lower position comes first.
         best = masked[torch.sort(confidence[masked], descending=True, stable=True).indices[:count]]
         canvas[best] = chosen[best]
+
+
+@torch.no_grad()
+def confidence_score(network, context, candidate, mask_id):
+    """Confidence-based score of one candidate (iLLaDA): the surest true token is revealed, an evaluation for each."""
+    truth = torch.tensor([*context, *candidate])
+    canvas = truth.clone()
+    canvas[len(context) :] = mask_id
+    score = 0.0
+    for _ in candidate:
+        hidden = (canvas == mask_id).nonzero()[:, 0]
+        loss = F.cross_entropy(network(canvas)[hidden], truth[hidden], reduction="none")
+        least, index = loss.min(dim=0)
+        score -= least.item()
+        canvas[hidden[index]] = truth[hidden[index]]
+    return score

@@ -46,7 +46,7 @@ def parse_mesh(text: str) -> Mesh | None:
     """The mesh that a flag such as `fsdp=4,tensor=2` asks for; axes that it leaves out have one device.
 
     Returns:
-      A mesh over the first devices, as many as it asks for; None for an empty text.
+      A mesh over the first devices of this host, as many as it asks for; None for an empty text.
 
     Raises:
       InputError: the text is no mesh; ConfigError: there are not enough devices.
@@ -59,7 +59,8 @@ def parse_mesh(text: str) -> Mesh | None:
     except (ValueError, TypeError) as error:
         raise InputError(f"mesh = {text!r}: must look like fsdp=4,tensor=2; axes are {', '.join(AXES)}") from error
     count = math.prod(size for size in (config.data, config.fsdp, config.tensor) if size != -1)
-    return make_mesh(config, jax.devices() if -1 in sizes.values() else jax.devices()[:count])
+    devices = jax.local_devices()
+    return make_mesh(config, devices if -1 in sizes.values() else devices[:count])
 
 
 @contextlib.contextmanager

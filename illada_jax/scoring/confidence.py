@@ -66,14 +66,25 @@ def race(looker: Looker, groups: Sequence[Sequence[Reveal]], divisors: Sequence[
         bounds = [reveal.value / divisor for reveal, divisor in zip(groups[group], divisors[group], strict=True)]
         return int(np.argmax(bounds))
 
-    # All sums start at 0, so all must take a step; those of one length and context share an evaluation here.
+    # All sums start at 0, so all must take a step.
     _advance(looker, [reveal for group in groups for reveal in group], tokens_per_step)
     leaders = [leader(group) for group in range(len(groups))]
     while running := [group for group, best in enumerate(leaders) if len(groups[group][best].hidden_Q)]:
-        _advance(looker, [groups[group][leaders[group]] for group in running], tokens_per_step)
+        _advance(looker, [reveal for group in running for reveal in _beside(groups[group][leaders[group]],
+                                                                            groups[group])], tokens_per_step)
         for group in running:
             leaders[group] = leader(group)
     return leaders
+
+
+def _beside(leader: Reveal, group: Sequence[Reveal]) -> list[Reveal]:
+    """Those of a group that look like the leader now: they share its evaluation."""
+    def visible(reveal: Reveal) -> bytes:
+        tokens_L = reveal.tokens_L.copy()
+        tokens_L[reveal.hidden_Q] = -1
+        return tokens_L.tobytes()
+
+    return [reveal for reveal in group if visible(reveal) == visible(leader)]
 
 
 def _advance(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int) -> None:

@@ -19,6 +19,9 @@ from illada_jax.parallel.sharding import batch_sharding
 
 # Logits of at most this many columns exist at a time, unless one row alone asks for more.
 _COLUMNS_AT_ONCE = 1024
+# Padding up to here costs next to nothing and saves shapes to compile.
+_FEWEST_COLUMNS = 8
+_FEWEST_CHOICES = 4
 
 
 class View(NamedTuple):
@@ -100,28 +103,29 @@ class Looker:
 
     def _shape(self, view: View) -> tuple[int, int]:
         """Columns and wanted columns that the view is padded to."""
-        return (min(_rounded(len(view.tokens_L), 8, 8), self._max_length),
-                min(_rounded(len(view.hidden_Q), 8, 2), self._max_length))
+        length, wanted = len(view.tokens_L), len(view.hidden_Q)
+        return min(_rounded(length), self._max_length), max(_FEWEST_COLUMNS, 1 << (wanted - 1).bit_length())
 
     def _batches(self, groups: list[list[int]], views: Sequence[View]) -> list[list[list[int]]]:
-        """Cuts groups, sorted by shape, into batches of one length, each as wide as its widest."""
-        batches = []
+        """Cuts groups, sorted by descending shape, into batches; each is padded to its first."""
+        batches: list[list[list[int]]] = []
+        widest = 0
         for group in groups:
-            length = self._shape(views[group[0]])[0]
-            if batches:
-                first_length, first_wanted = self._shape(views[batches[-1][0][0]])
-                room = max(1, min(self._batch_size, _COLUMNS_AT_ONCE // first_wanted))
-                if length == first_length and len(batches[-1]) < room:
-                    batches[-1].append(group)
-                    continue
-            batches.append([group])
+            wanted = self._shape(views[group[0]])[1]
+            widest = max(widest, wanted)
+            if (not batches or len(batches[-1]) == self._batch_size
+                    or (len(batches[-1]) + 1) * widest > _COLUMNS_AT_ONCE):
+                batches.append([])
+                widest = wanted
+            batches[-1].append(group)
         return batches
 
     def _start(self, batch: list[list[View]]) -> tuple[jax.Array, jax.Array]:
         """Dispatches one batch, each of its rows with all views that share it."""
-        length, wanted = self._shape(batch[0][0])
+        length = self._shape(batch[0][0])[0]
+        wanted = max(self._shape(group[0])[1] for group in batch)
         rows = -(-(1 << (len(batch) - 1).bit_length()) // self._shards) * self._shards
-        choices = 1 << (max(map(len, batch)) - 1).bit_length()
+        choices = max(_FEWEST_CHOICES, 1 << (max(map(len, batch)) - 1).bit_length())
         tokens_BL = np.full((rows, length), self._ids.pad, np.int32)
         lengths_B, contexts_B = np.zeros((2, rows), np.int32)
         columns_BQ = np.zeros((rows, wanted), np.int32)
@@ -144,9 +148,9 @@ class Looker:
             return look(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
 
 
-def _rounded(length: int, smallest: int, parts: int) -> int:
-    """Length rounded up to a multiple of a `parts`-th of the power of two below it: bounded waste, few sizes."""
-    step = max(smallest, (1 << (length.bit_length() - 1)) // parts)
+def _rounded(length: int) -> int:
+    """Length rounded up to a multiple of 8, and of an eighth of the power of two below it: few sizes, little waste."""
+    step = max(8, (1 << (length.bit_length() - 1)) // 8)
     return -(-length // step) * step
 
 

@@ -1,0 +1,130 @@
+"""How fast confidence-based scoring is beside the published loop in eager PyTorch.
+
+Example:
+  python experiments/benchmarks/score.py --questions=8
+
+A random network of the given size scores random candidates of mixed lengths. The PyTorch row is the published loop with
+the same weights: one candidate at a time, one evaluation of the whole row for each of its tokens, logits everywhere. It
+is left out, with a message, where PyTorch is not installed. On a busy machine compare the processor's seconds, on one
+core.
+
+The other rows: `sums` are the paper's scores, exactly; `choice` is the best candidate of each question by score per
+token, exactly, found without finishing those that cannot win; `sums, k a step` approximates the scores by revealing k
+tokens at each step. What that costs in quality is measured on trained models by `experiments/studies/scoring.py`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from illada_jax import cli, model
+from illada_jax.config import ModelConfig
+from illada_jax.decoding import SpecialIds
+from illada_jax.scoring import ScoreConfig, Scorer
+
+LAYERS = flags.DEFINE_integer("layers", 12, "layers of the random network")
+WIDTH = flags.DEFINE_integer("d_model", 512, "its width")
+VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "its vocabulary")
+QUESTIONS = flags.DEFINE_integer("questions", 8, "questions to score")
+CANDIDATES = flags.DEFINE_integer("candidates", 4, "candidates of a question")
+CONTEXT = flags.DEFINE_integer("context_length", 64, "tokens of a question")
+SHORTEST = flags.DEFINE_integer("shortest", 8, "tokens of the shortest candidate")
+LONGEST = flags.DEFINE_integer("longest", 40, "tokens of the longest candidate")
+BATCH = flags.DEFINE_integer("batch_size", 16, "rows that are scored at the same time")
+
+MASK = 5
+Pair = tuple[list[int], list[int]]
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    longest = CONTEXT.value + LONGEST.value
+    config = ModelConfig(vocab_size=VOCABULARY.value, d_model=WIDTH.value, num_layers=LAYERS.value,
+                         num_heads=WIDTH.value // 64, num_kv_heads=max(1, WIDTH.value // 256), head_dim=64,
+                         d_ff=3 * WIDTH.value, max_length=longest)
+    params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
+    questions = random_questions(config)
+    pairs = [pair for question in questions for pair in question]
+    print(f"{model.num_params(config):,} parameters, vocabulary {config.vocab_size}; {len(questions)} questions of "
+          f"{CONTEXT.value} tokens, {len(pairs)} candidates of {SHORTEST.value} to {LONGEST.value} tokens, "
+          f"{np.mean([len(candidate) for _, candidate in pairs]):.1f} on average")
+    print(f"{'':16} {'seconds':>8} {'processor':>10} {'evaluations':>12} {'a candidate':>12} {'x PyTorch':>10} "
+          f"{'(processor)':>12}")
+    published = torch_seconds(config, params, pairs)
+    print_line("PyTorch eager", published, sum(len(candidate) for _, candidate in pairs), len(pairs), published)
+
+    def scorer(**settings: Any) -> Scorer:
+        ids = SpecialIds(mask=MASK, eos=2, bos=0, pad=1, vocab_size=config.vocab_size)
+        score = ScoreConfig(batch_size=BATCH.value, **settings)
+        return Scorer(model.make_logits_fn(config, params), score, ids, longest)
+
+    exact = scorer()
+    lengths = [[len(candidate) for _, candidate in question] for question in questions]
+    variants: dict[str, tuple[Scorer, Callable[[], object]]] = {
+        "sums": (exact, lambda: exact.score(pairs)),
+        "choice": (racing := scorer(), lambda: racing.choose(questions, lengths)),
+    }
+    for count in (2, 4):
+        several = scorer(tokens_per_step=count)
+        variants[f"sums, {count} a step"] = (several, lambda several=several: several.score(pairs))
+    for name, (used, run) in variants.items():
+        run()  # compiles
+        used.looker.evaluations = 0
+        print_line(name, timed(run), used.looker.evaluations, len(pairs), published)
+
+
+def random_questions(config: ModelConfig) -> list[list[Pair]]:
+    """Random ids; candidates of one question are of different lengths."""
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> list[int]:
+        return rng.integers(MASK + 1, config.vocab_size, length).tolist()
+
+    questions = []
+    for _ in range(QUESTIONS.value):
+        context = tokens(CONTEXT.value)
+        questions.append([(context, tokens(rng.integers(SHORTEST.value, LONGEST.value + 1)))
+                          for _ in range(CANDIDATES.value)])
+    return questions
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock and of the processor."""
+    start, start_processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - start_processor
+
+
+def print_line(name: str, seconds: tuple[float, float] | None, evaluations: int, candidates: int,
+               published: tuple[float, float] | None) -> None:
+    """One row of the table; nothing where there are no seconds."""
+    if seconds is None:
+        return
+    line = f"{name:16} {seconds[0]:8.2f} {seconds[1]:10.2f} {evaluations:12} {evaluations / candidates:12.1f}"
+    if published:
+        line += f" {published[0] / seconds[0]:10.2f} {published[1] / seconds[1]:12.2f}"
+    print(line, flush=True)
+
+
+def torch_seconds(config: ModelConfig, params: dict, pairs: list[Pair]) -> tuple[float, float] | None:
+    """Seconds of the published loop, or None."""
+    try:
+        import torch
+        from torch_llada import Network, confidence_score
+    except ImportError:
+        print("PyTorch is not installed: no comparison")
+        return None
+    weights = {"/".join(part.key for part in path): torch.from_numpy(np.array(value))
+               for path, value in jax.tree_util.tree_leaves_with_path(params)}
+    network = Network(weights, config.num_layers, config.rope_theta, config.norm_eps)
+    confidence_score(network, pairs[0][0], pairs[0][1][:2], MASK)  # warms up
+    return timed(lambda: [confidence_score(network, context, candidate, MASK) for context, candidate in pairs])
+
+
+if __name__ == "__main__":
+    cli.run(main)

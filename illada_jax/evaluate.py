@@ -1,0 +1,270 @@
+"""Evaluates a model on tasks of lm-evaluation-harness (extra: eval), with every knob recorded.
+
+  python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=local_arc_easy --limit=100
+  python -m illada_jax.evaluate --checkpoint=GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset=illada-base/hellaswag
+  python -m illada_jax.evaluate --checkpoint=… --preset=illada-instruct/math --set=max_new_tokens=512
+  python -m illada_jax.evaluate --list_presets
+
+A preset is the settings behind one published number: its task, examples, scorer and sampler. Flags go before it, and
+`--set` before its settings; `--set=help` lists them. `--output_dir` gets `results.json`, with the manifest of the run,
+`results.md` and `samples/`; what is finished is kept there, and the same command goes on after an interruption.
+Generated programs are run by the tasks that ask for it only with `--allow_code_execution`, in a sandbox.
+
+On several hosts start the same command on each with `--processes`: requests are spread over them, and the numbers are
+those of one process, which process 0 writes.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+
+from illada_jax import api, cli, model_flags
+from illada_jax.config import DecodeConfig
+from illada_jax.errors import InputError
+from illada_jax.scoring import manifest as manifests
+from illada_jax.scoring import presets, sandbox, settings
+from illada_jax.scoring.scorer import ScoreConfig
+from illada_jax.scoring.work import Work
+
+flags.adopt_module_key_flags(model_flags)
+TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval, or of --include_path")
+PRESET = flags.DEFINE_string("preset", "", "settings of a published number, see --list_presets")
+LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
+INCLUDE_PATH = flags.DEFINE_string("include_path", None, "directory of further tasks")
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples in the prompt", lower_bound=0)
+LIMIT = flags.DEFINE_integer("limit", None, "items of each task, from the first", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "settings of scorer and sampler: key=value,key=value")
+APPLY_CHAT_TEMPLATE = flags.DEFINE_bool("apply_chat_template", None, "prompts are conversations; default: the preset's")
+FEWSHOT_AS_MULTITURN = flags.DEFINE_bool("fewshot_as_multiturn", True, "with a chat template: examples are turns")
+SYSTEM_INSTRUCTION = flags.DEFINE_string("system_instruction", None, "with a chat template: the system message")
+FEWSHOT_SEED = flags.DEFINE_integer("fewshot_seed", 1234, "seed of the choice of examples")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results are written; empty: they are printed only")
+ALLOW_CODE = flags.DEFINE_bool("allow_code_execution", False, "run generated programs, in a sandbox")
+PROCESSES = flags.DEFINE_string(
+    "processes", "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE")
+
+
+def main(argv: list[str]) -> int | None:
+    """Checks everything, loads the model, runs the tasks, writes the results."""
+    del argv
+    if LIST_PRESETS.value:
+        print(presets.list_presets())
+        return None
+    knobs, evaluation = plan()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tasks = load_tasks(evaluation)
+    join(PROCESSES.value)
+    lm = model_flags.load()
+    manifest = manifests.make_manifest(lm, model_flags.CHECKPOINT.value, knobs, evaluation)
+    directory = epath.Path(OUTPUT_DIR.value) if OUTPUT_DIR.value else None
+    if directory is not None and jax.process_index() == 0:
+        claim(directory, manifest)
+    fingerprint = manifests.manifest_fingerprint(manifest)
+    work = Work(None if directory is None else directory / "chunks", fingerprint)
+    started = datetime.datetime.now(datetime.UTC)
+    results = run(lm, knobs, work, tasks, evaluation)
+    if jax.process_index() == 0:
+        times = {"started": started.isoformat(), "finished": datetime.datetime.now(datetime.UTC).isoformat()}
+        write(directory, {"manifest": manifest, "manifest_fingerprint": fingerprint, **results, "times": times})
+    return None
+
+
+def plan() -> tuple[settings.Settings, dict[str, Any]]:
+    """(The knobs, what is evaluated) of preset and flags.
+
+    Raises:
+      InputError: something does not fit; nothing has been loaded yet.
+    """
+    preset = presets.find_preset(PRESET.value) if PRESET.value else None
+    if preset and preset.autoregressive:
+        raise InputError(f"--preset={preset.name}: is not a diffusion model; its command is: {preset.command}")
+    values = dict(preset.settings) if preset else {}
+    for text in SET.value:
+        if text == "help":
+            raise InputError(f"--set takes: {', '.join(sorted(known_settings()))}")
+        values |= settings.parse_settings(text)
+    tasks = TASKS.value or ([preset.tasks] if preset else [])
+    if not tasks:
+        raise InputError("--tasks: give at least one, or a --preset")
+    chat = APPLY_CHAT_TEMPLATE.value
+    if chat is None:
+        chat = bool(preset and preset.chat)
+    if SYSTEM_INSTRUCTION.value and not chat:
+        raise InputError("--system_instruction: is for --apply_chat_template")
+    shots = NUM_FEWSHOT.value
+    if shots is None and preset:
+        shots = preset.num_fewshot
+    if ALLOW_CODE.value:
+        sandbox.check_supported()
+    return settings.make_settings(values), {
+        "tasks": tasks, "preset": PRESET.value, "num_fewshot": shots, "limit": LIMIT.value, "apply_chat_template": chat,
+        "fewshot_as_multiturn": chat and FEWSHOT_AS_MULTITURN.value, "system_instruction": SYSTEM_INSTRUCTION.value,
+        "fewshot_seed": FEWSHOT_SEED.value, "dtype": model_flags.DTYPE.value, "quantize": model_flags.QUANTIZE.value,
+        "published": preset.target if preset else None, "metric": preset.metric if preset else None,
+    }
+
+
+def known_settings() -> set[str]:
+    """Every key of --set."""
+    return {field.name for section in (ScoreConfig, DecodeConfig, settings.HarnessConfig)
+            for field in dataclasses.fields(section)}
+
+
+def load_tasks(evaluation: dict[str, Any]) -> Any:
+    """The harness's task manager, which knows all tasks asked for.
+
+    Raises:
+      InputError: the harness is not installed, or there is no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"lm-evaluation-harness is not installed ({error.name}): pip install 'illada_jax[eval]'"
+                         ) from error
+    if INCLUDE_PATH.value and not epath.Path(INCLUDE_PATH.value).is_dir():
+        raise InputError(f"--include_path={INCLUDE_PATH.value}: no such directory")
+    if INCLUDE_PATH.value:
+        # The harness has some 14,000 tasks: to read their files takes longer than a small evaluation.
+        manager = TaskManager(include_path=INCLUDE_PATH.value, include_defaults=False)
+        if set(evaluation["tasks"]) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=INCLUDE_PATH.value)
+    for task in evaluation["tasks"]:
+        if task not in manager.all_tasks:
+            raise InputError(f"--tasks={task}: unknown{settings.near(task, manager.all_tasks)}")
+    return manager
+
+
+def join(how: str) -> None:
+    """Joins the processes of an evaluation, before any device is touched.
+
+    Raises:
+      InputError: `how` is not what `--processes` takes.
+    """
+    if not how or how == "auto":
+        return jax.distributed.initialize() if how else None
+    address, *numbers = how.split(",")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+        raise InputError(f"--processes={how}: must be auto, or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE (from 0)")
+    return jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
+
+
+def claim(directory: epath.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest first, so that a directory holds one evaluation only.
+
+    Raises:
+      InputError: it holds another one.
+    """
+    path = directory / "manifest.json"
+    if path.exists():
+        different = manifests.differences(json.loads(path.read_text()), manifest)
+        if different:
+            raise InputError(f"--output_dir={directory}: holds another evaluation ({'; '.join(different[:3])}); "
+                             "choose another directory")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: Any,
+        evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Runs the harness; the results without manifest and times.
+
+    Raises:
+      InputError: a task runs programs and that is not allowed, or cannot be prepared.
+    """
+    import lm_eval
+
+    from illada_jax.scoring.adapter import HarnessModel
+
+    adapter = HarnessModel(lm, knobs, work)
+    with harness_patched(ALLOW_CODE.value):
+        found = lm_eval.simple_evaluate(
+            model=adapter, tasks=list(evaluation["tasks"]), task_manager=manager,
+            num_fewshot=evaluation["num_fewshot"], limit=evaluation["limit"], log_samples=True,
+            apply_chat_template=evaluation["apply_chat_template"],
+            fewshot_as_multiturn=evaluation["fewshot_as_multiturn"],
+            system_instruction=evaluation["system_instruction"], fewshot_random_seed=evaluation["fewshot_seed"],
+            torch_random_seed=None,  # PyTorch takes no part
+            confirm_run_unsafe_code=ALLOW_CODE.value)
+    kept = {name: found[name] for name in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
+            if name in found}
+    return json.loads(json.dumps({
+        **kept, "network_evaluations": work.evaluations, "truncated_contexts": dict(adapter.truncated),
+        "samples": found["samples"]}, default=str))
+
+
+@contextlib.contextmanager
+def harness_patched(allow_code: bool) -> Iterator[None]:
+    """While it lasts, lm-eval's code tasks get the sandbox where they load the metric that runs programs.
+
+    And the harness does not look at PyTorch to describe the environment, which our manifest does.
+    """
+    import evaluate as metrics
+    from lm_eval import evaluator
+
+    load, describe = metrics.load, evaluator.add_env_info
+
+    def load_confined(name: str, *rest: Any, **more: Any) -> Any:
+        if name != "code_eval":
+            return load(name, *rest, **more)
+        if not allow_code:
+            raise InputError("a task runs generated programs: --allow_code_execution lets it, in a sandbox")
+        return sandbox.SandboxedCodeEval()
+
+    metrics.load, evaluator.add_env_info = load_confined, lambda results: None
+    try:
+        yield
+    finally:
+        metrics.load, evaluator.add_env_info = load, describe
+
+
+def write(directory: epath.Path | None, report: dict[str, Any]) -> None:
+    """Prints the table, and writes results and samples."""
+    table = markdown(report)
+    print(table)
+    if directory is None:
+        return
+    samples = report.pop("samples")
+    (directory / "samples").mkdir(parents=True, exist_ok=True)
+    for task, rows in samples.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / "samples" / f"{task}.jsonl").write_text(lines)
+    (directory / "results.md").write_text(table + "\n")
+    unfinished = directory / ".results.json"
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(directory / "results.json")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The results as a table with standard errors."""
+    evaluation = report["manifest"]["evaluation"]
+    lines = ["| task | shots | items | metric | filter | value | ± s.e. |", "|---|---|---|---|---|---|---|"]
+    for task, metrics in {**report["results"], **report.get("groups", {})}.items():
+        items = report["n-samples"].get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            shown = f"{error:.4f}" if isinstance(error, (int, float)) else ""
+            lines.append(f"| {task} | {report['n-shot'].get(task, '')} | {items} | {metric} | {chosen} | {value:.4f} | "
+                         f"{shown} |")
+    lines += ["", f"network evaluations: {report['network_evaluations']:,}; manifest {report['manifest_fingerprint']}"]
+    if evaluation["published"] is not None:
+        lines.append(f"published: {evaluation['published']} % ({evaluation['metric']}, {evaluation['preset']})")
+    for kind, count in report["truncated_contexts"].items():
+        lines.append(f"{count} contexts ({kind}) were longer than the model's and lost their beginning")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

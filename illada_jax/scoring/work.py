@@ -1,0 +1,147 @@
+"""Many requests: cut into chunks, spread over processes, kept on disk, gathered in order.
+
+A chunk is what is computed together, saved together and done again together when a run was killed within it: so the
+numbers of a resumed run are those of an uninterrupted one bit by bit, and those of many processes are those of one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from illada_jax.errors import InputError
+
+
+class Request(NamedTuple):
+    """One thing to compute.
+
+    Attributes:
+      content: what it asks, as JSON would have it: requests of the same content have the same answer.
+      group: requests of one group come one after another and stay in one chunk.
+      size: requests of similar size are computed together.
+    """
+
+    content: Any
+    group: Hashable
+    size: int
+
+
+class Answers(NamedTuple):
+    """What a chunk gave.
+
+    Attributes:
+      answers: one for each of its requests, as JSON would have it.
+      evaluations: network evaluations that it took.
+    """
+
+    answers: list[Any]
+    evaluations: int
+
+
+Compute = Callable[[list[int]], Answers]
+
+
+class Work:
+    """Answers requests in chunks.
+
+    Attributes:
+      evaluations: network evaluations of all chunks so far, on all processes, also those that were found on disk.
+    """
+
+    def __init__(self, directory: str | epath.Path | None = None, fingerprint: str = "", chunk: int = 64,
+                 progress: bool = True):
+        """Prepares; nothing is written yet.
+
+        Args:
+          directory: where finished chunks are kept; None keeps none.
+          fingerprint: identifies everything that answers depend on besides the requests: chunks of another fingerprint
+            are not used.
+          chunk: requests of a chunk, about.
+          progress: show a progress bar.
+        """
+        self.evaluations = 0
+        self._directory = None if directory is None else epath.Path(directory)
+        self._fingerprint = fingerprint
+        self._chunk = chunk
+        self._progress = progress
+
+    def run(self, kind: str, requests: Sequence[Request], compute: Compute) -> list[Any]:
+        """The answers, in the order of the requests.
+
+        Args:
+          kind: a name for files and the progress bar.
+          requests: what is to be computed.
+          compute: indices of requests to their answers, in their order.
+        """
+        chunks = self._chunks(requests)
+        done: dict[int, Answers] = {}
+        rank, processes = jax.process_index(), jax.process_count()
+        with tqdm(total=len(requests), unit="request", desc=kind, disable=not self._progress or rank > 0) as bar:
+            for number, indices in enumerate(chunks):
+                if number % processes == rank:
+                    done[number] = self._chunk_answers(kind, number, indices, requests, compute)
+                bar.update(len(indices))
+        done = _gather(done)
+        self.evaluations += sum(chunk.evaluations for chunk in done.values())
+        answers: list[Any] = [None] * len(requests)
+        for number, indices in enumerate(chunks):
+            for index, answer in zip(indices, done[number].answers, strict=True):
+                answers[index] = answer
+        return answers
+
+    def _chunks(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of each chunk: groups in the order of their largest request, so that a chunk is of one size."""
+        groups: dict[Hashable, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.group, []).append(index)
+        ordered = sorted(groups.values(), key=lambda group: (max(requests[i].size for i in group), group[0]))
+        chunks: list[list[int]] = []
+        for group in ordered:
+            if not chunks or len(chunks[-1]) + len(group) > self._chunk:
+                chunks.append([])
+            chunks[-1] += group
+        return chunks
+
+    def _chunk_answers(self, kind: str, number: int, indices: list[int], requests: Sequence[Request],
+                       compute: Compute) -> Answers:
+        if self._directory is None:
+            return compute(indices)
+        content = json.dumps([self._fingerprint, kind, [requests[index].content for index in indices]])
+        name = f"{kind}-{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        path = self._directory / name
+        if path.exists():
+            return _read(path, len(indices))
+        answers = compute(indices)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        unfinished = self._directory / f".{name}.{jax.process_index()}"
+        unfinished.write_text(json.dumps(answers._asdict()))
+        unfinished.replace(path)
+        # As it will be read when the run is resumed: JSON knows no tuples.
+        return _read(path, len(indices))
+
+
+def _read(path: epath.Path, count: int) -> Answers:
+    try:
+        answers = Answers(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path}: is broken; remove it and run the command again") from error
+    if len(answers.answers) != count:
+        raise InputError(f"{path}: has {len(answers.answers)} answers, expected {count}; remove it and run again")
+    return answers
+
+
+def _gather(done: dict[int, Answers]) -> dict[int, Answers]:
+    """The chunks of all processes, on all processes."""
+    if jax.process_count() == 1:
+        return done
+    text = json.dumps({number: chunk._asdict() for number, chunk in done.items()}).encode()
+    sizes_P = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.frombuffer(text.ljust(int(sizes_P.max()), b" "), np.uint8)
+    texts_PN = np.asarray(multihost_utils.process_allgather(padded))
+    return {int(number): Answers(**chunk) for row in texts_PN for number, chunk in json.loads(row.tobytes()).items()}
