@@ -34,14 +34,15 @@ def random_state(config: dict, seed: int) -> dict[str, torch.Tensor]:
     kv_width = width // heads * kv
     shapes = [(width, width), (kv_width, width), (kv_width, width), (width, width), (ff, width), (ff, width),
               (width, ff), (width,), (width,)]
-    state = {embedding: draw(config["vocab_size"], width, std=0.7)}
+    unit = width**-0.5
+    state = {embedding: draw(config["vocab_size"], width, std=2.8 * unit)}
     for layer in range(layers):
         for name, shape in zip(names, shapes, strict=True):
-            tensor = draw(*shape, std=0.4) if len(shape) == 2 else 1 + draw(*shape, std=0.2)
+            tensor = draw(*shape, std=1.6 * unit) if len(shape) == 2 else 1 + draw(*shape, std=0.2)
             state[f"{block.format(layer)}{name}.weight"] = tensor
     state[norm] = 1 + draw(width, std=0.2)
     if not tied:
-        state[head] = draw(config["vocab_size"], width, std=0.5)
+        state[head] = draw(config["vocab_size"], width, std=2 * unit)
     return state
 
 
