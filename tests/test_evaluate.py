@@ -240,7 +240,7 @@ def test_long_contexts_lose_their_beginning_and_are_counted(run, tmp_path, lm):
 
 
 def test_two_processes_give_the_numbers_of_one(places, tmp_path, run):
-    """And PyTorch, were it there, is never imported."""
+    """And no module of ours imports PyTorch; the harness's own dependencies do where it is installed."""
     stub = tmp_path / "stub" / "torch"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nraise ImportError('torch')\n")
