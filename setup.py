@@ -17,7 +17,10 @@ setup(
     packages=find_packages(include=["illada_jax", "illada_jax.*"]),
     package_data={"illada_jax.tracing": ["page.html"]},
     # Read by versions of lm-eval after 0.4.13: `lm_eval --model illada_jax`.
-    entry_points={"lm_eval.models": ["illada_jax = illada_jax.harness:IlladaJax"]},
+    entry_points={
+        "console_scripts": ["illada = illada_jax.__main__:main"],
+        "lm_eval.models": ["illada_jax = illada_jax.harness:IlladaJax"],
+    },
     install_requires=[
         "absl-py",
         "array_record",

@@ -10,15 +10,19 @@ from illada_jax.errors import InputError
 EXIT_BAD_INPUT = 2
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
     """Parses flags, runs `main(argv)` and exits.
 
     The exit code is 0 on success, what `main` returns if that is a number, and 2 for bad input: an InputError, an
     unknown flag or a config override that does not fit is one line on stderr.
+
+    Args:
+      main: the command; argv[0] is its name.
+      positional: the command takes arguments that are no flags.
     """
 
     def guarded(argv: list[str]) -> int | None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
         return main(argv)
 

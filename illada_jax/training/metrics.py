@@ -1,6 +1,7 @@
 """Where metrics go: `metrics.jsonl` in the workdir and, by setting, TensorBoard events. One process writes."""
 
 import json
+import math
 import os
 from typing import Any
 
@@ -62,7 +63,7 @@ class MetricWriter:
         self._events.flush()
 
 
-def read_lines(workdir: epath.Path, after: int, up_to: int) -> list[dict[str, Any]]:
+def read_lines(workdir: epath.Path, after: float = -math.inf, up_to: float = math.inf) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` of the steps after < step <= up_to, in order; none where there is no file."""
     return [content for _, content in _lines(workdir / "metrics.jsonl") if after < content["step"] <= up_to]
 
@@ -80,11 +81,19 @@ def curve_over_p(sums: LossSums) -> dict[str, float]:
     return curve
 
 
+def curves_over_p(metrics: dict[str, Any]) -> dict[float, tuple[float, float, float]]:
+    """What `curve_over_p` wrote: (masked tokens, cross-entropy, accuracy) by masking probability."""
+    names = {middle: [f"train_by_p/{name}/{middle}" for name in ("masked_tokens", "cross_entropy", "accuracy")]
+             for middle in map(_middle, range(NUM_BUCKETS))}
+    return {float(middle): tuple(metrics[key] for key in keys) for middle, keys in names.items()
+            if all(key in metrics for key in keys)}
+
+
 def sums_of_curve(metrics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(masked_K, ce_K) of LossSums from what `curve_over_p` wrote; a line of older runs has no numbers: zeros."""
-    middles = [_middle(k) for k in range(NUM_BUCKETS)]
-    masked_K = np.array([metrics.get(f"train_by_p/masked_tokens/{middle}", 0.0) for middle in middles])
-    mean_K = np.array([metrics.get(f"train_by_p/cross_entropy/{middle}", 0.0) for middle in middles])
+    curves = curves_over_p(metrics)
+    rows = [curves.get(float(_middle(k)), (0.0, 0.0, 0.0)) for k in range(NUM_BUCKETS)]
+    masked_K, mean_K, _ = np.array(rows).T
     return masked_K, masked_K * mean_K
 
 

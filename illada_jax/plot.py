@@ -1,0 +1,118 @@
+"""Draws what training runs recorded: one panel a quantity, the runs laid over each other.
+
+  python -m illada_jax.plot workdirs/quickstart
+  python -m illada_jax.plot workdirs/run1 workdirs/run2 --output=runs.svg
+
+Loss, bound on held-out text, accuracy over the masking probability, learning rate, tokens per second; what no run
+recorded has no panel. Needs `pip install 'illada_jax[plot]'`.
+"""
+
+import collections
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from illada_jax import cli
+from illada_jax.errors import InputError
+from illada_jax.training.metrics import curves_over_p, read_lines
+
+OUTPUT = flags.DEFINE_string("output", "plot.png", "file to draw into: .png, .svg or .pdf")
+SUFFIXES = (".png", ".svg", ".pdf")
+# Metric → what its axis says. Each is a panel over the steps.
+PANELS = {
+    "train/loss": "training loss (nats per token)",
+    "eval/bits_per_byte": "held-out bound (bits per byte)",
+    "eval/exact_match": "held-out exact match",
+    "train/learning_rate": "learning rate",
+    "train/tokens_per_second": "training tokens per second",
+}
+LAST_LINES = 20  # whose mean the curves over p are: a single line is noisy
+
+
+def main(argv: list[str]) -> None:
+    """Reads the workdirs and draws."""
+    output = pathlib.Path(OUTPUT.value)
+    if output.suffix not in SUFFIXES:
+        raise InputError(f"--output={output}: the ending must be {', '.join(SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: there is no directory {output.parent}")
+    if len(argv) < 2:
+        raise InputError("name at least one workdir, for example: python -m illada_jax.plot workdirs/quickstart")
+    runs = {workdir: read_run(epath.Path(workdir)) for workdir in argv[1:]}
+    draw(runs, output)
+    print(f"wrote {output}")
+
+
+def read_run(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of metrics of a run, in order of their steps. Raises InputError where there are none."""
+    lines = read_lines(workdir)
+    if not lines:
+        raise InputError(f"{workdir}: no metrics.jsonl of a run in it")
+    return lines
+
+
+def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, where it was recorded."""
+    points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def accuracy_over_p(lines: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Masking probabilities and the accuracy on masked tokens there, over the last lines that recorded them."""
+    correct, masked = collections.Counter(), collections.Counter()
+    for line in [line for line in lines if "train/loss" in line][-LAST_LINES:]:
+        for p, (count, _, accuracy) in curves_over_p(line).items():
+            masked[p] += count
+            correct[p] += count * accuracy
+    ps = sorted(masked)
+    return ps, [correct[p] / masked[p] for p in ps]
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], output: pathlib.Path) -> None:
+    """Draws the runs into `output`.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("plots need matplotlib: pip install 'illada_jax[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: list[tuple[str, str, dict[str, tuple[list, list]]]] = []
+    for name, label in PANELS.items():
+        panels.append(("steps", label, {run: series(lines, name) for run, lines in runs.items()}))
+    panels.insert(2, ("masking probability", "accuracy on masked tokens",
+                      {run: accuracy_over_p(lines) for run, lines in runs.items()}))
+    panels = [panel for panel in panels if any(x for x, _ in panel[2].values())]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False)
+    for axes, (x_label, label, curves) in zip(grid.flat, panels, strict=False):
+        for run, (x, y) in curves.items():
+            axes.plot(x, y, ".-" if len(x) < 40 else "-", linewidth=1.2, label=run)
+        axes.set(xlabel=x_label, title=label)
+        axes.title.set_size("medium")
+        axes.grid(alpha=0.25)
+        values = np.concatenate([y for _, y in curves.values()])
+        if label.startswith("training loss") and values.min() > 0 and values.max() / values.min() > 20:
+            axes.set_yscale("log")
+    for axes in grid.flat[len(panels):]:
+        axes.set_axis_off()
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.02 + 0.03 * -(-len(runs) // 2), 1, 1))
+    try:
+        figure.savefig(output, dpi=140)
+    except OSError as error:
+        raise InputError(f"--output={output}: {error.strerror or error}") from error
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main, positional=True)
