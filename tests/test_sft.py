@@ -13,6 +13,7 @@ from etils import epath
 
 from illada_jax import api, config, experiment
 from illada_jax.data.chat import encode_chat
+from illada_jax.data.tokenizer import train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
@@ -139,6 +140,10 @@ def test_starting_from_a_checkpoint_takes_its_tokenizer(place, trained):
     other, *_ = opened(place, **changes, **{"model.num_layers": 4})
     with pytest.raises(InputError, match=r"another architecture: model.num_layers: 2 → 4"):
         train(other, epath.Path(place / "third"), mesh, batches, examples.tokenizer, {})
+    pieces = train_sentencepiece(["who is it"] * 9, 270)
+    with pytest.raises(InputError, match="it was trained with another tokenizer"):
+        train(settled, epath.Path(place / "third"), mesh, batches, pieces, {})
+    assert not (place / "third").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [

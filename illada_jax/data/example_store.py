@@ -288,12 +288,14 @@ def _fit(encoded: Encoded | Bad, config: Config, tally: "_Tally") -> Iterable[En
         return [encoded]
     ids, is_answer = encoded.conversation
     limit, rule = config.data.length, config.sft.over_length
-    if len(ids) <= limit or (rule == "split" and config.sft.format == "illada"):
-        return [encoded]  # windows run on: nothing of it is lost
+    if len(ids) <= limit:
+        return [encoded]
     too_long = Bad(encoded.where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens")
     if rule == "drop":
         return [too_long]
     tally.add(too_long, "split" if rule == "split" else "truncated")
+    if rule == "split" and config.sft.format == "illada":
+        return [encoded]  # windows run on: nothing of it is lost
     pieces = [Conversation(ids[i : i + limit], is_answer[i : i + limit]) for i in range(0, len(ids), limit)]
     return [
         Encoded(encoded.where, piece) if any(piece.is_answer) or config.sft.format == "illada"
