@@ -45,14 +45,17 @@ def test_cells_are_valid_and_shared(modules):
 
 def fake(cell):
     decoded = {"exact_match": 0.5 + cell.seed / 10, "by_task": {"sort": 0.5}, "unfinished": 0.0, "too_long": 0.1,
-               "evaluations": 32.0, "answer_length": 20.0, "longest_answer": 100, "seconds": 0.1}
+               "evaluations": 32.0, "answer_length": 20.0, "longest_answer": 100, "processor_seconds": 0.1}
     costs = {"variable": 1000.0, "canvas": 20000.0 + cell.seed, "canvas in blocks": 5000.0}
+    if cell.format == "illada":
+        costs = {"variable": 1000.0}
     return {"curve": [{"epoch": e, "exact_match": e / 12, "unfinished": 0.0} for e in (0, 3, 6, 9, 12)],
             "decoded": {name: {**decoded, "tokens": cost} for name, cost in costs.items()}}
 
 
 @pytest.mark.parametrize(("name", "wanted"), [
-    ("variable_length", "| llada | canvas | 0.600 ± 0.058 | 32 ± 0 | 20,001 ± 1 |"),
+    ("variable_length", "| llada | canvas | 0.600 ± 0.058 | 32 ± 0 | 20,001 ± 1 |" + " 0.100 ± 0.000 | 0.000 ± 0.000"
+     " | 0.100 ± 0.000 | 20 ± 0 |"),
     ("epochs", "| 9 | 0.750 ± 0.000 |"),
     ("split_isolation", "| 0.3 | no | 3 | 0.600 ± 0.058 |"),
 ])

@@ -1,7 +1,9 @@
 """What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
 
-All cells start from one model, that of `experiments/sft_quickstart.py`, as fine-tuning starts from a pre-trained one:
-it knows how to reverse and to sort, the other tasks are new to it.
+All cells start from one base model, as fine-tuning starts from a pre-trained one. It is trained on other examples of
+the same tasks, in windows that begin and end anywhere, with only the answers masked: at this size and budget the random
+letters of prompts cannot be learnt, and their noise keeps the model from learning the rest. Prompts that are asked are
+held out from the base and from the cells alike, as the split goes by their hash.
 A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
 recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
 any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
@@ -29,7 +31,8 @@ from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batches import Batches
-from illada_jax.data.example_store import Examples
+from illada_jax.data.example_store import Question
+from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
@@ -38,11 +41,15 @@ from illada_jax.training.saved_model import initial_params
 
 SEEDS = (0, 1, 2)
 EPOCHS = 12
-QUESTIONS = 192
-TIMED = 64
+QUESTIONS = 32  # of each task
+HELDOUT = 0.06
+LEARNING_RATE = 0.001
 BLOCK = 16
 CANVAS = 128
-TASKS = ("tasks:reverse:750:1", "tasks:sort:1000:1", "tasks:last:500", "tasks:count:500", "tasks:addition:250")
+ROW = CANVAS + 32  # no prompt is longer than 32
+BASE_TASKS = ("tasks:reverse:20000:1", "tasks:sort:30000:1", "tasks:count:2400:1", "tasks:count:2400:2",
+              "tasks:addition:6000:1")
+TASKS = ("tasks:reverse:300", "tasks:sort:400", "tasks:count:120", "tasks:addition:100")
 
 # How answers are decoded: one token a step in all of them.
 DECODINGS = {
@@ -79,8 +86,17 @@ class Cell:
 def base_config(directory: pathlib.Path) -> Config:
     """What the base model is trained with."""
     c = _quickstart()
+    c.data.sources = BASE_TASKS
+    c.data.heldout_fraction = HELDOUT
     c.data.cache_dir = str(directory / "cache")
+    c.data.length, c.data.batch_size = 128, 8
+    c.data.random_length_probability = 0.0
+    c.sft.format = "illada"
+    c.sft.mask_prompts = False
+    c.diffusion.split_probability = 0.3
+    c.train.epochs = 3
     c.train.tensorboard = False
+    c.checkpoint.every = 500
     return config_lib.from_config_dict(c)
 
 
@@ -108,18 +124,18 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     c.seed = cell.seed
     c.init.checkpoint = str(directory / "base")
     c.data.sources = TASKS
-    c.data.heldout_fraction = 0.06
+    c.data.heldout_fraction = HELDOUT
     c.data.cache_dir = str(directory / "cache")
     c.data.isolate_documents = cell.isolate
     c.data.random_length_probability = 0.0
     c.sft.format = cell.format
     if cell.format == "illada":
-        c.data.length, c.data.batch_size = 128, 16
-    else:
-        c.data.length, c.data.batch_size, c.sft.bucket = 256, 8, 32
+        c.data.length, c.data.batch_size = 128, 8
+    else:  # all rows as long as the canvas that is decoded: a length that was never trained would fail
+        c.data.length, c.data.batch_size, c.sft.bucket = ROW, 8, ROW
     c.diffusion.split_probability = cell.split if cell.format == "illada" else 0.0
-    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.0003
-    c.optimizer.final_learning_rate = 0.00003
+    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = LEARNING_RATE
+    c.optimizer.final_learning_rate = LEARNING_RATE / 10
     c.optimizer.decay_fraction = 0.1
     c.train.log_every = 100
     c.train.steps, c.train.epochs = steps, 0 if steps else EPOCHS
@@ -138,11 +154,11 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         steps = _steps_within(batches, windows.num_steps * windows.units_per_step)
         config, examples, batches = open_data(config_of(cell, directory, steps))
     mesh = make_mesh(config.mesh)
-    asked = unseen(examples, directory)
+    asked = questions(directory)
     curve: list[dict[str, float]] = []
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        found = decode(config, examples, params, DECODINGS["variable"], asked[::2], timed=False)
+        found = decode(config, examples.tokenizer, params, DECODINGS["variable"], asked, timed=False)
         curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
         return {"eval/exact_match": found["exact_match"]}
 
@@ -155,8 +171,8 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     decoded = {}
     for name, settings in DECODINGS.items():
-        if cell.format == "llada" or name == "variable" or (cell.split, cell.isolate) == (0.3, False):
-            decoded[name] = decode(config, examples, outcome.state.params, settings, asked, timed=True)
+        if cell.format == "llada" or name == "variable":
+            decoded[name] = decode(config, examples.tokenizer, outcome.state.params, settings, asked, timed=True)
     epochs = next(iter(batches.epochs(outcome.step).values()))
     return {"cell": dataclasses.asdict(cell), "questions": len(asked), "steps": outcome.step, "epochs": epochs,
             "parameters": model.num_params(config.model), "training_seconds": seconds,
@@ -171,30 +187,28 @@ def _steps_within(batches: Batches, tokens: int) -> int:
     return step
 
 
-def unseen(examples: Examples, directory: pathlib.Path) -> list[int]:
-    """Held-out examples that the base model has not been trained on either, at most QUESTIONS, spread evenly."""
-    known = open_data(base_config(directory))[1].train
-    prompts = {tuple(known.question(index).prompt) for index in range(known.num_documents)}
-    chosen = [index for index in range(examples.heldout.num_documents)
-              if tuple(examples.heldout.question(index).prompt) not in prompts]
-    count = min(QUESTIONS, len(chosen))
-    return [chosen[number * len(chosen) // count] for number in range(count)]
+def questions(directory: pathlib.Path) -> list[tuple[str, Question]]:
+    """Held-out examples of the base model, QUESTIONS of each task, in turn, with the name of the task."""
+    _, examples, _ = open_data(base_config(directory))
+    heldout = examples.heldout
+    names = np.array([spec.split(":")[1] for spec in examples.sources])[heldout.sources_N]
+    chosen = [np.flatnonzero(names == name)[:QUESTIONS] for name in dict.fromkeys(names)]
+    return [(names[index], heldout.question(index)) for turn in zip(*chosen, strict=True) for index in turn]
 
 
-def decode(config: Config, examples: Examples, params: Any, settings: DecodeConfig, chosen: list[int], timed: bool
-           ) -> dict[str, Any]:
+def decode(config: Config, tokenizer: Tokenizer, params: Any, settings: DecodeConfig, asked: list[tuple[str, Question]],
+           timed: bool) -> dict[str, Any]:
     """Exact match and costs of decoding held-out prompts."""
-    questions = [examples.heldout.question(index) for index in chosen]
+    names, questions = zip(*asked, strict=True)
     settings = dataclasses.replace(settings, batch_size=32)
     logits_fn = model.make_logits_fn(config.model, params)
-    decoder = Decoder(logits_fn, settings, SpecialIds.of(examples.tokenizer), config.model.max_length)
+    decoder = Decoder(logits_fn, settings, SpecialIds.of(tokenizer), config.model.max_length)
     results = decoder.generate([question.prompt for question in questions])
     right = [result.tokens == question.answer for result, question in zip(results, questions, strict=True)]
     ended = [result.stopped_by == "eos" for result in results]
     longer = [len(result.tokens) > len(question.answer) for result, question in zip(results, questions, strict=True)]
     tokens = [computed_tokens(settings, len(question.prompt), result.nfe)
               for result, question in zip(results, questions, strict=True)]
-    names = [examples.sources[examples.heldout.sources_N[index]].split(":")[1] for index in chosen]
     found = {
         "exact_match": float(np.mean(right)),
         "by_task": {name: float(np.mean([r for r, n in zip(right, names, strict=True) if n == name]))
@@ -207,7 +221,7 @@ def decode(config: Config, examples: Examples, params: Any, settings: DecodeConf
         "longest_answer": max(len(question.answer) for question in questions),
     }
     if timed:  # again, with everything compiled
-        again = [question.prompt for question in questions[:: max(1, len(questions) // TIMED)]]
+        again = [question.prompt for question in questions[: settings.batch_size]]
         started, cpu_started = time.perf_counter(), time.process_time()
         decoder.generate(again)
         found["seconds"] = (time.perf_counter() - started) / len(again)
@@ -235,6 +249,7 @@ def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pa
     parser.add_argument("--cells", type=int, default=len(cells), help="run at most so many missing cells, then report")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.results.absolute() / "compiled"))
     missing = [cell for cell in cells if not (arguments.results / f"{cell.name}.json").exists()]
     if missing[: arguments.cells]:
         train_base(arguments.results)

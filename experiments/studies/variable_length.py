@@ -14,25 +14,29 @@ with 18,143, canvas in blocks 0.012 with 2,317. iLLaDA's format (one seed) unlea
 import pathlib
 
 import study
-from study import DECODINGS, SEEDS, Cell
+from study import SEEDS, Cell
 
 CELLS = [Cell(format=form, seed=seed) for form in ("llada", "illada") for seed in SEEDS]
 COLUMNS = {"exact match": "exact_match", "evaluations": "evaluations", "tokens computed": "tokens",
-           "seconds": "seconds", "unfinished": "unfinished", "longer than right": "too_long"}
+           "processor seconds": "processor_seconds", "unfinished": "unfinished", "longer than right": "too_long"}
 
 
 def report(done: dict[Cell, dict], directory: pathlib.Path) -> str:
-    """The table, with the ratio of tokens computed to those of variable decoding in the same format."""
+    """The table, with the ratio of tokens computed to those of iLLaDA's format and decoding with the same seed."""
     rows, points = [], []
+    yardstick = {cell.seed: result["decoded"]["variable"]["tokens"] for cell, result in done.items()
+                 if cell.format == "illada"}
     for form in ("illada", "llada"):
-        results = [result["decoded"] for cell, result in done.items() if cell.format == form]
-        for decoding in DECODINGS if results else ():
+        cells = {cell.seed: result["decoded"] for cell, result in done.items() if cell.format == form}
+        results = list(cells.values())
+        for decoding in results[0] if results else ():
             columns = [study.spread([result[decoding][key] for result in results]) for key in COLUMNS.values()]
-            ratio = study.spread([result[decoding]["tokens"] / result["variable"]["tokens"] for result in results])
-            rows.append([form, decoding, *columns, ratio])
+            ratios = [result[decoding]["tokens"] / yardstick[seed] for seed, result in cells.items()
+                      if seed in yardstick]
+            rows.append([form, decoding, *columns, study.spread(ratios) if ratios else ""])
             points.append((form, decoding, results))
     text = study.write_table(directory / "variable_length.md",
-                             ["format", "decoding", *COLUMNS, "tokens / those of variable"], rows)
+                             ["format", "decoding", *COLUMNS, "tokens / iLLaDA's"], rows)
 
     def draw(axes):
         for form, decoding, results in points:
