@@ -1,4 +1,4 @@
-"""The scripts of tpu/ against commands that only record how they are called: whole command lines, failures, refusals."""
+"""The scripts of tpu/ against commands that only record how they are called: whole commands, failures, refusals."""
 
 import os
 import pathlib
