@@ -1,5 +1,6 @@
 """Records what devices and hosts do in some of the steps, for TensorBoard's profiler or Perfetto."""
 
+import pathlib
 import shutil
 import tempfile
 from typing import Any
@@ -47,10 +48,10 @@ class Profiler:
             return
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
-        for path in epath.Path(self._local).rglob("*"):
-            if not path.is_dir():
-                target = self._target / path.relative_to(self._local)
+        for path in pathlib.Path(self._local).rglob("*"):
+            if path.is_file():
+                target = self._target / str(path.relative_to(self._local))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                path.copy(target, overwrite=True)
+                target.write_bytes(path.read_bytes())
         shutil.rmtree(self._local)
         self._local, self._steps = None, range(0)
