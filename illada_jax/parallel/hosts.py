@@ -108,8 +108,10 @@ def check_same(what: str, value: Any) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays that lie over the devices of any processes, whole, as numpy arrays on each of them."""
-    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays as numpy arrays, also those that lie over the devices of several processes: then all of them must ask."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 class Pulse(NamedTuple):
