@@ -44,7 +44,7 @@ setup(
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-xdist"],
         "dev": ["ruff"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["gcsfs", "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm_eval[math]>=0.4.13,<0.5"],
         "hub": ["huggingface_hub"],

@@ -286,6 +286,8 @@ class TrainConfig:
       plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
       plateau_tolerance: the loss has stopped falling when it falls by less than this share in as many steps.
       tensorboard: write TensorBoard events into the workdir.
+      watchdog_seconds: without a step for so long, the process that holds up the others is named and the run stops, to
+        be started again; 0: nobody watches.
     """
 
     steps: int = 1000
@@ -298,12 +300,14 @@ class TrainConfig:
     plateau_window: int = 10_000
     plateau_tolerance: float = 0.005
     tensorboard: bool = True
+    watchdog_seconds: float = 600.0
 
     def __post_init__(self):
         _positive("train", self, "microbatches", "log_every", "plateau_tolerance")
         for option in self.compiler_options:
             _require("=" in option, "train.compiler_options", option, "must have the form NAME=VALUE")
-        _not_negative("train", self, "steps", "epochs", "stop_step", "logits_chunk", "plateau_window")
+        _not_negative("train", self, "steps", "epochs", "stop_step", "logits_chunk", "plateau_window",
+                      "watchdog_seconds")
         _require(self.steps > 0 or self.epochs > 0, "train.steps", self.steps,
                  "must be greater than 0, or train.epochs must be")
         _require(self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every, "train.plateau_window",
@@ -582,8 +586,8 @@ _COMPUTE_FIELDS = ("dtype", "remat", "attention", "attention_block_q", "attentio
 # What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
 RESUMABLE = (
     "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
-    "train.plateau_tolerance", "train.tensorboard", "train.microbatches", "train.compiler_options",
-    "train.logits_chunk", "mesh", "checkpoint",
+    "train.plateau_tolerance", "train.tensorboard", "train.watchdog_seconds", "train.microbatches",
+    "train.compiler_options", "train.logits_chunk", "mesh", "checkpoint",
     "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.attention_block_q",
     "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
     "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",

@@ -26,15 +26,17 @@ import jax
 from absl import flags
 from etils import epath
 
-from illada_jax import api, cli, model_flags
+from illada_jax import api, cli, model_flags, process_flags
 from illada_jax.config import DecodeConfig
 from illada_jax.errors import InputError
+from illada_jax.parallel import hosts
 from illada_jax.scoring import manifest as manifests
 from illada_jax.scoring import presets, sandbox, settings
 from illada_jax.scoring.scorer import ScoreConfig
 from illada_jax.scoring.work import Work
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(process_flags)
 TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval, or of --include_path")
 PRESET = flags.DEFINE_string("preset", "", "settings of a published number, see --list_presets")
 LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
@@ -48,8 +50,6 @@ SYSTEM_INSTRUCTION = flags.DEFINE_string("system_instruction", None, "with a cha
 FEWSHOT_SEED = flags.DEFINE_integer("fewshot_seed", 1234, "seed of the choice of examples")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results are written; empty: they are printed only")
 ALLOW_CODE = flags.DEFINE_bool("allow_code_execution", False, "run generated programs, in a sandbox")
-PROCESSES = flags.DEFINE_string(
-    "processes", "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE")
 
 
 def main(argv: list[str]) -> int | None:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int | None:
     knobs, evaluation = plan()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tasks = load_tasks(evaluation)
-    join(PROCESSES.value)
+    hosts.join(process_flags.PROCESSES.value)
     lm = model_flags.load()
     manifest = manifests.make_manifest(lm, model_flags.CHECKPOINT.value, knobs, evaluation)
     directory = epath.Path(OUTPUT_DIR.value) if OUTPUT_DIR.value else None
@@ -141,20 +141,6 @@ def load_tasks(evaluation: dict[str, Any]) -> Any:
         if task not in manager.all_tasks:
             raise InputError(f"--tasks={task}: unknown{settings.near(task, manager.all_tasks)}")
     return manager
-
-
-def join(how: str) -> None:
-    """Joins the processes of an evaluation, before any device is touched.
-
-    Raises:
-      InputError: `how` is not what `--processes` takes.
-    """
-    if not how or how == "auto":
-        return jax.distributed.initialize() if how else None
-    address, *numbers = how.split(",")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
-        raise InputError(f"--processes={how}: must be auto, or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE (from 0)")
-    return jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
 
 
 def claim(directory: epath.Path, manifest: dict[str, Any]) -> None:

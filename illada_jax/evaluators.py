@@ -27,7 +27,7 @@ from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.keys import Purpose, key_for
-from illada_jax.parallel import sharding
+from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import use_mesh
 
 _TABLE_ROWS = 6
@@ -81,7 +81,7 @@ def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, 
             with use_mesh(mesh):
                 draws = [nats(params, batch, jax.random.fold_in(jax.random.fold_in(key, start), draw))
                          for draw in range(config.eval.draws)]
-            nats_N[start : start + batch_size] = np.mean(jax.device_get(draws), axis=0)[: num_rows - start]
+            nats_N[start : start + batch_size] = np.mean(hosts.fetch(draws), axis=0)[: num_rows - start]
         tokens_N = windows.maskable_BL.sum(axis=1)
         mean, stderr = ratio_and_stderr(nats_N, tokens_N)
         per_byte = corpus.heldout.num_tokens / corpus.heldout.num_bytes / math.log(2)
@@ -109,10 +109,10 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _decoder(config: Config, corpus: Corpus | Examples, settings: DecodeConfig, params: Any) -> Decoder:
+def _decoder(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any) -> Decoder:
     logits_fn = model.make_logits_fn(config.model, params)
     return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length,
-                   model.make_init_cache(config.model))
+                   model.make_init_cache(config.model), mesh)
 
 
 def samples(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
@@ -123,8 +123,7 @@ def samples(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: 
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        with use_mesh(mesh):
-            written = _decoder(config, corpus, config.decode, params).generate(prompts)
+        written = _decoder(config, corpus, mesh, config.decode, params).generate(prompts)
         lines = [f"[{number}] {text}{corpus.tokenizer.decode(result.tokens)}"
                  for number, (text, result) in enumerate(zip(texts, written, strict=True), 1)]
         return {"eval/samples": "\n".join(lines)}
@@ -167,8 +166,7 @@ def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: M
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        with use_mesh(mesh):
-            results = _decoder(config, corpus, settings, params).infill([with_gaps(p) for p in passages])
+        results = _decoder(config, corpus, mesh, settings, params).infill([with_gaps(p) for p in passages])
         hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
                 for start in starts for column in range(start, start + width)]
         lines = [f"[{number}] {show(passage, result.tokens)}"
@@ -287,8 +285,7 @@ def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
 
 def _ask(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any,
          questions: Questions) -> list[Decoded]:
-    with use_mesh(mesh):
-        return _decoder(config, corpus, settings, params).generate(questions.prompts)
+    return _decoder(config, corpus, mesh, settings, params).generate(questions.prompts)
 
 
 EVALUATORS: dict[str, Callable[[Config, Corpus | Examples, Batches, Mesh], Evaluator]] = {

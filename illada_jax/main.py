@@ -4,30 +4,38 @@ Example:
   python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
   python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
 
-The same command resumes a workdir that has a checkpoint. Exit codes: 0 done, 2 bad input, 75 told to stop and saved
-(run the same command again).
+The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`. Exit
+codes: 0 done, 2 bad input, 75 told to stop and saved, or another host is gone (run the same command again).
 """
 
 import pathlib
+import sys
+import traceback
 
+import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from illada_jax import cli, plan, report
+from illada_jax import cli, plan, process_flags, report
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.experiment import open_data
+from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
+from illada_jax.training.profiler import Profiler, parse_steps
 
 EXIT_RESUMABLE = 75
 
+flags.adopt_module_key_flags(process_flags)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default: workdirs/NAME_OF_CONFIG")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check everything, print the plan, train nothing; needs no corpus")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from those of the workdir on resume")
+_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END, steps that are recorded into WORKDIR/profile")
+_COMPILED = flags.DEFINE_string("compilation_cache", "", "directory, or gs://…, for compiled programs; empty: none")
 
 
 def read_config() -> tuple[Config, str]:
@@ -74,22 +82,43 @@ def main(_: list[str]) -> int:
     if _DRY_RUN.value:
         dry_run(config)
         return 0
+    profiler = Profiler(workdir, parse_steps(_PROFILE.value))
+    if _COMPILED.value:
+        jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
+    hosts.join(process_flags.PROCESSES.value)
+    try:
+        return run(config, workdir, profiler)
+    except hosts.HostLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return hosts.leave(EXIT_RESUMABLE)
+    except Exception as error:
+        if isinstance(error, InputError) or jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        return hosts.leave(1)  # an ordinary exit would wait for the others, and they for this process
+
+
+def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
+    """Trains and reports; on every process of the run. Returns the exit code."""
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         plan.check_fits(config, mesh)
-    config, corpus, pipeline = open_data(config)
-    evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
-    final = make_evaluators(config.eval.final, config, corpus, pipeline, mesh)
+    config, corpus, pipeline = hosts.together(lambda: open_data(config))
+    evaluators, final = (hosts.together(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
+                         for names in (config.eval.evaluators, config.eval.final))
     plan.check_fits(config, mesh)
-    report.print_start(config, workdir, mesh, corpus)
-    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value))
+    if hosts.is_first():
+        report.print_start(config, workdir, mesh, corpus)
+    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value), profiler)
     if outcome.status == "preempted":
-        print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
+        if hosts.is_first():
+            print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
         return EXIT_RESUMABLE
     results = dict(outcome.final)
     for evaluator in final.values():
         results |= evaluator(outcome.state.best_params, outcome.step)
-    report.print_end(config, outcome, results, workdir, corpus)
+    if hosts.is_first():
+        report.print_end(config, outcome, results, workdir, corpus)
     return 0
 
 

@@ -33,9 +33,8 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     Raises:
       InputError: says what is needed, what is there and what to do instead.
     """
-    device = mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    local = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    local_devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    stats, local = local_devices[0].memory_stats() or {}, len(local_devices)
     # CPU devices share the memory of the host.
     available = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
     needed = state_bytes_per_device(config, mesh)

@@ -21,6 +21,7 @@ from illada_jax.decoding.reveal import REVEALS
 from illada_jax.decoding.sampling import row_keys
 from illada_jax.decoding.thinking import ThinkingBoost
 from illada_jax.errors import ConfigError, InputError
+from illada_jax.parallel.hosts import fetch
 from illada_jax.parallel.mesh import use_mesh
 from illada_jax.parallel.sharding import batch_sharding, replicated
 
@@ -277,7 +278,7 @@ class Decoder:
             with use_mesh(self.mesh):
                 result = run_blocks(self.logits_fn, jax.device_put(carry, batch_sharding(self.mesh)),
                                     jax.device_put(num_blocks, replicated(self.mesh)), rules=rules)
-        return Carry(*map(np.array, jax.device_get(result)))
+        return Carry(*map(np.array, fetch(result)))
 
     def _bucket(self, carry: Carry, rules: Rules) -> int:
         needed_B = next_length(carry.length_B, carry.limit_B, rules.block_length)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from illada_jax.errors import InputError
+from illada_jax.parallel import hosts
 
 
 class Request(NamedTuple):
@@ -87,7 +86,8 @@ class Work:
                 if number % processes == rank:
                     done[number] = self._chunk_answers(kind, number, indices, requests, compute)
                 bar.update(len(indices))
-        done = _gather(done)
+        everywhere = hosts.gather({str(number): chunk._asdict() for number, chunk in done.items()})
+        done = {int(number): Answers(**chunk) for part in everywhere for number, chunk in part.items()}
         self.evaluations += sum(chunk.evaluations for chunk in done.values())
         answers: list[Any] = [None] * len(requests)
         for number, indices in enumerate(chunks):
@@ -134,14 +134,3 @@ def _read(path: epath.Path, count: int) -> Answers:
     if len(answers.answers) != count:
         raise InputError(f"{path}: has {len(answers.answers)} answers, expected {count}; remove it and run again")
     return answers
-
-
-def _gather(done: dict[int, Answers]) -> dict[int, Answers]:
-    """The chunks of all processes, on all processes."""
-    if jax.process_count() == 1:
-        return done
-    text = json.dumps({number: chunk._asdict() for number, chunk in done.items()}).encode()
-    sizes_P = multihost_utils.process_allgather(np.array(len(text)))
-    padded = np.frombuffer(text.ljust(int(sizes_P.max()), b" "), np.uint8)
-    texts_PN = np.asarray(multihost_utils.process_allgather(padded))
-    return {int(number): Answers(**chunk) for row in texts_PN for number, chunk in json.loads(row.tobytes()).items()}

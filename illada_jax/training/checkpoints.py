@@ -16,6 +16,7 @@ from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
+from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.saved_model import FORMAT_VERSION, absolute_path, encode_files
 from illada_jax.training.step import TrainState, fresh_average
 
@@ -53,7 +54,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is not None and issubclass(kind, HostLost):
+            return  # those that a last save would wait for are gone
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -21,12 +23,15 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.batches import Batches
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
-from illada_jax.parallel import sharding
+from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
+from illada_jax.training.clock import Clock, earlier_seconds, watched
+from illada_jax.training.lease import Lease
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
+from illada_jax.training.profiler import Profiler
 from illada_jax.training.saved_model import check_initial, initial_params
 from illada_jax.training.step import StepMetrics, TrainState, abstract_state, fresh_average, init_state, make_train_step
 
@@ -52,7 +57,7 @@ class Outcome:
 
 
 def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> Config | None:
-    """Makes the workdir, or recognises the one of an earlier life of this run.
+    """Makes the workdir, or recognises the one of an earlier life of this run. One process does it.
 
     Returns:
       The config that the workdir was made with, None for a new one.
@@ -69,10 +74,9 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     try:
         if workdir.exists() and any(workdir.iterdir()):
             raise InputError(f"{workdir}: neither empty nor a workdir (no config.json in it)")
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(workdir / "tokenizer")
-            write_config(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
+        write_config(workdir, config)
     except OSError as error:
         raise InputError(f"{workdir}: the workdir cannot be written: {error.strerror or error}") from error
     return None
@@ -93,6 +97,7 @@ def train(
     tokenizer: Tokenizer,
     evaluators: dict[str, Evaluator],
     allowed_changes: tuple[str, ...] = (),
+    profiler: Profiler | None = None,
 ) -> Outcome:
     """Trains to the end, to train.stop_step, or until told to stop; resumes where the workdir has a checkpoint.
 
@@ -104,20 +109,24 @@ def train(
       tokenizer: saved with the checkpoints.
       evaluators: run every config.eval.every steps and at the end, in order.
       allowed_changes: config keys that may differ from those of the workdir when it is resumed.
+      profiler: records some of the steps.
 
     Raises:
+      HostLost: another process is gone.
       InputError: config, workdir, corpus or mesh do not fit together.
     """
     check_divisible(config, mesh)
     if config.init.checkpoint:
         check_initial(config.init.checkpoint, config, tokenizer)
-    earlier = prepare_workdir(workdir, config, tokenizer)
+    hosts.check_same("the config or the corpus", [config_lib.to_dict(config), pipeline.fingerprint])
+    earlier = hosts.from_first(lambda: _dict_or_none(prepare_workdir(workdir, config, tokenizer)))
     optimizer = make_optimizer(config)
-    with use_mesh(mesh), Checkpoints(workdir, config, tokenizer, pipeline.fingerprint) as checkpoints:
+    with (_only_trainer(workdir), use_mesh(mesh),
+          Checkpoints(workdir, config, tokenizer, pipeline.fingerprint) as checkpoints):
         start = checkpoints.latest_step or 0
         if earlier is not None:
-            config_lib.check_resumable(earlier, config, start, allowed_changes)
-            write_config(workdir, config)
+            config_lib.check_resumable(config_lib.from_dict(earlier), config, start, allowed_changes)
+            hosts.from_first(lambda: write_config(workdir, config))
         abstract = abstract_state(config, optimizer, mesh)
         if start:
             state = checkpoints.restore(abstract)
@@ -127,17 +136,43 @@ def train(
             if config.init.checkpoint:
                 params = initial_params(config.init.checkpoint, mesh)
                 state = dataclasses.replace(state, params=params, ema=fresh_average(config, params))
-        with MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop:
-            loop = _Loop(config, mesh, optimizer, pipeline, checkpoints, writer, evaluators)
-            loop.remember(read_lines(workdir, start - config.train.plateau_window, start))
-            return loop.run(state, start, told_to_stop)
+        lines = read_lines(workdir) if start else []
+        clock = Clock(earlier_seconds(lines, start))
+        with (MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop,
+              watched(clock, config.train.watchdog_seconds)):
+            loop = _Loop(config, mesh, optimizer, pipeline, checkpoints, writer, evaluators, clock,
+                         profiler or Profiler(workdir, range(0)))
+            loop.remember([line for line in lines if start - config.train.plateau_window < line["step"] <= start])
+            try:
+                return loop.run(state, start, told_to_stop)
+            except jax.errors.JaxRuntimeError as error:
+                saved = checkpoints.latest_step
+                raise hosts.name_lost(error, f"the newest checkpoint is that of step {saved}" if saved else
+                                      "nothing has been saved") from error
+
+
+@contextlib.contextmanager
+def _only_trainer(workdir: epath.Path) -> Iterator[None]:
+    """Holds the lease of the workdir. Raises InputError, on all processes, where another run has it."""
+    lease = Lease(workdir)
+    hosts.from_first(lease.acquire)
+    try:
+        yield
+    finally:
+        if hosts.is_first():
+            lease.release()
+
+
+def _dict_or_none(config: Config | None) -> dict[str, Any] | None:
+    return None if config is None else config_lib.to_dict(config)
 
 
 class _Loop:
     """The state of `train` between steps: what has been dispatched, logged, evaluated and saved."""
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, pipeline: Batches,
-                 checkpoints: Checkpoints, writer: MetricWriter, evaluators: dict[str, Evaluator]):
+                 checkpoints: Checkpoints, writer: MetricWriter, evaluators: dict[str, Evaluator],
+                 clock: Clock, profiler: Profiler):
         self._config = config
         self._mesh = mesh
         self._pipeline = pipeline
@@ -146,6 +181,8 @@ class _Loop:
         self._checkpoints = checkpoints
         self._writer = writer
         self._evaluators = evaluators
+        self._clock = clock
+        self._profiler = profiler
         self._plateau = PlateauWatch.of(config)
         self._told = False
         self._log_started = time.perf_counter()
@@ -157,7 +194,7 @@ class _Loop:
             if "train/loss" in line:
                 self._plateau.add(line["step"], *sums_of_curve(line))
 
-    def run(self, state: TrainState, start: int, told_to_stop: Callable[[], bool]) -> Outcome:
+    def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:
         """Trains from step `start` on, see `train`."""
         c = self._config
         stop = c.train.stop_step or c.train.steps
@@ -166,10 +203,18 @@ class _Loop:
         unlogged: list[StepMetrics] = []
         results: dict[str, float | str] = {}
         saved = step = start
-        with tqdm(total=c.train.steps, initial=start, unit="step", desc="train", disable=None) as bar:
-            while step < stop and not told_to_stop():
-                batch = _put(next(batches), rows_sharding)
+        with tqdm(total=c.train.steps, initial=start, unit="step", desc="train",
+                  disable=None if hosts.is_first() else True) as bar:
+            while step < stop and not told_to_stop(step):
+                self._profiler.before(step, state)
+                if step > start:  # what comes before is the start-up, with the compilation of the step
+                    self._clock.enter("data", step)
+                rows = next(batches)
+                if step > start:
+                    self._clock.enter("step", step)
+                batch = _put(rows, rows_sharding)
                 state, metrics = self._step_fn(state, batch)
+                self._clock.enter("step", step)
                 # Dispatch runs ahead of the device: only now, with the next step under way, is the last one fetched.
                 if len(unlogged) == c.train.log_every or (unlogged and step % c.train.log_every == 0):
                     self._log(step, unlogged, bar)
@@ -184,12 +229,17 @@ class _Loop:
                     unlogged = []
                     results = self._evaluate(step, state, bar) if last or step % c.eval.every == 0 else {}
                     if last or step % c.checkpoint.every == 0:
+                        self._clock.enter("checkpoint", step)
+                        self._writer.publish()
                         self._checkpoints.save(step, state, results)
                         saved = step
+                    self._clock.enter("step", step)
                     self._log_started = time.perf_counter()
+        self._profiler.close(state)
         if unlogged:
             self._log(step, unlogged, bar)
         if step > saved:
+            self._clock.enter("checkpoint", step)
             self._checkpoints.save(step, state, {})
         status = "finished" if step == c.train.steps else "stopped" if step == stop else "preempted"
         return Outcome(state, step, status, results)
@@ -207,6 +257,7 @@ class _Loop:
             "train/learning_rate": float(self._schedule(step - 1)),
             "train/tokens_per_second": self._unlogged_tokens / (now - self._log_started),
             **{f"data_epochs/{name}": count for name, count in self._pipeline.epochs(step).items()},
+            **self._clock.metrics(),
             **curve_over_p(sums),
         }
         self._log_started = now
@@ -214,7 +265,7 @@ class _Loop:
         trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
         if trend is not None:
             metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
-            if trend.stopped and not self._told:
+            if trend.stopped and not self._told and hosts.is_first():
                 tqdm.write(advice(step, trend))
             self._told = trend.stopped
         self._writer.write(step, metrics)
@@ -222,6 +273,7 @@ class _Loop:
 
     def _evaluate(self, step: int, state: TrainState, bar: tqdm) -> dict[str, float | str]:
         results: dict[str, float | str] = {}
+        self._clock.enter("evaluation", step)
         for name, evaluator in self._evaluators.items():
             bar.set_postfix_str(f"evaluating {name}")
             results |= evaluator(state.best_params, step)
@@ -229,7 +281,8 @@ class _Loop:
             self._writer.write(step, results)
         for name, value in results.items():
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
-            tqdm.write(f"step {step}: {text}")
+            if hosts.is_first():
+                tqdm.write(f"step {step}: {text}")
         return results
 
 
@@ -239,20 +292,28 @@ def _put(batch: Batch, rows_sharding: jax.sharding.NamedSharding) -> Batch:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM (preemption) or SIGINT (Ctrl-C) into a clean stop; a second one kills as usual."""
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Turns the first SIGTERM (preemption) or SIGINT (Ctrl-C) into a clean stop; a second one kills as usual.
+
+    Yields:
+      A function of the step that says whether to stop before it: on all processes at the same step, whichever of them
+      was told. With several, jax.distributed listens for SIGTERM and finds that step.
+    """
     received = []
+    alone = jax.process_count() == 1
 
     def note(number: int, _: Any) -> None:
         received.append(number)
         for each, handler in before.items():
             signal.signal(each, handler)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *([signal.SIGTERM] if alone else []))}
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: bool(received)
+        yield lambda step: bool(received) if alone else multihost_utils.reached_preemption_sync_point(step)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,14 @@
-"""Where metrics go: `metrics.jsonl` in the workdir and, by setting, TensorBoard events. One process writes."""
+"""Where metrics go: `metrics.jsonl` in the workdir and, by setting, TensorBoard events. One process writes.
+
+Object storage cannot append: for a workdir such as gs://… they are written to a local directory, and copied from it
+once a minute, before every checkpoint and at the end.
+"""
 
 import json
 import math
 import os
+import tempfile
+import time
 from typing import Any
 
 import jax
@@ -10,6 +16,10 @@ import numpy as np
 from etils import epath
 
 from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
+from illada_jax.training.lease import is_remote
+
+NAME = "metrics.jsonl"
+_PUBLISH_SECONDS = 60.0
 
 
 class MetricWriter:
@@ -27,17 +37,22 @@ class MetricWriter:
         self._events = None
         if jax.process_index():
             return
-        path = workdir / "metrics.jsonl"
+        path = workdir / NAME
         kept = [line for line, content in _lines(path) if content["step"] <= start_step] if start_step else []
-        partial = workdir / "metrics.jsonl.partial"
+        partial = workdir / f"{NAME}.partial"
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(path)
-        self._file = path.open("a")
+        self._workdir, self._local = workdir, workdir
+        if is_remote(workdir):
+            self._local = epath.Path(tempfile.mkdtemp())
+            path.copy(self._local / NAME)
+        self._published = time.monotonic()
+        self._file = (self._local / NAME).open("a")
         if tensorboard:
             # The import takes a second: only those who want it pay.
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1)
+            self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -46,6 +61,9 @@ class MetricWriter:
         for sink in (self._file, self._events):
             if sink is not None:
                 sink.close()
+        if self._file is not None and self._local != self._workdir:
+            self.publish()
+            self._local.rmtree()
 
     def write(self, step: int, metrics: dict[str, float | str]) -> None:
         """Writes numbers and texts under the given step."""
@@ -53,8 +71,20 @@ class MetricWriter:
             return
         self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
         self._file.flush()
-        if self._events is None:
+        if self._events is not None:
+            self._write_events(step, metrics)
+        if time.monotonic() - self._published > _PUBLISH_SECONDS:
+            self.publish()
+
+    def publish(self) -> None:
+        """Brings a remote workdir up to date; what is not published is lost with the process."""
+        if self._file is None or self._local == self._workdir:
             return
+        for path in self._local.iterdir():
+            path.copy(self._workdir / path.name, overwrite=True)
+        self._published = time.monotonic()
+
+    def _write_events(self, step: int, metrics: dict[str, float | str]) -> None:
         for name, value in metrics.items():
             if isinstance(value, str):
                 self._events.add_text(name, f"```\n{value}\n```", step)
@@ -65,7 +95,7 @@ class MetricWriter:
 
 def read_lines(workdir: epath.Path, after: float = -math.inf, up_to: float = math.inf) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` of the steps after < step <= up_to, in order; none where there is no file."""
-    return [content for _, content in _lines(workdir / "metrics.jsonl") if after < content["step"] <= up_to]
+    return [content for _, content in _lines(workdir / NAME) if after < content["step"] <= up_to]
 
 
 def curve_over_p(sums: LossSums) -> dict[str, float]:

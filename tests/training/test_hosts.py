@@ -1,0 +1,177 @@
+"""Several processes train as one: same losses, one checkpoint, one end; and what they do when one is gone or hangs."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from illada_jax.errors import InputError
+from illada_jax.parallel import hosts
+from illada_jax.training.clock import Clock, earlier_seconds
+from illada_jax.training.profiler import parse_steps
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+from illada_jax import config
+
+def get_config():
+    c = config.defaults()
+    c.data.sources = ("text:{text}",)
+    c.data.tokenizer = "bytes"
+    c.data.cache_dir = "{cache}"
+    c.data.length = 32
+    c.data.batch_size = 8
+    c.data.heldout_fraction = 0.2
+    c.model.update(dict(vocab_size=264, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=32,
+                        max_length=64))
+    c.train.update(dict(steps=10, log_every=1, tensorboard=False))
+    c.optimizer.update(dict(learning_rate=3e-3, warmup_steps=2, decay_steps=4))
+    c.eval.update(dict(evaluators=(), windows=8))
+    return c
+"""
+
+
+@pytest.fixture
+def start(text_file, tmp_path_factory, tmp_path):
+    """start(processes, workdir, *flags) starts the training command in so many processes of one device each."""
+    running = []
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(text=text_file, cache=tmp_path_factory.getbasetemp() / "cache"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                   "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def start(processes, workdir, *flags):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "illada_jax.main", f"--config={path}", f"--workdir={workdir}", *flags]
+        started = [
+            subprocess.Popen([*command, f"--processes=localhost:{port},{processes},{number}"], env=environment,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in range(processes)]
+        running.extend(started)
+        return started
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def finish(started):
+    """(exit code, stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=240) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for_steps(workdir, steps, started):
+    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < steps:
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.1)
+
+
+def test_two_and_four_processes_train_like_one_and_any_number_goes_on(run, start, tmp_path):
+    _, lines = run(tmp_path / "one", train__log_every=1)
+    expected = {line["step"]: line["train/loss"] for line in lines}
+    assert sorted(expected) == list(range(1, 11))
+    evaluated = ["--config.eval.evaluators=('bits_per_byte','samples')", "--config.eval.every=10",
+                 "--config.decode.max_new_tokens=4", "--config.decode.block_length=4",
+                 "--config.decode.steps_per_block=4", "--profile_steps=3:5"]
+    for processes, flags in ((4, []), (2, ["--config.checkpoint.every=5", *evaluated])):
+        workdir = tmp_path / str(processes)
+        results = finish(start(processes, workdir, *flags))
+        for code, _, error in results:
+            assert code == 0, error
+        assert ["workdir" in output for _, output, _ in results] == [True] + [False] * (processes - 1), "one prints"
+        got = losses(workdir)
+        np.testing.assert_allclose([got[s] for s in expected], list(expected.values()), rtol=1e-5)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(last["eval/bits_per_byte"]) and last["eval/samples"]
+    assert list((workdir / "profile").rglob("*.xplane.pb")), "one for each host"
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    _, lines = run(workdir, num_devices=1, allowed=("data",), train__log_every=1)
+    resumed = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    np.testing.assert_allclose([resumed[s] for s in expected], list(expected.values()), rtol=1e-5)
+
+
+def test_all_stop_when_one_is_told_to_and_when_one_is_killed(run, start, tmp_path):
+    long = ["--config.train.steps=5000", "--config.checkpoint.every=20", "--config.optimizer.decay_steps=0"]
+    workdir = tmp_path / "run"
+    started = start(2, workdir, *long)
+    wait_for_steps(workdir, 25, started)
+    started[1].send_signal(signal.SIGTERM)
+    results = finish(started)
+    for code, _, error in results:
+        assert code == 75, error
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"Stopped and saved at step {saved}" in results[0][1]
+
+    started = start(2, workdir, *long)
+    wait_for_steps(workdir, saved + 45, started)
+    started[1].kill()
+    (code, _, error), _ = finish(started)
+    assert code == 75, error
+    assert "process 1 of 2 is silent; it was on " in error and "start the same command on all hosts" in error
+
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert newest > saved
+    _, lines = run(workdir, allowed=("data", "optimizer"), train__steps=5000, train__stop_step=newest + 3,
+                   train__log_every=1, optimizer__decay_steps=0)
+    assert [line["step"] for line in lines] == list(range(1, newest + 4))
+    assert lines[-1]["goodput/lost_seconds"] > 0
+
+
+def test_the_watchdog_names_the_process_that_hangs(start, tmp_path):
+    started = start(2, tmp_path / "run", "--config.train.steps=5000", "--config.train.watchdog_seconds=3")
+    wait_for_steps(tmp_path / "run", 5, started)
+    started[1].send_signal(signal.SIGSTOP)
+    error = started[0].communicate(timeout=120)[1]
+    assert started[0].returncode == 75, error
+    assert "nothing has happened for" in error and "process 1 of 2 is silent" in error
+
+
+def test_what_one_process_finds_wrong_is_the_error_of_all(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").write_text("else")
+    results = finish(start(2, tmp_path / "run"))
+    assert [code for code, *_ in results] == [2, 2]
+    for _, _, error in results:
+        assert "neither empty nor a workdir" in error
+
+
+@pytest.mark.parametrize("how", ["nonsense", "localhost:1", "localhost:1,2,2", "localhost:1,2,x", "localhost,2,0"])
+def test_bad_processes_are_refused(how):
+    with pytest.raises(InputError, match="--processes="):
+        hosts.join(how)
+
+
+@pytest.mark.parametrize("text", ["5", "5:5", "a:b", "7:3"])
+def test_bad_profile_steps_are_refused(text):
+    with pytest.raises(InputError, match="--profile_steps="):
+        parse_steps(text)
+
+
+def test_time_adds_up_over_the_lives_of_a_run():
+    clock = Clock({"step": 100.0, "lost": 7.0})
+    clock.enter("data", 1)
+    clock.enter("step", 1)
+    metrics = clock.metrics()
+    assert metrics["goodput/step_seconds"] >= 100 and metrics["goodput/lost_seconds"] == 7
+    total = sum(value for name, value in metrics.items() if name.endswith("_seconds"))
+    assert metrics["goodput/share"] == pytest.approx(metrics["goodput/step_seconds"] / total)
+    lines = [{"step": step, "goodput/step_seconds": 10.0 * step, "goodput/data_seconds": 1.0} for step in (1, 2, 3)]
+    lines.append({"step": 3, "eval/bits_per_byte": 2.0})
+    assert earlier_seconds(lines, 2) == {**dict.fromkeys(("startup", "evaluation", "checkpoint"), 0.0), "data": 1.0,
+                                         "step": 20.0, "lost": 10.0}

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Starts a task on all hosts, in the background; it is started again until it is done or its input is wrong.
+USAGE='usage: tpu/launch.sh [--dry-run] pretrain|sft|evaluate|prepare [FLAG…]
+  FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; where it writes is BUCKET/RUN'
+# shellcheck source=tpu/lib.sh
+. "$(dirname -- "$0")/lib.sh"
+while :; do
+  case ${1:-} in
+    --dry-run) DRY_RUN=true && shift ;;
+    --help) echo "$USAGE" && exit 0 ;;
+    -*) fail "$EXIT_BAD_INPUT" "unexpected argument '$1'; $USAGE" ;;
+    '') fail "$EXIT_BAD_INPUT" "which task? $USAGE" ;;
+    *) break ;;
+  esac
+done
+check_settings
+need PROJECT ZONE NAME BUCKET
+task=$1
+python_command "$@"
+
+if [ "$BACKEND" = xpk ]; then
+  need IMAGE ACCELERATOR
+  explained xpk workload create --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" \
+    --tpu-type="$ACCELERATOR" --num-slices="$NUM_SLICES" --docker-image="$IMAGE" --max-restarts=1000 \
+    --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="$COMMAND"
+  exit
+fi
+
+# A corpus is made by one host; everything else runs on all of them.
+if [ "$task" = prepare ]; then
+  on_workers "$(nodes | head -n 1)" 0 "sh illada/tpu/host/start.sh $COMMAND"
+  exit
+fi
+# Slices start together: each waits for the others when it joins them.
+nodes | while read -r node; do
+  on_workers "$node" all "sh illada/tpu/host/start.sh $COMMAND" </dev/null
+done

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Goes on after a preemption: asks for the hardware again where it is gone, waits, installs, starts the same task.
+USAGE='usage: tpu/resume.sh [--dry-run] [--confirm=NAME] pretrain|sft|evaluate|prepare [FLAG…]
+  --confirm=NAME: what is left of preempted hardware may be deleted without asking'
+# shellcheck source=tpu/lib.sh
+. "$(dirname -- "$0")/lib.sh"
+while :; do
+  case ${1:-} in
+    --dry-run | --confirm=* | --help) options "$1" && shift ;;
+    -*) fail "$EXIT_BAD_INPUT" "unexpected argument '$1'; $USAGE" ;;
+    '') fail "$EXIT_BAD_INPUT" "which task? $USAGE" ;;
+    *) break ;;
+  esac
+done
+check_settings
+need PROJECT ZONE NAME BUCKET
+python_command "$@" # a wrong task is refused before anything is deleted
+
+here=$(dirname -- "$0")
+dry=
+if $DRY_RUN; then dry=--dry-run; fi
+
+if [ "$BACKEND" = xpk ]; then
+  # GKE replaces hardware and XPK restarts the workload by itself: what is left is one that has used up its restarts.
+  confirm "workload $NAME-$RUN (not the cluster $NAME)"
+  run xpk workload delete --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" --force
+  exec sh "$here/launch.sh" ${dry:+"$dry"} "$@"
+fi
+
+need ACCELERATOR RUNTIME_VERSION
+if $DRY_RUN; then STATE=SUSPENDED; else read_state; fi
+case $STATE in
+  ACTIVE)
+    # Hosts that were lost come back empty: install and start again; what still runs is left alone.
+    sh "$here/install.sh"
+    exec sh "$here/launch.sh" "$@" ;;
+  SUSPENDED | FAILED)
+    confirm "queued resource $NAME, which is $STATE"
+    run gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet
+    sh "$here/create.sh" ${dry:+"$dry"} ;;
+  NOT_FOUND) sh "$here/create.sh" ;;
+  *) echo "$NAME is $STATE" ;;
+esac
+sh "$here/wait.sh" ${dry:+"$dry"}
+sh "$here/install.sh" ${dry:+"$dry"}
+exec sh "$here/launch.sh" ${dry:+"$dry"} "$@"

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Follows what the first host writes. Ctrl-C ends the following, not the task.
+USAGE='usage: tpu/tail.sh [--dry-run]; LINES=100 of the past'
+# shellcheck source=tpu/lib.sh
+. "$(dirname -- "$0")/lib.sh"
+options "$@"
+check_settings
+need PROJECT ZONE NAME
+lines=${LINES:-100}
+
+if [ "$BACKEND" = xpk ]; then
+  get_credentials
+  run kubectl logs --follow --tail="$lines" --prefix \
+    --selector="jobset.sigs.k8s.io/jobset-name=$NAME-$RUN,batch.kubernetes.io/job-completion-index=0"
+  exit
+fi
+on_workers "$(nodes | head -n 1)" 0 "tail -n $lines -F illada/log"
