@@ -19,6 +19,7 @@ from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.experiment import open_data
+from illada_jax.interop import open_source
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
 
@@ -52,7 +53,9 @@ def dry_run(config: Config) -> None:
       ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
     """
     try:
-        resolved, corpus, batches = open_data(config)
+        # A Hub id would be fetched; a plan is to need nothing.
+        local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
+        resolved, corpus, batches = open_data(config, open_source(config.init.checkpoint) if local else None)
     except ConfigError:
         raise
     except InputError as error:
@@ -77,12 +80,14 @@ def main(_: list[str]) -> int:
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         plan.check_fits(config, mesh)
-    config, corpus, pipeline = open_data(config)
+    initial = open_source(config.init.checkpoint) if config.init.checkpoint else None
+    config, corpus, pipeline = open_data(config, initial)
     evaluators = make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
     final = make_evaluators(config.eval.final, config, corpus, pipeline, mesh)
     plan.check_fits(config, mesh)
     report.print_start(config, workdir, mesh, corpus)
-    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value))
+    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value),
+                    initial)
     if outcome.status == "preempted":
         print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
         return EXIT_RESUMABLE

@@ -6,13 +6,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig, ModelConfig
 from illada_jax.data.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.interop.families import Family, family_of, read_model_config
+from illada_jax.interop.importing import import_params
 from illada_jax.interop.tensors import INDEX, TensorDirectory
 
 CONFIG = "config.json"
@@ -31,18 +34,26 @@ class HuggingFaceCheckpoint:
       config: the model, and the sampler that the family was published with; the rest are defaults.
       tokenizer: its tokenizer, with the special ids of the config.
       tensors: its tensors.
+      step: of the training, which nobody has told.
+      quantized: its matrices are not Int8.
     """
 
     family: Family
     config: Config
     tokenizer: Tokenizer
     tensors: TensorDirectory
+    step: int = 0
+    quantized: bool = False
 
     @property
     def dtype(self) -> np.dtype:
         """The narrowest of float32 and bfloat16 that holds every tensor exactly."""
         dtypes = {tensor.dtype for tensor in self.tensors.tensors.values()}
         return dtypes.pop() if {dtype.name for dtype in dtypes} == {"bfloat16"} else np.dtype(np.float32)
+
+    def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
+        """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
+        return import_params(self.tensors, self.family, self.config.model, dtype, mesh, quantized)
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
