@@ -35,7 +35,7 @@ class Endpoint(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):  # noqa: N802: the name that http.server looks for
+    def do_GET(self):
         self.server.asked.append(self.path)
         path = self.path.partition("?")[0]
         files = {file.name: file.read_bytes() for file in self.server.directory.iterdir()}
@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound" if f"/{ID}/" in path else "RepoNotFound",
                                    "X-Error-Message": "Repository not found"})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def answer(self, values):
         self.send(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
