@@ -474,7 +474,8 @@ class InitConfig:
     """Where parameters come from.
 
     Attributes:
-      checkpoint: a workdir or checkpoint whose params (not its optimizer or step) start the run; empty: random.
+      checkpoint: a workdir, one checkpoint in it, a Hugging Face directory or a Hub id, whose params (not its
+        optimizer or step) start the run; empty: random.
     """
 
     checkpoint: str = ""

@@ -13,11 +13,12 @@ import sys
 
 from absl import flags
 
-from illada_jax import cli
+from illada_jax import cli, id_flags
 from illada_jax.interop.conversion import DEFAULT_SHARD_GIGABYTES, Conversion
 from illada_jax.interop.families import FAMILIES
 from illada_jax.interop.tensors import DTYPES
 
+flags.adopt_module_key_flags(id_flags)
 _SOURCE = flags.DEFINE_string("source", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
                               required=True)
 _TARGET = flags.DEFINE_string("target", None, "the directory to write; must not exist, or be empty", required=True)
@@ -29,8 +30,6 @@ _SHARD_GIGABYTES = flags.DEFINE_float(
     "shard_gigabytes", None, f"size of an exported file; default: {DEFAULT_SHARD_GIGABYTES}", lower_bound=1e-6)
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES),
                             "layout of an export; default: where the weights came from, else illada")
-_IDS = {name: flags.DEFINE_integer(f"{name}_id", None, f"id of {name.upper()}, before what config and tokenizer say")
-        for name in ("mask", "bos", "eos", "pad", "eot")}
 
 EXIT_INTERRUPTED = 130
 
@@ -38,10 +37,9 @@ EXIT_INTERRUPTED = 130
 def main(argv: list[str]) -> int | None:
     """Converts, and says what was made."""
     del argv
-    special_ids = {name: flag.value for name, flag in _IDS.items() if flag.value is not None}
     try:
         print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value,
-                         _SHARD_GIGABYTES.value, _FAMILY.value, special_ids).run())
+                         _SHARD_GIGABYTES.value, _FAMILY.value, id_flags.special_ids()).run())
     except KeyboardInterrupt:
         print(f"interrupted: {_TARGET.value} was not written", file=sys.stderr)
         return EXIT_INTERRUPTED

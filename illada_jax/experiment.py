@@ -12,7 +12,7 @@ from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError
-from illada_jax.training.saved_model import checkpoint_tokenizer
+from illada_jax.training.saved_model import Source, open_initial
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -32,8 +32,12 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
-def open_data(config: Config) -> tuple[Config, Corpus | Examples, Batches]:
+def open_data(config: Config, initial: Source | None = None) -> tuple[Config, Corpus | Examples, Batches]:
     """Opens what the config trains on.
+
+    Args:
+      config: the config.
+      initial: what config.init.checkpoint names; None opens the workdir of that name, if its tokenizer is wanted.
 
     Returns:
       The resolved config, the text or the examples, and the batches of every step.
@@ -43,7 +47,7 @@ def open_data(config: Config) -> tuple[Config, Corpus | Examples, Batches]:
     """
     tokenizer = None
     if config.data.tokenizer == "checkpoint":
-        tokenizer = checkpoint_tokenizer(config.init.checkpoint)
+        tokenizer = (initial or open_initial(config)).tokenizer
     if config.sft.format == "none":
         if tokenizer is not None:
             raise ConfigError("config.data.tokenizer = 'checkpoint': is for fine-tuning (config.sft.format); a corpus "

@@ -22,6 +22,7 @@ from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.experiment import open_data
+from illada_jax.interop import open_source
 from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
@@ -60,7 +61,9 @@ def dry_run(config: Config) -> None:
       ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
     """
     try:
-        resolved, corpus, batches = open_data(config)
+        # A Hub id would be fetched; a plan is to need nothing.
+        local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
+        resolved, corpus, batches = open_data(config, open_source(config.init.checkpoint) if local else None)
     except ConfigError:
         raise
     except InputError as error:
@@ -103,13 +106,15 @@ def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         plan.check_fits(config, mesh)
-    config, corpus, pipeline = hosts.together(lambda: open_data(config))
+    initial = open_source(config.init.checkpoint) if config.init.checkpoint else None
+    config, corpus, pipeline = hosts.together(lambda: open_data(config, initial))
     evaluators, final = (hosts.together(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
                          for names in (config.eval.evaluators, config.eval.final))
     plan.check_fits(config, mesh)
     if hosts.is_first():
         report.print_start(config, workdir, mesh, corpus)
-    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value), profiler)
+    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value), profiler,
+                    initial)
     if outcome.status == "preempted":
         if hosts.is_first():
             print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")

@@ -3,10 +3,11 @@
 import jax
 from absl import flags
 
-from illada_jax import api
+from illada_jax import api, id_flags
 from illada_jax.errors import InputError
 from illada_jax.parallel.mesh import parse_mesh
 
+flags.adopt_module_key_flags(id_flags)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of params and compute")
@@ -21,4 +22,4 @@ def load() -> api.LanguageModel:
         raise InputError("--checkpoint is required, for example --checkpoint=workdirs/quickstart")
     # With several processes the first device of all is another host's.
     mesh = parse_mesh(MESH.value or ("data=1" if jax.process_count() > 1 else ""))
-    return api.load(CHECKPOINT.value, DTYPE.value, mesh, QUANTIZE.value)
+    return api.load(CHECKPOINT.value, DTYPE.value, mesh, QUANTIZE.value, id_flags.special_ids())

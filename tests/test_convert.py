@@ -47,7 +47,7 @@ def test_official_weights_become_a_workdir(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, direct.params, converted.params)
     assert converted.generate(["ab"], max_new_tokens=32)[0] == direct.generate(["ab"], max_new_tokens=32)[0]
     assert (target / "tokenizer" / "tokenizer.json").exists()
-    check_initial(str(target), saved.config, saved.tokenizer)
+    check_initial(saved, saved.config, saved.tokenizer)
     assert "llada" in run(target, tmp_path / "out", shard_gigabytes=1e-5)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert read_checkpoint(tmp_path / "out").family.model_type == "llada"
@@ -65,7 +65,7 @@ def test_eight_bits_at_load_and_as_a_checkpoint_are_the_same(tmp_path, workdir):
         jax.tree.map(np.testing.assert_array_equal, at_load.params["layers"]["mlp"], stored.params["layers"]["mlp"])
         assert api.load(str(converted), quantize="int8").params["head"].values.dtype == "int8"
         with pytest.raises(InputError, match="its weights have eight bits"):
-            check_initial(str(converted), saved.config, saved.tokenizer)
+            check_initial(saved, saved.config, saved.tokenizer)
         for quantize in ("none", "int8"):
             with pytest.raises(InputError, match="its weights have eight bits"):
                 run(converted, tmp_path / "never", quantize=quantize)

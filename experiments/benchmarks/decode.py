@@ -161,7 +161,7 @@ def quality_table(checkpoint: str) -> None:
     """Tokens per evaluation, time, agreement with exact decoding and task score of strategy × cache."""
     lm = api.load(checkpoint)
     corpus = open_corpus(lm.config.data)
-    prompts, score, infill = _task(lm, corpus)
+    prompts, score, infill = held_out_task(lm, corpus)
     one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="top_k", confidence="low_confidence",
                                        steps_per_block=lm.config.decode.block_length)
     variants = {"top_k, 1 a step": {}, "top_k, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
@@ -199,7 +199,7 @@ def agreement(results: Sequence[Decoded], exact: Sequence[Decoded]) -> float:
     return float(np.mean(same))
 
 
-def _task(lm: api.LanguageModel, corpus) -> tuple[list[list[int]], Callable[[Sequence[Decoded]], float], bool]:
+def held_out_task(lm: api.LanguageModel, corpus) -> tuple[list[list[int]], Callable[[Sequence[Decoded]], float], bool]:
     """(Prompts, score of results, whether prompts have gaps): questions, or passages with gaps of three tokens."""
     documents = [corpus.heldout.document(i).tolist() for i in range(min(2_000, corpus.heldout.num_documents))]
     if "exact_match" in lm.config.eval.evaluators + lm.config.eval.final:

@@ -37,7 +37,7 @@ from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
-from illada_jax.training.saved_model import initial_params
+from illada_jax.training.saved_model import load_inference
 
 SEEDS = (0, 1, 2)
 EPOCHS = 12
@@ -162,7 +162,7 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
         return {"eval/exact_match": found["exact_match"]}
 
-    evaluate(initial_params(config.init.checkpoint, mesh), 0)
+    evaluate(load_inference(config.init.checkpoint, "float32", mesh).params, 0)
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
         outcome = train(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer, {"curve": evaluate})

@@ -12,7 +12,6 @@ from illada_jax.errors import InputError
 from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.exporting import export_model, whole_directory
 from illada_jax.interop.families import FAMILIES
-from illada_jax.interop.importing import import_params
 from illada_jax.interop.loading import find_checkpoint
 from illada_jax.interop.tensors import DTYPES
 from illada_jax.parallel.mesh import parse_mesh
@@ -70,12 +69,11 @@ class Conversion:
         dtype = jnp.dtype(self.dtype or checkpoint.dtype.name)
         model = dataclasses.replace(checkpoint.config.model, dtype=dtype.name)
         config = dataclasses.replace(checkpoint.config, model=model)
-        int8 = self.quantize == "int8"
-        family = checkpoint.family
+        int8, family = self.quantize == "int8", checkpoint.family.model_type
         with self._writable() as place:
-            params = import_params(checkpoint.tensors, family, model, dtype, parse_mesh(self.mesh), int8)
-            save_model(place, Loaded(config, params, checkpoint.tokenizer, 0), int8, family.model_type)
-        return f"{self.target}: workdir, {family.model_type}, {dtype.name}{', matrices int8' * int8}"
+            params = checkpoint.restore(dtype, parse_mesh(self.mesh), int8)
+            save_model(place, Loaded(config, params, checkpoint.tokenizer, checkpoint.step), int8, family)
+        return f"{self.target}: workdir, {family}, {dtype.name}{', matrices int8' * int8}"
 
     def _to_int8(self, saved: SavedModel) -> str:
         dtype = jnp.dtype(self.dtype or saved.dtype)

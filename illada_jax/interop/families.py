@@ -84,6 +84,7 @@ LLADA = Family(
         "clip_qkv": (None,),
         "alibi": (False,),
         "rope": (True,),
+        "quantization_config": (None,),
     },
     special_ids={"mask": 126_336, "bos": 126_080, "eos": 126_081, "pad": 126_081},
     eot_id=126_348,
@@ -124,6 +125,9 @@ ILLADA = Family(
         "attention_bias": (False,),
         "mlp_bias": (False,),
         "layer_norm_eps": (None,),
+        "sliding_window": (None,),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
     },
     special_ids={"mask": 5, "bos": 0, "pad": 1, "eos": 2},
     eot_id=-1,
@@ -135,11 +139,19 @@ _SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
-    """The family that a config.json belongs to. Raises InputError for any other model_type."""
+    """The family that a config.json belongs to.
+
+    Raises:
+      InputError: another model_type, or a key that asks for something that the model here does not do; names it.
+    """
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"model_type = {model_type!r}: must be one of {', '.join(map(repr, FAMILIES))}")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    for key, allowed in family.demanded.items():
+        if key in values and values[key] not in allowed:
+            raise InputError(f"{key} = {values[key]!r}: not supported; must be {' or '.join(map(repr, allowed))}")
+    return family
 
 
 def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool) -> ModelConfig:
@@ -151,11 +163,8 @@ def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool)
       has_head: whether the weights hold a head of their own: what decides where the config does not say.
 
     Raises:
-      InputError: a key is missing or wrong, or asks for something that the model here does not do; names it.
+      InputError: a key is missing or wrong, or asks for positions that the model here does not know; names it.
     """
-    for key, allowed in family.demanded.items():
-        if key in values and values[key] not in allowed:
-            raise InputError(f"{key} = {values[key]!r}: not supported; must be {' or '.join(map(repr, allowed))}")
     given = {field: next((values[key] for key in keys if values.get(key) is not None), None)
              for field, keys in family.keys.items()}
     given["rope_theta"] = _rope_theta(values, given["rope_theta"])
@@ -195,7 +204,7 @@ def _rope_theta(values: Mapping[str, Any], theta: Any) -> Any:
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default" or rope.get("factor", 1.0) != 1.0:
+        if kind != "default" or any(rope.get(name, 1.0) != 1.0 for name in ("factor", "partial_rotary_factor")):
             raise InputError(f"{key} = {values[key]!r}: not supported; must be null")
         theta = rope.get("rope_theta", theta)
     return theta

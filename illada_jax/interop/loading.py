@@ -1,19 +1,16 @@
 """One way to load a model, whatever it is: a workdir, a Hugging Face directory, or the id of one on the Hub."""
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Literal
 
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from illada_jax.errors import InputError
-from illada_jax.interop.checkpoint import HuggingFaceCheckpoint, is_checkpoint, read_checkpoint
-from illada_jax.interop.importing import import_params
-from illada_jax.training.saved_model import Loaded, load_inference
+from illada_jax.interop.checkpoint import is_checkpoint, read_checkpoint
+from illada_jax.training.saved_model import Loaded, Source, load_inference, open_model
 
 Quantize = Literal["none", "int8"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,21 +35,17 @@ def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "
     for name, value, allowed in (("dtype", dtype, ("float32", "bfloat16")), ("quantize", quantize, ("none", "int8"))):
         if value not in allowed:
             raise InputError(f"{name} = {value!r}: must be {' or '.join(map(repr, allowed))}")
+    return load_inference(open_source(path, special_ids), dtype, mesh, quantize == "int8")
+
+
+def open_source(path: str | epath.Path, special_ids: Mapping[str, int] | None = None) -> Source:
+    """Opens a model, whatever it is; its params are still to be read. For arguments and errors see `load_model`."""
     directory = find_checkpoint(path)
-    if directory is None:
-        if special_ids:
-            raise InputError(f"special_ids: {path} is no Hugging Face checkpoint; its ids are in its tokenizer")
-        return load_inference(path, dtype, mesh, quantize == "int8")
-    checkpoint = read_checkpoint(directory, special_ids)
-    return load_checkpoint(checkpoint, dtype, mesh, quantize)
-
-
-def load_checkpoint(checkpoint: HuggingFaceCheckpoint, dtype: str, mesh: Mesh | None, quantize: Quantize) -> Loaded:
-    """Imports the weights of a Hugging Face checkpoint; for the arguments see `load_model`."""
-    model = dataclasses.replace(checkpoint.config.model, dtype=dtype)
-    params = import_params(checkpoint.tensors, checkpoint.family, model, jnp.dtype(dtype), mesh, quantize == "int8")
-    config = dataclasses.replace(checkpoint.config, model=model)
-    return Loaded(config, params, checkpoint.tokenizer, step=0)
+    if directory is not None:
+        return read_checkpoint(directory, special_ids)
+    if special_ids:
+        raise InputError(f"special_ids: {path} is no Hugging Face checkpoint; its ids are in its tokenizer")
+    return open_model(path)
 
 
 def find_checkpoint(path: str | epath.Path) -> pathlib.Path | None:
@@ -69,11 +62,10 @@ def find_checkpoint(path: str | epath.Path) -> pathlib.Path | None:
 def _fetch(hub_id: str) -> pathlib.Path:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise InputError(f"{hub_id}: no such directory; to fetch it from the Hub, install illada_jax[hub]") from error
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the library, of its transport (whose errors it does not wrap) or of the disk
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{hub_id}: no such directory, and it cannot be fetched from the Hub: {reason}") from error

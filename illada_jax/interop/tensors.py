@@ -128,7 +128,9 @@ def _read_header(path: pathlib.Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="np") as file:
             parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
             described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts]
-    except (SafetensorError, OSError) as error:
+    except OSError as error:  # a link to nothing, for example
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
         with open(path, "rb") as file:
             pointer = file.read(12) == b"version http"
         reason = "a pointer of git-lfs, not the file itself" if pointer else f"cut off or damaged ({error})"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -32,7 +33,7 @@ from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, 
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
 from illada_jax.training.profiler import Profiler
-from illada_jax.training.saved_model import check_initial, initial_params
+from illada_jax.training.saved_model import Source, check_initial, open_initial
 from illada_jax.training.step import StepMetrics, TrainState, abstract_state, fresh_average, init_state, make_train_step
 
 # Evaluators see params and step and return numbers and texts by name.
@@ -98,6 +99,7 @@ def train(
     evaluators: dict[str, Evaluator],
     allowed_changes: tuple[str, ...] = (),
     profiler: Profiler | None = None,
+    initial: Source | None = None,
 ) -> Outcome:
     """Trains to the end, to train.stop_step, or until told to stop; resumes where the workdir has a checkpoint.
 
@@ -110,14 +112,16 @@ def train(
       evaluators: run every config.eval.every steps and at the end, in order.
       allowed_changes: config keys that may differ from those of the workdir when it is resumed.
       profiler: records some of the steps.
+      initial: what config.init.checkpoint names; None opens the workdir of that name.
 
     Raises:
       HostLost: another process is gone.
       InputError: config, workdir, corpus or mesh do not fit together.
     """
     check_divisible(config, mesh)
-    if config.init.checkpoint:
-        check_initial(config.init.checkpoint, config, tokenizer)
+    initial = initial or open_initial(config)
+    if initial is not None:
+        check_initial(initial, config, tokenizer)
     hosts.check_same("the config or the corpus", [config_lib.to_dict(config), pipeline.fingerprint])
     earlier = hosts.from_first(lambda: _dict_or_none(prepare_workdir(workdir, config, tokenizer)))
     optimizer = make_optimizer(config)
@@ -133,8 +137,8 @@ def train(
         else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
-            if config.init.checkpoint:
-                params = initial_params(config.init.checkpoint, mesh)
+            if initial is not None:
+                params = initial.restore(jnp.dtype("float32"), mesh)
                 state = dataclasses.replace(state, params=params, ema=fresh_average(config, params))
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))

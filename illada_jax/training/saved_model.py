@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,25 @@ class Loaded:
     params: Any
     tokenizer: Tokenizer
     step: int
+
+
+class Source(Protocol):
+    """A model whose params are still to be read: a SavedModel, or an official checkpoint (`interop/checkpoint.py`).
+
+    Attributes:
+      config: the config that made it.
+      tokenizer: its tokenizer.
+      step: the training step.
+      quantized: its matrices are Int8.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    step: int
+    quantized: bool
+
+    def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
+        """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +156,12 @@ def open_model(path: str | epath.Path) -> SavedModel:
                       meta.get("family", ""))
 
 
-def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None,
+def load_inference(source: Source | str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None,
                    quantized: bool = False) -> Loaded:
-    """Loads params, config and tokenizer of a workdir (its newest checkpoint) or of one checkpoint; no optimizer.
+    """Loads params, config and tokenizer; no optimizer.
 
     Args:
-      path: the workdir or `WORKDIR/checkpoints/STEP`.
+      source: a model, or a workdir (its newest checkpoint) or `WORKDIR/checkpoints/STEP`.
       dtype: type of params and compute, `float32` or `bfloat16`; None keeps float32 params and the config's compute.
       mesh: where the params go; None puts them on the first device.
       quantized: matrices as Int8, as they also are if they were saved so.
@@ -150,12 +169,12 @@ def load_inference(path: str | epath.Path, dtype: str | None = None, mesh: Mesh 
     Raises:
       InputError: there is no checkpoint, or it has another format version.
     """
-    saved = open_model(path)
-    config = saved.config
+    source = open_model(source) if isinstance(source, str | epath.Path) else source
+    config = source.config
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    params = saved.restore(jnp.dtype(dtype or "float32"), mesh, quantized)
-    return Loaded(config, params, saved.tokenizer, saved.step)
+    params = source.restore(jnp.dtype(dtype or "float32"), mesh, quantized)
+    return Loaded(config, params, source.tokenizer, source.step)
 
 
 def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family: str) -> None:
@@ -173,33 +192,27 @@ def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family:
         manager.wait_until_finished()
 
 
-def check_initial(path: str, config: Config, tokenizer: Tokenizer) -> None:
-    """Checks that a run may start from the params of `path` (`config.init.checkpoint`).
+def open_initial(config: Config) -> Source | None:
+    """The workdir or checkpoint that `config.init.checkpoint` names, or None. Raises InputError if it is none."""
+    return open_model(config.init.checkpoint) if config.init.checkpoint else None
+
+
+def check_initial(source: Source, config: Config, tokenizer: Tokenizer) -> None:
+    """Checks that a run may start from the params of `source`, which is `config.init.checkpoint`.
 
     Raises:
-      InputError: it is no checkpoint, its architecture or its tokenizer is another, or its weights are Int8.
+      InputError: its architecture or its tokenizer is another, or its weights are Int8.
     """
-    saved = open_model(path)
-    if saved.quantized:
-        raise InputError(f"config.init.checkpoint = {path}: its weights have eight bits; start from what it was "
-                         "made of")
-    ours, other = (config_lib.architecture(c.model) for c in (config, saved.config))
+    key = f"config.init.checkpoint = {config.init.checkpoint}"
+    if source.quantized:
+        raise InputError(f"{key}: its weights have eight bits; start from what it was made of")
+    ours, other = (config_lib.architecture(c.model) for c in (config, source.config))
     if ours != other:
         differences = "; ".join(config_lib.differences(other, ours, "model."))
-        raise InputError(f"config.init.checkpoint = {path}: another architecture: {differences}")
-    if saved.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise InputError(f"config.init.checkpoint = {path}: it was trained with another tokenizer (fingerprint "
-                         f"{saved.tokenizer.fingerprint}, the corpus has {tokenizer.fingerprint})")
-
-
-def checkpoint_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a workdir or checkpoint. Raises InputError if it is none."""
-    return open_model(path).tokenizer
-
-
-def initial_params(path: str, mesh: Mesh) -> Any:
-    """Params of another run to start from (its average if it has one), float32, on `mesh`; see `check_initial`."""
-    return open_model(path).restore(jnp.dtype("float32"), mesh)
+        raise InputError(f"{key}: another architecture: {differences}")
+    if source.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{key}: it was trained with another tokenizer (fingerprint {source.tokenizer.fingerprint}, "
+                         f"the corpus has {tokenizer.fingerprint})")
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | None, quantized: bool = False) -> Any:

@@ -60,12 +60,57 @@ def test_a_truncated_shard(tmp_path, content, message):
     fails(path, str(file), message)
 
 
+def header(tensors, size=None):
+    """The beginning of a safetensors file that claims what it likes."""
+    content = json.dumps(tensors).encode()
+    return (len(content) if size is None else size).to_bytes(8, "little") + content
+
+
+@pytest.mark.parametrize("content", [
+    header({}, size=2**62),
+    header({"model.norm.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**60]}}),
+    header({"model.norm.weight": {"dtype": "F32", "shape": [2**50], "data_offsets": [0, 2**52]}}) + bytes(64),
+    header({"model.norm.weight": {"dtype": "F32", "shape": [16], "data_offsets": [0, 8]}}) + bytes(8),
+    header({"model.norm.weight": {"dtype": "F32", "shape": [16], "data_offsets": [64, 0]}}) + bytes(64),
+    header({"model.norm.weight": {"dtype": "F99", "shape": [16], "data_offsets": [0, 64]}}) + bytes(64),
+    (9).to_bytes(8, "little") + b'{"a": [[[',
+])
+def test_a_header_that_lies(tmp_path, content):
+    """Sizes are compared with the file before anything is made of that size."""
+    path = checkpoint(tmp_path, "illada-gqa-tied")
+    (path / "model-00003-of-00003.safetensors").write_bytes(content)
+    fails(path, "model-00003-of-00003.safetensors: cut off or damaged (")
+
+
+def test_a_link_to_nothing(tmp_path):
+    """As a cache of the Hub leaves it when its blobs are deleted."""
+    path = checkpoint(tmp_path, "illada-gqa-tied")
+    (path / "model-00003-of-00003.safetensors").unlink()
+    (path / "model-00003-of-00003.safetensors").symlink_to(tmp_path / "gone")
+    fails(path, "model-00003-of-00003.safetensors: cannot be read: ")
+
+
+def test_remote_code_is_never_run(tmp_path):
+    """Neither the Python files that `auto_map` names nor what a chat template would like to do."""
+    path = checkpoint(tmp_path, "illada-gqa-tied", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    (path / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    (path / "chat_template.jinja").write_text(escape)
+    lm = api.load(str(path))
+    with pytest.raises(InputError, match="chat template"):
+        lm.chat([{"role": "user", "content": "x"}])
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
     path = checkpoint(tmp_path, "llada-mha-untied")
     edit(path / INDEX, lambda i: i["weight_map"].update({"model.transformer.ln_f.weight": "other.safetensors"}))
     fails(path, "other.safetensors: missing")
     edit(path / INDEX, lambda i: i["weight_map"].update({"model.transformer.ln_f.weight": "../x.safetensors"}))
     fails(path, INDEX, "'../x.safetensors' is not the name of a file beside it")
+    for name in ("", "..", "/etc/passwd"):
+        edit(path / INDEX, lambda i, name=name: i["weight_map"].update({"model.transformer.ln_f.weight": name}))
+        fails(path)
     (path / INDEX).write_text("{}")
     fails(path, INDEX, "not an index")
 
@@ -127,6 +172,10 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
     ("illada-gqa-tied", {"mlp_bias": True}, "mlp_bias = True: not supported"),
     ("illada-gqa-tied", {"hidden_act": "gelu"}, "hidden_act = 'gelu': not supported; must be 'silu'"),
     ("illada-gqa-tied", {"head_dim": 8}, "head_dim = 8: not supported; must be 4"),
+    ("illada-gqa-tied", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters = "),
+    ("illada-gqa-tied", {"sliding_window": 4096}, "sliding_window = 4096: not supported; must be None"),
+    ("illada-gqa-tied", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method'"),
+    ("illada-gqa-tied", {"model_type": ["llada"]}, "model_type = ['llada']: must be one of"),
     ("illada-gqa-tied", {"hidden_size": ...}, "hidden_size: missing"),
     ("illada-gqa-tied", {"hidden_size": "16"}, "hidden_size = '16': must be a whole number"),
     ("illada-gqa-tied", {"rms_norm_eps": "small"}, "model.norm_eps = 'small'"),
@@ -139,6 +188,8 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
     ("llada-gqa-tied", {"alibi": True}, "alibi = True: not supported"),
     ("llada-gqa-tied", {"weight_tying": False}, "1 missing tensor: model.transformer.ff_out.weight"),
     ("llada-gqa-tied", {"mask_token_id": 100_000}, "the id of mask, 100000, lies outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": [257, 100_000]}, "the id of eos, 100000, lies outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": ["</s>"]}, "the id of eos, '</s>', lies outside the vocabulary of 272"),
 ])
 def test_configs_that_are_not_supported(tmp_path, case, change, message):
     fails(checkpoint(tmp_path, case, **change), str(tmp_path / case), message)
@@ -152,6 +203,13 @@ def test_a_config_that_does_not_say(tmp_path):
                       rope_parameters={"rope_type": "default", "rope_theta": 1234.0})
     model = interop.load_model(path).config.model
     assert not model.tied_head and model.num_kv_heads == 4 and model.rope_theta == 1234.0
+
+
+def test_what_is_not_supported_is_said_before_what_is_missing(tmp_path):
+    path = checkpoint(tmp_path, "illada-gqa-tied", model_type="Dream")
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    fails(path, "model_type = 'Dream'")
 
 
 def test_a_checkpoint_of_pickles_only(tmp_path):
