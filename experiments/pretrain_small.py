@@ -3,7 +3,7 @@
     python -m illada_jax.main --config=experiments/pretrain_small.py
 
 The text is the Python documentation of the interpreter that runs it. The run does not decay by itself: it says when the
-loss has stopped falling (after about 5,000 steps, a few minutes) and what to type then. `experiments/studies/decay.py`
+loss has stopped falling (at step 7,500 on one core, some minutes) and what to type then. `experiments/studies/decay.py`
 does just that and draws it.
 """
 

@@ -1,0 +1,67 @@
+"""A distribution over four tokens of three symbols: small enough to sum over all outcomes and all masks."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from illada_jax.data.batch import Batch
+from illada_jax.diffusion.loss import loss_weights, token_losses
+from illada_jax.diffusion.process import Corrupted
+
+LENGTH, SYMBOLS, MASK = 4, 3, 3
+OUTCOMES = np.array(list(itertools.product(range(SYMBOLS), repeat=LENGTH)), np.int32)
+MASKS = np.array([m for m in itertools.product([False, True], repeat=LENGTH) if any(m)])
+
+
+def make_joint() -> np.ndarray:
+    """Probabilities of the 81 outcomes, far from independent."""
+    return np.random.default_rng(0).dirichlet(np.full(len(OUTCOMES), 0.3)) * 0.99 + 0.01 / len(OUTCOMES)
+
+
+def make_chain() -> np.ndarray:
+    """Probabilities of the 81 outcomes of a stationary chain: all that matters is where the next known tokens stand.
+
+    A transformer with rotary positions tells places apart by what stands around them and nothing else, so that it needs
+    few steps for this one.
+    """
+    moves_SS = np.array([[0.8, 0.15, 0.05], [0.05, 0.8, 0.15], [0.15, 0.05, 0.8]])
+    return np.prod([moves_SS[OUTCOMES[:, i], OUTCOMES[:, i + 1]] for i in range(LENGTH - 1)], axis=0) / SYMBOLS
+
+
+def make_batch(tokens_BL):
+    """Rows that are whole segments, every token maskable, of weight 1."""
+    ones = np.ones(tokens_BL.shape, np.int32)
+    return Batch(tokens_BL, ones.astype(bool), ones, np.cumsum(ones, 1, dtype=np.int32) - 1, ones.astype(np.float32))
+
+
+def nats_of_rows(table, batch, corrupted):
+    """Runs the project's own loss code with a table as the network; the head is the identity on its logits.
+
+    The table holds logits [4, 4, 4, 4, L, V]: the first indices are the noisy tokens.
+    """
+    logits_BLV = jnp.asarray(table)[tuple(jnp.moveaxis(corrupted.noisy_BL, 1, 0))]
+    weights_BL = loss_weights(batch, corrupted)
+    _, ce_BL, _ = token_losses(lambda x: x, logits_BLV, batch.tokens_BL, weights_BL)
+    return jnp.sum(weights_BL * ce_BL, axis=1)
+
+
+@jax.jit
+def _nats_of_all(table):
+    tokens_BL = np.repeat(OUTCOMES, len(MASKS), axis=0)
+    masked_BL = np.tile(MASKS, (len(OUTCOMES), 1))
+    corrupted = Corrupted(np.where(masked_BL, MASK, tokens_BL), masked_BL, np.ones(masked_BL.shape, np.float32))
+    return nats_of_rows(table, make_batch(tokens_BL), corrupted)
+
+
+def enumerated(table, measure) -> np.ndarray:
+    """For each outcome, Σ over masks of measure(number masked) · Σ CE of the masked. Float64 [81]."""
+    nats_NM = np.asarray(_nats_of_all(table), np.float64).reshape(len(OUTCOMES), len(MASKS))
+    return nats_NM @ [measure(mask.sum()) for mask in MASKS]
+
+
+def exact_measure(masked):
+    """∫ t^(m-1) (1-t)^(L-m) dt: the weight of a mask with m masked tokens when eps = 0."""
+    return math.factorial(masked - 1) * math.factorial(LENGTH - masked) / math.factorial(LENGTH)

@@ -1,0 +1,74 @@
+"""A tiny network trained by the real loop on a distribution that can be enumerated reaches its entropy, from above."""
+
+import itertools
+
+import jax
+import numpy as np
+from etils import epath
+
+from illada_jax import model
+from illada_jax.config import Config, from_dict, to_dict
+from illada_jax.data.batches import Batches
+from illada_jax.data.packing import pack
+from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.loop import train
+from tests.enumerable import LENGTH, MASK, OUTCOMES, SYMBOLS, enumerated, exact_measure, make_chain
+
+NOISY = np.array(list(itertools.product(range(SYMBOLS + 1), repeat=LENGTH)), np.int32)
+
+
+class Draws(Batches):
+    """Rows are independent draws from the distribution, a function of (seed, step, row) as everywhere."""
+
+    fingerprint = "enumerable"
+
+    def __init__(self, config: Config, joint_N: np.ndarray):
+        super().__init__(config)
+        self._cumulative_N = np.cumsum(joint_N)
+
+    def rows(self, step, rows):
+        draws_B = self.step_draws(step, 99)[np.asarray(rows), 0]
+        return pack(list(OUTCOMES[np.searchsorted(self._cumulative_N, draws_B)]), LENGTH, pad_id=0)
+
+    def epochs(self, step):
+        return {}
+
+    def heldout_windows(self, heldout, length, count):
+        raise NotImplementedError
+
+
+def make_config() -> Config:
+    values = to_dict(Config())
+    values["model"] |= {"vocab_size": SYMBOLS + 1, "d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+                        "head_dim": 16, "d_ff": 96, "max_length": LENGTH, "rope_theta": 20.0, "tied_head": False,
+                        "scan_unroll": 2}
+    values["data"] |= {"length": LENGTH, "batch_size": 128}
+    values["diffusion"] |= {"mask_id": MASK, "eps": 0.05}
+    values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 20, "decay_steps": 300, "weight_decay": 0.0}
+    values["train"] |= {"steps": 400, "tensorboard": False, "plateau_window": 0}
+    values["eval"] |= {"every": 100}
+    values["checkpoint"] |= {"every": 10**6}
+    return from_dict(values)
+
+
+def test_the_loop_reaches_the_entropy_and_its_bound_is_never_below_it(tmp_path):
+    config, joint = make_config(), make_chain()
+    ones_NL = np.ones_like(NOISY)
+    positions_NL = np.cumsum(ones_NL, axis=1, dtype=np.int32) - 1
+    all_logits = jax.jit(lambda params: model.head(
+        config.model, params, model.hidden(config.model, params, NOISY, positions_NL, ones_NL)))
+    bounds = []
+
+    def bound(params, step):
+        table = np.zeros((SYMBOLS + 1,) * LENGTH + (LENGTH, SYMBOLS + 1), np.float32)
+        table[tuple(NOISY.T)] = all_logits(params)
+        bounds.append(joint @ enumerated(table, exact_measure))
+        return {"eval/bound": float(bounds[-1])}
+
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    train(config, epath.Path(tmp_path / "w"), mesh, Draws(config, joint), ByteTokenizer(), {"bound": bound})
+    entropy = -joint @ np.log(joint)
+    assert bounds[0] > 1.02 * entropy
+    assert min(bounds) > entropy - 1e-5
+    assert bounds[-1] < 1.02 * entropy
