@@ -26,7 +26,8 @@ from lm_eval.api.instance import Instance
 from illada_jax import api, evaluate
 from illada_jax.data.chat import encode_chat
 from illada_jax.errors import InputError
-from illada_jax.scoring import manifest, work
+from illada_jax.parallel.fingerprint import fingerprint
+from illada_jax.scoring import work
 from illada_jax.scoring.adapter import HarnessModel
 from illada_jax.scoring.settings import make_settings
 from tests.scoring import harness_toys as toys
@@ -107,7 +108,7 @@ def test_results_are_what_the_model_says(run, lm, tmp_path, expected_choice):
     stored = found["manifest"]
     assert stored["score"]["bos"] is True and stored["score"]["method"] == "confidence"
     assert stored["decode"]["block_length"] == 8 and stored["evaluation"]["tasks"][0] == "toy_choice"
-    assert stored["checkpoint"]["params"] == manifest.params_fingerprint(lm.params) and stored["libraries"]["jax"]
+    assert stored["checkpoint"]["params"] == fingerprint(lm.params) and stored["libraries"]["jax"]
     assert found["configs"]["toy_writing"]["generation_kwargs"]["max_gen_toks"] == 12
     assert f"| toy_choice | 0 | 10 | acc | none | {expected_choice[0]:.4f} | " in printed
     assert (tmp_path / "results.md").read_text() == printed

@@ -1,8 +1,6 @@
 """The manifest of an evaluation: everything that its numbers depend on, so that they can be made again."""
 
 import dataclasses
-import functools
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -11,10 +9,10 @@ import subprocess
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import illada_jax
 from illada_jax.config import override, to_dict
+from illada_jax.parallel.fingerprint import digest, fingerprint
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers", "sentencepiece", "lm_eval", "datasets")
 
@@ -35,7 +33,7 @@ def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str,
         "decode": to_dict(override(lm.config.decode, "decode", _without_missing_ids(settings.decode))),
         "decode_given": dict(settings.decode),
         "harness": dataclasses.asdict(settings.harness),
-        "checkpoint": {"path": checkpoint, "params": params_fingerprint(lm.params), "model": to_dict(lm.config.model)},
+        "checkpoint": {"path": checkpoint, "params": fingerprint(lm.params), "model": to_dict(lm.config.model)},
         "tokenizer": lm.tokenizer.fingerprint,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
@@ -52,7 +50,7 @@ def _without_missing_ids(decode: Any) -> dict[str, Any]:
 
 def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     """Identifies a manifest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(manifest, sort_keys=True))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -65,28 +63,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif one != other:
             found.append(f"{prefix}{key}: {one!r} → {other!r}")
     return found
-
-
-def params_fingerprint(params: Any) -> str:
-    """Identifies params by all of their bits, on whatever devices they lie."""
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get([_checksums(leaf) for _, leaf in leaves])
-    for (path, leaf), (plain, weighted) in zip(leaves, sums, strict=True):
-        name = jax.tree_util.keystr(path)
-        digest.update(f"{name} {leaf.shape} {leaf.dtype} {int(plain)} {int(weighted)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums modulo 2^32 of the bits of all elements, plain and weighted by an odd number for each position."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    position = functools.reduce(
-        lambda index, axis: index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
-        range(x.ndim), jnp.zeros(x.shape, jnp.uint32))
-    weights = (position * jnp.uint32(2654435761)) | jnp.uint32(1)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weights, dtype=jnp.uint32)
 
 
 def _version(name: str) -> str | None:

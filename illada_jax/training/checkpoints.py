@@ -6,18 +6,31 @@ params (config.optimizer.ema_decay) also have `ema`: whoever loads a model for u
 another run) gets the average where there is one; only resuming reads both.
 """
 
+import itertools
+import sys
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
+from illada_jax.parallel.fingerprint import fingerprints, first_difference
 from illada_jax.parallel.hosts import HostLost
-from illada_jax.training.saved_model import FORMAT_VERSION, absolute_path, encode_files
+from illada_jax.training.saved_model import (
+    FORMAT_VERSION,
+    Damaged,
+    absolute_path,
+    check_seal,
+    encode_files,
+    reading,
+    sealed,
+)
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
@@ -68,35 +81,65 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept."""
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
-        average = {} if state.ema is None else {"ema": ocp.args.StandardSave(state.ema)}
+        items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+        items |= {} if state.ema is None else {"ema": state.ema}
         self._manager.save(step, metrics=known, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            meta=ocp.args.JsonSave(self._meta),
+            meta=ocp.args.JsonSave(sealed(self._meta, self._tokenizer_files, **items)),
             tokenizer=ocp.args.JsonSave(self._tokenizer_files),
-            **average,
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         ))
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """Restores the newest checkpoint onto the shardings of `abstract`.
+        """Restores the newest whole checkpoint onto the shardings of `abstract`.
 
-        An average that `abstract` asks for and the checkpoint lacks starts at its params.
+        A damaged one is named on stderr and moved to `WORKDIR/damaged`, and the one before it is taken. An average that
+        `abstract` asks for and the checkpoint lacks starts at its params.
 
         Raises:
-          InputError: the workdir was trained on another corpus.
+          InputError: the workdir was trained on another corpus, or all of its checkpoints are damaged.
         """
-        step = self.latest_step
+        damaged = []
+        while self.latest_step is not None:
+            step = self.latest_step
+            try:
+                return self._restore(step, abstract)
+            except Damaged as error:
+                place = self._set_aside(step)
+                damaged.append(str(place))
+                print(f"warning: {self._manager.directory / str(step)}: damaged: {error}; moved to {place}",
+                      file=sys.stderr, flush=True)
+        raise InputError(f"{self._manager.directory}: no checkpoint is left: {', '.join(damaged)}; choose another "
+                         "--workdir to start anew")
+
+    def _restore(self, step: int, abstract: TrainState) -> TrainState:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
-        average = {"ema": ocp.args.StandardRestore(abstract.ema)} if has_average else {}
-        restored = self._manager.restore(step, args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-            meta=ocp.args.JsonRestore(),
-            **average,
-        ))
+        wanted = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
+        wanted |= {"ema": abstract.ema} if has_average else {}
+        with reading():
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
+                **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()},
+            ))
+            check_seal(restored.meta, restored.tokenizer)
+        for name in wanted:
+            recorded = restored.meta.get("fingerprints", {}).get(name)
+            different = first_difference(fingerprints(restored[name]), recorded) if recorded else None
+            if different is not None:
+                raise Damaged(f"{name}/{different} is not what was saved")
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "
                 f"{restored.meta['corpus_fingerprint']}, now {self._meta['corpus_fingerprint']}); use another workdir")
         ema = restored.ema if has_average else fresh_average(self._config, restored.params)
         return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"], ema)
+
+    def _set_aside(self, step: int) -> epath.Path:
+        """Moves a checkpoint out of the way; nothing is deleted."""
+        places = self._manager.directory.parent / "damaged"
+        place = next(path for number in itertools.count() if not (path := places / f"{step}.{number}").exists())
+        if jax.process_index() == 0:
+            places.mkdir(exist_ok=True)
+            (self._manager.directory / str(step)).rename(place)
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+        return place

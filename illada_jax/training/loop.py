@@ -134,6 +134,7 @@ def train(
         abstract = abstract_state(config, optimizer, mesh)
         if start:
             state = checkpoints.restore(abstract)
+            start = int(state.step)  # of an earlier checkpoint where the newest is damaged
         else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()

@@ -1,8 +1,11 @@
 """Reading a checkpoint without its optimizer: onto any mesh, whole or param by param, rounded to eight bits or not."""
 
 import base64
+import contextlib
 import dataclasses
 import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,9 +22,15 @@ from illada_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.model.quantized import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding
+from illada_jax.parallel.fingerprint import digest, fingerprints, first_difference
 from illada_jax.parallel.mesh import check_model_divisible
 
 FORMAT_VERSION = 1
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be read, or holds something else than what was saved."""
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +79,7 @@ class SavedModel:
       step: the training step.
       quantized: its matrices are Int8.
       family: whose weights they are, where they were converted (`interop/families.py`), else empty.
+      fingerprints: of the params by path, see `parallel/fingerprint.py`; empty in checkpoints older than they are.
     """
 
     directory: epath.Path
@@ -77,6 +87,7 @@ class SavedModel:
     step: int
     quantized: bool
     family: str
+    fingerprints: Mapping[str, str]
 
     @property
     def _params(self) -> epath.Path:
@@ -99,20 +110,36 @@ class SavedModel:
         return jnp.dtype(saved["embedding"].dtype)
 
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
-        """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
-        if self.quantized or not quantized:
-            with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(self._params, self._target(dtype, mesh))
-        # One at a time, for the params as they were saved may not fit beside the others; and from all of their bits.
-        places = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
-        params = {}
-        for path, place in places.items():
-            if isinstance(place, Int8):
-                as_int8 = jax.jit(functools.partial(quantize_matrix, path), out_shardings=place)
-                params[path] = as_int8(self.restore_param(path, self.dtype, mesh))
-            else:
-                params[path] = self.restore_param(path, dtype, mesh)
-        return traverse_util.unflatten_dict(params, sep="/")
+        """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8.
+
+        Raises:
+          InputError: what is read is not what was saved.
+        """
+        with named_damage(self._params, lambda: way_out(self.directory)):
+            if self.quantized:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    params = checkpointer.restore(self._params, self._target(self.dtype, mesh))
+                self._check(fingerprints(params), self.fingerprints)
+                is_int8 = lambda x: isinstance(x, Int8)  # noqa: E731
+                return jax.tree.map(lambda x: x if is_int8(x) else x.astype(dtype), params, is_leaf=is_int8)
+            # One at a time, in the type that they were saved in: they may not all fit beside those in another type,
+            # and only as they were saved can they be checked.
+            places = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
+            params = {}
+            for path, place in places.items():
+                saved = self.restore_param(path, self.dtype, mesh)
+                recorded = {path: self.fingerprints[path]} if path in self.fingerprints else {}
+                self._check({path: fingerprints(saved)[""]} if recorded else {}, recorded)
+                if isinstance(place, Int8):
+                    params[path] = jax.jit(functools.partial(quantize_matrix, path), out_shardings=place)(saved)
+                else:
+                    params[path] = saved.astype(dtype)
+            return traverse_util.unflatten_dict(params, sep="/")
+
+    def _check(self, found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+        damaged = first_difference(found, recorded) if recorded else None
+        if damaged is not None:
+            raise Damaged(f"{damaged} is not what was saved")
 
     def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
         """One of the params as they were saved, by path; nothing else is read."""
@@ -139,7 +166,7 @@ def open_model(path: str | epath.Path) -> SavedModel:
     """Opens a workdir (its newest checkpoint) or one checkpoint, `WORKDIR/checkpoints/STEP`.
 
     Raises:
-      InputError: there is no checkpoint, or it has another format version.
+      InputError: there is no checkpoint, it is damaged, or it has another format version.
     """
     path = absolute_path(epath.Path(path))
     if (path / "checkpoints").is_dir():
@@ -149,11 +176,63 @@ def open_model(path: str | epath.Path) -> SavedModel:
         path = path / "checkpoints" / str(max(steps))
     if not (path / "params").is_dir() or not (path / "meta").is_dir():
         raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP")
-    meta = _read_json(path, "meta")
+    with named_damage(path, lambda: way_out(path)):
+        meta, tokenizer = _read_json(path, "meta"), _read_json(path, "tokenizer")
+        check_seal(meta, tokenizer)
     if meta["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path}: format version {meta['format_version']}; this code reads {FORMAT_VERSION}")
+    item = "ema" if (path / "ema").is_dir() else "params"
     return SavedModel(path, config_lib.from_saved(meta["config"]), int(path.name), meta.get("quantized", False),
-                      meta.get("family", ""))
+                      meta.get("family", ""), meta.get("fingerprints", {}).get(item, {}))
+
+
+def sealed(meta: dict[str, Any], tokenizer_files: dict[str, str], **items: Any) -> dict[str, Any]:
+    """The `meta` of a checkpoint with fingerprints of its arrays by item, and one of its texts."""
+    meta = {**meta, "fingerprints": {name: fingerprints(tree) for name, tree in items.items()}}
+    return {**meta, "seal": _seal(meta, tokenizer_files)}
+
+
+def check_seal(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> None:
+    """Raises Damaged if `meta` or the tokenizer of the checkpoint are not what `sealed` saw."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    if "seal" in meta and meta["seal"] != _seal(rest, tokenizer_files):
+        raise Damaged("its meta or tokenizer is not what was saved")
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Turns whatever Orbax raises for files that are missing, cut off or no longer decode into Damaged.
+
+    For a part of them that is a bare Exception, so that all must be caught; what the devices raise is let through.
+    """
+    try:
+        yield
+    except (Damaged, InputError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise Damaged(" ".join(str(error).split())[:200]) from error
+
+
+@contextlib.contextmanager
+def named_damage(path: epath.Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns damage into an InputError that names the checkpoint and ends with `advice()`."""
+    try:
+        with reading():
+            yield
+    except Damaged as error:
+        raise InputError(f"{path}: damaged: {error}; {advice()}") from error
+
+
+def way_out(path: epath.Path) -> str:
+    """The checkpoints that may be taken instead of a damaged one, as a clause of a message."""
+    steps = sorted(step for step in ocp.utils.checkpoint_steps(path.parent) if str(step) != path.name)
+    if not steps:
+        return "there is no other checkpoint in its workdir"
+    return f"other checkpoints: {', '.join(str(path.parent / str(step)) for step in steps)}"
+
+
+def _seal(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
+    return digest(json.dumps([meta, tokenizer_files], sort_keys=True))
 
 
 def load_inference(source: Source | str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None,
@@ -180,14 +259,16 @@ def load_inference(source: Source | str | epath.Path, dtype: str | None = None, 
 def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family: str) -> None:
     """Writes a workdir with a checkpoint of params alone. For the arguments see SavedModel."""
     workdir = absolute_path(epath.Path(workdir))
-    meta = {"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config), "corpus_fingerprint": "",
-            "quantized": quantized, "family": family}
+    tokenizer_files = encode_files(loaded.tokenizer.files())
+    meta = sealed({"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config),
+                   "corpus_fingerprint": "", "quantized": quantized, "family": family}, tokenizer_files,
+                  params=loaded.params)
     loaded.tokenizer.save(workdir / "tokenizer")
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         manager.save(loaded.step, args=ocp.args.Composite(
             params=ocp.args.StandardSave(loaded.params),
             meta=ocp.args.JsonSave(meta),
-            tokenizer=ocp.args.JsonSave(encode_files(loaded.tokenizer.files())),
+            tokenizer=ocp.args.JsonSave(tokenizer_files),
         ))
         manager.wait_until_finished()
 

@@ -45,7 +45,7 @@ def make_config(text_file, cache_dir, **changes) -> Config:
     return from_dict(values)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(text_file, tmp_path_factory):
     """run(workdir, num_devices, evaluators, allowed, **changes) trains and returns (outcome, metrics lines)."""
 
