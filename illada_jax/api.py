@@ -19,13 +19,15 @@ from tqdm import tqdm
 from illada_jax.config import Config, DecodeConfig, override
 from illada_jax.data.chat import Message, chat_format, encode_chat
 from illada_jax.decoding import Decoded, Decoder, LogitsFn, SpecialIds
-from illada_jax.decoding.gaps import parse_gaps
+from illada_jax.decoding.gaps import GappedText, parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
 from illada_jax.model import make_init_cache, make_logits_fn
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
+# Settings that decide where an answer ends: gaps have their ends.
+NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "boost", "boost_power", "boost_ids")
 NORMALISATIONS = ("none", "tokens", "characters", "bytes")
 
 
@@ -139,8 +141,15 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             raise InputError("prompts: a list of prompts is wanted, not one text")
+        if isinstance(stop, str):
+            raise InputError("stop: a list of stop strings is wanted, not one text")
         if "" in stop:
             raise InputError("stop: a stop string must not be empty")
+        if infill and stop:
+            raise InputError("stop: is not for infilling, which fills every gap to its end")
+        ignored = next((key for key in settings if key in NOT_FOR_INFILLING), None) if infill else None
+        if ignored:
+            raise InputError(f"config.decode.{ignored}: is not for infilling: a gap has the length that it is given")
         decode = self.decode_settings(settings)
         decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
@@ -152,7 +161,7 @@ class LanguageModel:
             return any(s in text for s in stop) or bool(on_block and on_block(index, text))
 
         finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
-        return ((index, self._generation(decoded, stop, sources[index], ids[index], infill))
+        return ((index, self._generation(decoded, stop, sources[index], ids[index]))
                 for index, decoded in finished)
 
     def score(self, context: Prompt, candidates: Sequence[Prompt], **settings: Any) -> list[Score]:
@@ -241,21 +250,35 @@ class LanguageModel:
         return override(self.config.decode, "decode", changes)
 
     def _encode(self, index: int, source: Any) -> list[int]:
-        if hasattr(source, "pieces"):
-            return source.tokens(self.tokenizer)
-        if not len(source):
+        if not isinstance(source, (str, GappedText)):
+            ids = np.asarray(source, dtype=object)
+            if ids.ndim != 1 or not all(isinstance(id_, (int, np.integer)) for id_ in ids):
+                raise InputError(f"prompt {index}: must be a text or a list of ids")
+            source = [int(id_) for id_ in ids]
+        if not source:
             raise InputError(f"prompt {index}: is empty; give some text, or ids such as [tokenizer.bos_id]")
-        if isinstance(source, str):
-            return self.tokenizer.encode(source)
-        return [int(id_) for id_ in source]
+        room = self.config.model.max_length
+        if isinstance(source, GappedText) and sum(source.lengths) > room:
+            raise InputError(f"text {index}: its gaps of {sum(source.lengths)} tokens exceed the context of {room} "
+                             "tokens")
+        text = "".join(source.pieces) if isinstance(source, GappedText) else source
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt {index}: is no valid text: character {error.start} is half of one") from error
+        if isinstance(source, GappedText):
+            return source.tokens(self.tokenizer)
+        return self.tokenizer.encode(source) if isinstance(source, str) else source
 
     def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int],
-                    infill: bool) -> Generation:
+                    ) -> Generation:
         decode = self.tokenizer.decode
-        text = source.fill(self.tokenizer, ids, decoded.tokens) if hasattr(source, "pieces") else decode(decoded.tokens)
+        gapped = isinstance(source, GappedText)
+        text = source.fill(self.tokenizer, ids, decoded.tokens) if gapped else decode(decoded.tokens)
         count, stopped_by = len(decoded.tokens), decoded.stopped_by
         starts = [text.find(s) for s in stop if s in text]
-        if starts and not infill:
+        if starts:
             stops = lambda n: any(s in decode(decoded.tokens[:n]) for s in stop)  # noqa: E731
             count = bisect.bisect_left(range(count), True, key=stops)
             text, stopped_by = text[: min(starts)], "stop_string"

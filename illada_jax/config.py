@@ -6,6 +6,7 @@ below, once, and nothing else in the project sees a ConfigDict. Every field is r
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -461,6 +462,10 @@ class DecodeConfig:
         _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "factor", "batch_size")
         _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "boost", "boost_power",
                       "cache_refresh", "seed")
+        for name in ("temperature", "cfg_scale", "boost", "boost_power"):
+            _require(math.isfinite(getattr(self, name)), f"decode.{name}", getattr(self, name), "must be finite")
+        _require(self.seed < 2**32, "decode.seed", self.seed, "must be less than 2**32")
+        _require(self.eot_id >= -1, "decode.eot_id", self.eot_id, "must be an id, or -1 where there is none")
         _require(self.steps_per_block <= self.block_length, "decode.steps_per_block", self.steps_per_block,
                  f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
         _require(0 < self.threshold <= 1, "decode.threshold", self.threshold, "must lie in (0, 1]")

@@ -31,6 +31,7 @@ from illada_jax.errors import InputError
 flags.adopt_module_key_flags(model_flags)
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
+    flags.DEFINE_enum("over_budget", None, ["cut", "error"], "what happens to a budget beyond the context"),
     flags.DEFINE_enum("length", None, ["variable", "fixed"], "append blocks until EOS, or show all masks at once"),
     flags.DEFINE_integer("block_length", None, "tokens of a block"),
     flags.DEFINE_integer("steps_per_block", None, "steps that a block takes; block_length writes one token per step"),
@@ -44,10 +45,21 @@ SETTINGS = [
     flags.DEFINE_float("cfg_scale", None, "classifier-free guidance; 0 is none"),
     flags.DEFINE_float("boost", None, "push towards </think> near the end of the budget; 0 is off, the paper uses 100"),
     flags.DEFINE_float("boost_power", None, "how late that push sets in: 3 in the paper"),
+    flags.DEFINE_multi_integer("boost_ids", None, "ids of another end-of-thinking string, in their order"),
+    flags.DEFINE_multi_integer("suppressed_ids", None, "ids that are never written"),
+    flags.DEFINE_multi_integer("stop_ids", None, "ids that end an answer, besides EOS"),
+    flags.DEFINE_bool("logits_eos_inf", None, "never write EOS"),
+    flags.DEFINE_bool("confidence_eos_eot_inf", None, "write EOS and EoT last"),
+    flags.DEFINE_integer("eot_id", None, "id of EoT (end of turn); -1: there is none"),
     flags.DEFINE_enum("cache", None, ["none", "prefix", "dual"], "keep keys and values within a block (approximate)"),
+    flags.DEFINE_integer("cache_refresh", None, "steps between refreshes within a block; 0: at its start only"),
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),
 ]
+# Settings that only do something beside another one.
+NEEDS = {"threshold": ("reveal", ("threshold",)), "factor": ("reveal", ("factor",)),
+         "entropy_bound": ("reveal", ("entropy_bound",)), "steps_per_block": ("reveal", ("top_k",)),
+         "cache_refresh": ("cache", ("prefix", "dual"))}
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
 RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
@@ -75,28 +87,43 @@ def main(argv: list[str]) -> int | None:
     if bool(PROMPT.value) == bool(INPUT.value):
         raise InputError("--prompt: give at least one, or --input, but not both")
     prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
-    if STREAM.value and (len(prompts) > 1 or RESULTS.value or OUTPUT.value == "json"):
-        raise InputError("--stream: prints the text of a single prompt; leave out --results and --output=json")
+    if STREAM.value and (len(prompts) > 1 or RESULTS.value or INFILL.value or OUTPUT.value == "json"):
+        raise InputError("--stream: is for a single prompt, without --results, --infill and --output=json")
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = model_flags.load()
-    if RESULTS.value:
-        return write_results(lm, prompts, done, given_settings())
+    settings = given_settings()
+    check_effect(lm, settings)
+    try:
+        if RESULTS.value:
+            write_results(lm, prompts, done, settings)
+        else:
+            print_results(lm, prompts, settings)
+    except KeyboardInterrupt:
+        kept = f"finished prompts are in {RESULTS.value}; the same command does the rest"
+        print(f"interrupted{': ' + kept if RESULTS.value else ''}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return None
+
+
+def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Decodes all prompts and prints them, in their order."""
     if STREAM.value:
         printer = Printer()
-        printer.finish(lm.generate(prompts, stop=STOP.value, on_block=printer, **given_settings())[0].text)
-        return None
+        printer.finish(lm.generate(prompts, stop=STOP.value, on_block=printer, **settings)[0].text)
+        return
     start = time.monotonic()
     results, seconds = {}, {}
-    for index, result in lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **given_settings()):
+    finished = lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **settings)
+    # A progress bar where somebody waits for more than one.
+    for index, result in tqdm(finished, total=len(prompts), unit="prompt", disable=len(prompts) == 1 or None):
         results[index], seconds[index] = result, time.monotonic() - start
     for index, prompt in enumerate(prompts):
         result = results[index]
         print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
     if TRACE.value:
-        write_trace(lm, prompts, [results[index] for index in range(len(prompts))])
-    return None
+        write_trace(lm, prompts, [results[index] for index in range(len(prompts))], settings)
 
 
 def check_trace(path: pathlib.Path, num_prompts: int) -> None:
@@ -111,11 +138,12 @@ def check_trace(path: pathlib.Path, num_prompts: int) -> None:
         raise InputError(f"--trace={path}: there is no directory {path.parent}")
 
 
-def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Generation]) -> None:
+def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Generation],
+                settings: dict[str, Any]) -> None:
     """Writes `--trace`, one network evaluation for each step."""
     path = pathlib.Path(TRACE.value)
-    traces = [tracing.make_trace(lm, result, title=prompt, infill=INFILL.value, **given_settings())
-              for prompt, result in zip(prompts, results, strict=True)]
+    traces = [tracing.make_trace(lm, result, title=prompt, infill=INFILL.value, row=row, **settings)
+              for row, (prompt, result) in enumerate(zip(prompts, results, strict=True))]
     if path.suffix == ".html":
         tracing.write_page(path, traces)
     else:
@@ -124,7 +152,17 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
 
 def given_settings() -> dict[str, Any]:
     """The fields of DecodeConfig that flags set."""
-    return {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
+    return {flag.name: tuple(flag.value) if isinstance(flag.value, list) else flag.value
+            for flag in SETTINGS if flag.value is not None}
+
+
+def check_effect(lm: api.LanguageModel, settings: dict[str, Any]) -> None:
+    """Raises InputError for a flag that would do nothing."""
+    decode = lm.decode_settings(settings)
+    for name, (other, values) in NEEDS.items():
+        if name in settings and getattr(decode, other) not in values:
+            raise InputError(f"--{name}: does nothing with {other} = {getattr(decode, other)!r}; "
+                             f"it is for --{other}={' or '.join(values)}")
 
 
 class Printer:
@@ -156,6 +194,7 @@ def chat() -> None:
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
     lm = model_flags.load()
     settings = given_settings()
+    check_effect(lm, settings)
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
     history: list[dict[str, str]] = []
     for turn in itertools.count():
@@ -185,25 +224,21 @@ def read_line() -> str | None:
         return None
 
 
-def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> int | None:
+def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> None:
     """Appends a line to the results as each prompt finishes. After Ctrl-C what is finished stays."""
     rows = [index for index in range(len(prompts)) if index not in done]
     start = time.monotonic()
+    # A row draws by its line number: an interrupted run samples what an uninterrupted one does.
+    finished = lm.as_completed([prompts[row] for row in rows], infill=INFILL.value, stop=STOP.value, rows=rows,
+                               **settings)
     try:
         with open(RESULTS.value, "a", encoding="utf-8") as file:
-            # A row draws by its line number: an interrupted run samples what an uninterrupted one does.
-            finished = lm.as_completed([prompts[row] for row in rows], infill=INFILL.value, stop=STOP.value, rows=rows,
-                                       **settings)
             for index, result in tqdm(finished, total=len(rows), unit="prompt"):
                 line = json_line(rows[index], prompts[rows[index]], result, time.monotonic() - start)
                 file.write(line + "\n")
                 file.flush()
     except OSError as error:
         raise InputError(f"--results={RESULTS.value}: {error.strerror}") from error
-    except KeyboardInterrupt:
-        print(f"interrupted: finished prompts are in {RESULTS.value}; the same command does the rest", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return None
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -225,8 +260,8 @@ def read_prompts(path: pathlib.Path) -> list[str]:
             raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
         except (KeyError, TypeError) as error:
             raise InputError(f'{path}, line {number}: must be an object with a "prompt"') from error
-        if not isinstance(prompts[-1], str):
-            raise InputError(f'{path}, line {number}: "prompt" must be a text')
+        if not isinstance(prompts[-1], str) or not prompts[-1]:
+            raise InputError(f'{path}, line {number}: "prompt" must be a text that is not empty')
     return prompts
 
 
@@ -234,7 +269,10 @@ def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
     """Line numbers (from 0) of the prompts that have a result; a line cut off by an interruption is removed."""
     if not path.exists():
         return set()
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"--results={path}: {error.strerror}") from error
     whole = text[: text.rfind("\n") + 1]
     done = set()
     for number, line in enumerate(whole.split("\n")[:-1], start=1):

@@ -1,5 +1,6 @@
 """The Python interface and the generate command, on a small random model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_logits_are_those_of_the_model(lm):
 @pytest.mark.parametrize("call, message", [
     (lambda lm: lm.generate("abc"), "a list of prompts is wanted"),
     (lambda lm: lm.generate(["abc", ""]), "prompt 1: is empty"),
+    (lambda lm: lm.generate(["abc", []]), "prompt 1: is empty"),
+    (lambda lm: lm.generate([5, 6]), "prompt 0: must be a text or a list of ids"),
+    (lambda lm: lm.generate([[5, 6.5]]), "prompt 0: must be a text or a list of ids"),
+    (lambda lm: lm.generate(["abc", "ab\udcff"]), "prompt 1: is no valid text: character 2 is half of one"),
+    (lambda lm: lm.infill(["ab\ud800[[mask:1]]"]), "prompt 0: is no valid text"),
+    (lambda lm: lm.infill(["[[mask:999999999]]"]), "gaps of 999999999 tokens exceed the context of 128"),
+    (lambda lm: lm.infill([f"[[mask:{'9' * 5000}]]"]), "a gap is written [[mask:N]]"),
+    (lambda lm: lm.infill(["a[[mask:1]]"], stop=["b"]), "stop: is not for infilling"),
+    (lambda lm: lm.infill(["a[[mask:1]]"], max_new_tokens=4), "max_new_tokens: is not for infilling"),
+    (lambda lm: lm.generate(["abc"], stop="ab"), "stop: a list of stop strings is wanted, not one text"),
+    (lambda lm: lm.generate(["abc"], temperature=float("inf")), "config.decode.temperature = inf: must be finite"),
+    (lambda lm: lm.generate(["abc"], temperature=float("nan")), "config.decode.temperature = nan"),
+    (lambda lm: lm.generate(["abc"], seed=2**32), "config.decode.seed = 4294967296: must be less than 2**32"),
+    (lambda lm: lm.generate(["abc"], eot_id=-2), "config.decode.eot_id = -2"),
+    (lambda lm: lm.generate(["abc"], eot_id=5000), "config.decode.eot_id = 5000: lies outside the vocabulary"),
     (lambda lm: lm.generate(["abc"], stop=[""]), "a stop string must not be empty"),
     (lambda lm: lm.generate(["abc"], max_new_token=4), "config.decode.max_new_token: unknown key; known here: max_new"),
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
@@ -131,6 +147,32 @@ def test_streamed_text_is_the_text(run, lm):
         assert streamed == run("--prompt=abc", "--max_new_tokens=32", *flag)[1]
 
 
+def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
+    assert {flag.name for flag in generate.SETTINGS} == {field.name for field in dataclasses.fields(DecodeConfig)}
+    suppressed = [f"--suppressed_ids={i}" for i in range(TOKENIZER.vocab_size) if not 68 <= i < 72]
+    written = json.loads(run("--prompt=abc", *suppressed, "--nologits_eos_inf", "--output=json")[1])["tokens"]
+    assert set(written) <= {68, 69, 70, 71} and len(written) == 16
+    free = lm.generate(["abc"], suppressed_ids=tuple(range(128, 256)))[0]
+    stop = free.tokens[5]
+    assert json.loads(run("--prompt=abc", f"--stop_ids={stop}", "--output=json")[1])["stopped_by"] == "stop_id"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'; it is for --reveal=threshold"),
+    (["--reveal=factor", "--steps_per_block=2"], "--steps_per_block: does nothing with reveal = 'factor'"),
+    (["--cache_refresh=2"], "--cache_refresh: does nothing with cache = 'none'; it is for --cache=prefix or dual"),
+    (["--stream", "--infill"], "--stream: is for a single prompt"),
+    (["--stop="], "a stop string must not be empty"),
+    (["--results=."], "--results=.: Is a directory"),
+    (["--results=/none/r.jsonl"], "--results=/none/r.jsonl: No such file or directory"),
+    (["--input=/none/p.jsonl"], "not both"),
+])
+def test_flags_that_would_do_nothing_or_cannot_be_obeyed(run, arguments, message):
+    with pytest.raises(InputError) as caught:
+        run("--prompt=abc", *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_path):
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     texts = [f"prompt {n}" for n in range(7)]
@@ -162,6 +204,7 @@ def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_pat
     ('{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
     ('{"text": "a"}\n', 'line 1: must be an object with a "prompt"'),
     ('{"prompt": 3}\n', 'line 1: "prompt" must be a text'),
+    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: "prompt" must be a text that is not empty'),
     ("", "has no lines"),
 ])
 def test_bad_prompt_files(run, tmp_path, content, message):

@@ -94,6 +94,8 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         for id_ in getattr(settings, key):
             if not 0 <= id_ < ids.vocab_size:
                 raise ConfigError(f"config.decode.{key}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
+    if settings.eot_id >= ids.vocab_size:
+        raise ConfigError(f"config.decode.eot_id = {settings.eot_id}: lies outside the vocabulary of {ids.vocab_size}")
     if settings.cache != "none" and init_cache is None:
         raise ConfigError(f"config.decode.cache = {settings.cache!r}: this network has no cache; use 'none'")
     suppressed = {*settings.suppressed_ids, *ids.unused} | ({ids.eos} if settings.logits_eos_inf else set())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from illada_jax.errors import InputError
 
-GAP = re.compile(r"\[\[mask:(\d+)\]\]")
+GAP = re.compile(r"\[\[mask:([0-9]{1,9})\]\]")
 
 
 class GappedText(NamedTuple):

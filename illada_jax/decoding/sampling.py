@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from illada_jax.decoding.confidence import Guess, log_probs
+from illada_jax.decoding.confidence import Guess, argmax, log_probs
 
 
 class Draw(enum.IntEnum):
@@ -64,7 +64,7 @@ def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.
         # Drawn flat: XLA's CPU compiler takes ten times as long over the same draw in more dimensions.
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (math.prod(shape_QV),), mode="high").reshape(shape_QV))
         logits_BQV = logits_BQV + gumbel(keys_B)
-    return jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
+    return argmax(logits_BQV)
 
 
 def guess(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,

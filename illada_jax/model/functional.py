@@ -41,7 +41,7 @@ def hidden(
 ) -> jax.Array:
     """Final hidden states hidden_BTD, see `Transformer.hidden`."""
     return Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT,
-                                     method=Transformer.hidden)[0]
+                                     method=Transformer.hidden)
 
 
 def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Array:
@@ -54,10 +54,9 @@ def _logits_function(config: ModelConfig):
     """One function object per config, so that jit recognises it and does not compile again for other params."""
 
     def logits(params, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
-        hidden_BTD, cache = Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache,
-                                                      method=Transformer.hidden)
-        wanted_BQD = jnp.take_along_axis(hidden_BTD, want_BQ[:, :, None], axis=1)
-        return head(config, params, wanted_BQD), cache
+        hidden_BQD, cache = Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT, want_BQ,
+                                                      cache, method=Transformer.wanted)
+        return head(config, params, hidden_BQD), cache
 
     return logits
 

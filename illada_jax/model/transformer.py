@@ -21,6 +21,7 @@ from illada_jax.model.dense import dense
 from illada_jax.model.embedding import look_up
 
 KeysValues = tuple[jax.Array, jax.Array]
+Rotation = tuple[jax.Array, jax.Array]  # what `rotation` returns
 # Names under which remat policies find what a layer computes.
 PROJECTIONS, FEED_FORWARD = "projections", "feed_forward"
 ACTIVATION_AXES = ("batch", "length", "embed_act")
@@ -54,23 +55,28 @@ class RMSNorm(nn.Module):
         return (x32_BTD * inverse_rms_BT1 * scale_11D).astype(x_BTD.dtype)
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding in the rotate-half layout: dimension i turns together with i + H/2.
+def rotation(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
+    """Cosine and sine of the angles by which rotary positions turn heads of this width; float32, [B, T, 1, width/2].
 
-    Args:
-      x_BTNH: queries or keys.
-      positions_BT: int32 positions.
-      theta: base of the frequencies.
-
-    Returns:
-      Array like x_BTNH; the angles are float32.
+    They are the same in every layer: computed once, they are an eighth of what attention costs on a CPU saved.
     """
-    half = x_BTNH.shape[-1] // 2
+    half = width // 2
     frequencies_111h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None, None, :]
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_111h
-    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    return jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+
+
+def rotary(x_BTNH: jax.Array, turned: Rotation) -> jax.Array:
+    """Queries or keys turned by their positions, in the rotate-half layout: dimension i goes together with i + H/2."""
+    cos_BT1h, sin_BT1h = turned
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h],
+                           axis=-1).astype(x_BTNH.dtype)
+
+
+def _at(x_BT: jax.Array, want_BQ: jax.Array) -> jax.Array:
+    """The wanted columns of [B, T, ...]."""
+    return jnp.take_along_axis(x_BT, want_BQ.reshape(want_BQ.shape + (1,) * (x_BT.ndim - 2)), axis=1)
 
 
 class Attention(nn.Module):
@@ -80,21 +86,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
+        self, x_BTD: jax.Array, turned: Rotation, segments_BT: jax.Array,
         cached_segments_BS: jax.Array | None = None, cached: KeysValues | None = None,
+        want_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to what is cached of the rest.
 
         Args:
           x_BTD: the normed residual stream.
-          positions_BT: int32 positions.
+          turned: the rotation of its positions.
           segments_BT: int32 segments.
           cached_segments_BS: int32 segments of the cached columns, -1 for those that x_BTD computes anew.
           cached: (keys_BSKH, values_BSKH) of this layer, or None.
+          want_BQ: int32 columns of x_BTD that attend; None is all of them.
 
         Returns:
-          (what attention adds to the residual stream, like x_BTD; keys and values if x_BTD is a whole canvas to be
-          cached, else None).
+          (what attention adds to the residual stream of the wanted columns; keys and values if x_BTD is a whole canvas
+          to be cached, else None).
         """
         c = self.config
         q_DNH = self.param("q", _init(_init_std(c), "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
@@ -103,17 +111,20 @@ class Attention(nn.Module):
         v_DKH = self.param("v", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
         o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
                            (c.num_heads, c.head_dim, c.d_model))
-        q_BTNH = rotary(self._project(x_BTD, q_DNH), positions_BT, c.rope_theta)
-        k_BTKH = rotary(self._project(x_BTD, k_DKH), positions_BT, c.rope_theta)
+        k_BTKH, v_BTKH = rotary(self._project(x_BTD, k_DKH), turned), self._project(x_BTD, v_DKH)
+        keys_segments_BT = segments_BT
+        if want_BQ is not None:
+            x_BTD, segments_BT, turned = jax.tree.map(lambda x_BT: _at(x_BT, want_BQ), (x_BTD, segments_BT, turned))
+        q_BTNH = rotary(self._project(x_BTD, q_DNH), turned)
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads_act", None))
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, self._project(x_BTD, v_DKH)), PROJECTIONS)
-        k_BSKH, v_BSKH, segments_BS, fresh = k_BTKH, v_BTKH, segments_BT, None
-        if cached is not None and x_BTD.shape[1] == cached[0].shape[1]:
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), PROJECTIONS)
+        k_BSKH, v_BSKH, segments_BS, fresh = k_BTKH, v_BTKH, keys_segments_BT, None
+        if cached is not None and k_BTKH.shape[1] == cached[0].shape[1]:
             fresh = (k_BTKH, v_BTKH)
         elif cached is not None:
             k_BSKH = jnp.concatenate([cached[0], k_BTKH], axis=1)
             v_BSKH = jnp.concatenate([cached[1], v_BTKH], axis=1)
-            segments_BS = jnp.concatenate([cached_segments_BS, segments_BT], axis=1)
+            segments_BS = jnp.concatenate([cached_segments_BS, keys_segments_BT], axis=1)
         out_BTNH = attention_fn(c)(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
         out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
         added_BTD = dense(out_BTE, o_NHD.reshape(-1, c.d_model), x_BTD.dtype)
@@ -150,16 +161,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
-        cached_segments_BS: jax.Array | None, cached: KeysValues | None,
+        self, x_BTD: jax.Array, turned: Rotation, segments_BT: jax.Array, cached_segments_BS: jax.Array | None = None,
+        cached: KeysValues | None = None, want_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """Adds attention and feed-forward to the residual stream x_BTD; for the rest see Attention."""
+        """Adds attention and feed-forward to the residual stream x_BTD, or to its wanted columns; see Attention."""
         c = self.config
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT, cached_segments_BS,
-                                                            cached)
-        x_BTD = x_BTD + attended_BTD
+        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, turned, segments_BT, cached_segments_BS,
+                                                            cached, want_BQ)
+        x_BTD = (x_BTD if want_BQ is None else _at(x_BTD, want_BQ)) + attended_BTD
         normed_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + FeedForward(c, name="mlp")(normed_BTD)
         return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), fresh
@@ -193,7 +204,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=c.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -204,33 +215,64 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Logits of all positions, float32 [B, T, V]: for initialisation and for people who look inside."""
-        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT)[0])
+        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
 
-    def hidden(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states.
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Final hidden states of all columns, normed, [B, T, D] in the compute dtype: what training asks for.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 positions within each segment.
           segments_BT: int32 segment of each token; 0 is padding.
+        """
+        x_BTD, turned = self._enter(tokens_BT, positions_BT)
+        x_BTD, _ = self.layers(x_BTD, turned, segments_BT)
+        return self.final_norm(x_BTD)
+
+    def wanted(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, want_BQ: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states of some columns: what decoding and scoring ask for.
+
+        The last layer is computed for these columns only, but for its keys and values. (Layers are taken from the stack
+        by their number: the gradient of that is a sum over stacks, so training scans over them instead.)
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 positions within each segment.
+          segments_BT: int32 segment of each token; 0 is padding.
+          want_BQ: int32 columns of the slice.
           cache: None, or a cache of S columns. With T = S it is filled anew; with T < S the tokens are the columns
             `positions_BT` of the canvas, and attend to the others as they were when it was filled.
 
         Returns:
-          (hidden_BTD, normed, in the compute dtype; the cache).
+          (hidden_BQD, normed, in the compute dtype; the cache).
         """
+        c = self.config
+        x_BTD, turned = self._enter(tokens_BT, positions_BT)
+        cached_segments_BS = cache and cache.without(positions_BT).segments_BS
+        stacks = self.variables["params"]["layers"], cache and (cache.keys_YBSKH, cache.values_YBSKH)
+        block = Block(c, parent=None)
+
+        def layer(x_BTD, index, want_BQ=None):
+            take = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)  # noqa: E731
+            params, cached = jax.tree.map(take, stacks)
+            return block.apply({"params": params}, x_BTD, turned, segments_BT, cached_segments_BS, cached, want_BQ)
+
+        last = c.num_layers - 1
+        x_BTD, fresh = jax.lax.scan(layer, x_BTD, jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
+        x_BQD, fresh_last = layer(x_BTD, last, want_BQ)
+        if fresh_last is not None:
+            keys_values = jax.tree.map(lambda stack, one: jnp.concatenate([stack, one[None]]), fresh, fresh_last)
+            cache = Cache(*keys_values, segments_BT)
+        return self.final_norm(x_BQD), cache
+
+    def _enter(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
+        """The residual stream before the first layer, and the rotation of its positions."""
         x_BTD = look_up(self.embedding_VD, tokens_BT, self.config.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
-        if cache is None:
-            x_BTD, _ = self.layers(x_BTD, positions_BT, segments_BT, None, None)
-        else:
-            cached_segments_BS = cache.without(positions_BT).segments_BS
-            x_BTD, fresh = self.layers(x_BTD, positions_BT, segments_BT, cached_segments_BS,
-                                       (cache.keys_YBSKH, cache.values_YBSKH))
-            cache = cache if fresh is None else Cache(*fresh, segments_BT)
-        return self.final_norm(x_BTD), cache
+        return x_BTD, rotation(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def head(self, hidden_BQD: jax.Array) -> jax.Array:
         """Logits of the given hidden states, float32 [B, Q, V]; products are accumulated in float32."""

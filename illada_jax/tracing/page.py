@@ -14,7 +14,7 @@ _MARKER = "/*TRACES*/null"
 def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
     """Writes a page that shows the traces side by side, step by step."""
     template = importlib.resources.files("illada_jax.tracing").joinpath("page.html").read_text(encoding="utf-8")
-    data = [dataclasses.asdict(trace) for trace in traces]
+    data = [{**dataclasses.asdict(trace), "agreement": trace.agreement} for trace in traces]
     for trace in data:
         trace["probability"] = [round(p, 4) for p in trace["probability"]]
         trace["candidates"] = [{column: [[piece, round(p, 4)] for piece, p in best] for column, best in step.items()}

@@ -65,6 +65,7 @@ def _frame(trace: Trace, step: int, font: Any, colours: Any, by_order: bool) -> 
             else:
                 draw.text(corner, text, fill=colour, font=font)
     nfe = f"step {step} of {trace.num_steps}" + (f"   {trace.title}" if trace.title else "")
+    nfe += "" if trace.agreement is None else f"   cache agrees with exact: {trace.agreement:.0%}"
     draw.text((12, 12 + height * lines), nfe, fill=(130, 130, 130), font=font)
     return image
 

@@ -5,7 +5,8 @@ are computed again by the same network on these states, so that decoding itself 
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class Trace:
       visible: for each step, the columns that the network sees: in variable length the canvas grows.
       candidates: for each step, the most probable tokens of the columns that are still masked in the active block, by
         column.
+      agrees: for each column, whether decoding without a cache has the same token there; empty if there was no cache.
     """
 
     title: str
@@ -51,16 +53,25 @@ class Trace:
     probability: list[float]
     visible: list[int]
     candidates: list[dict[int, list[Candidate]]]
+    agrees: list[bool] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:
         """Steps that wrote something."""
         return len(self.visible)
 
+    @property
+    def agreement(self) -> float | None:
+        """Share of the written tokens that decoding without a cache writes too; None if there was no cache."""
+        written = [agrees for agrees, at in zip(self.agrees, self.written_at, strict=False) if 0 <= at < self.num_steps]
+        return sum(written) / len(written) if written else None
+
 
 def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = False, num_candidates: int = 5,
-               **settings: Any) -> Trace:
+               row: int = 0, **settings: Any) -> Trace:
     """The trace of a result, one network evaluation for each of its steps.
+
+    A cache approximates: if one was used, the row is decoded once more without it, to say how far they agree.
 
     Args:
       lm: the `api.LanguageModel` that wrote it.
@@ -68,6 +79,7 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
       title: see Trace.
       infill: it was made by `lm.infill`.
       num_candidates: tokens that are kept for each masked column and step.
+      row: the number that the row drew by.
       **settings: those that it was made with.
 
     Raises:
@@ -106,8 +118,21 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
             if written_at[column] == now:
                 probability[column] = np.exp(log_prob)
         visible.append(end)
+    agrees = [] if decode.cache == "none" else _agrees(lm, canvas, written_at, infill, row, settings)
     return Trace(title, [display(lm.tokenizer, int(i)) for i in canvas], written_at.tolist(), block.tolist(),
-                 probability.tolist(), visible, candidates)
+                 probability.tolist(), visible, candidates, agrees)
+
+
+def _agrees(lm: Any, canvas: np.ndarray, written_at: np.ndarray, infill: bool, row: int,
+            settings: dict[str, Any]) -> list[bool]:
+    """For each column of the canvas, whether decoding without a cache ends with the same token in it."""
+    exact = {**settings, "cache": "none"}
+    if infill:
+        masked = np.where(written_at < 0, canvas, lm.tokenizer.mask_id)
+        result = lm.infill([masked.tolist()], rows=[row], **exact)[0]
+    else:
+        result = lm.generate([canvas[: np.argmax(written_at >= 0)].tolist()], rows=[row], **exact)[0]
+    return [token == other for token, other in itertools.zip_longest(canvas.tolist(), result.canvas)][: len(canvas)]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -235,7 +236,7 @@ def _seal(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
     return digest(json.dumps([meta, tokenizer_files], sort_keys=True))
 
 
-def load_inference(source: Source | str | epath.Path, dtype: str | None = None, mesh: Mesh | None = None,
+def load_inference(source: Source | str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None,
                    quantized: bool = False) -> Loaded:
     """Loads params, config and tokenizer; no optimizer.
 
@@ -248,7 +249,7 @@ def load_inference(source: Source | str | epath.Path, dtype: str | None = None, 
     Raises:
       InputError: there is no checkpoint, or it has another format version.
     """
-    source = open_model(source) if isinstance(source, str | epath.Path) else source
+    source = open_model(source) if isinstance(source, str | os.PathLike) else source
     config = source.config
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))

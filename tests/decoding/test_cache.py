@@ -66,6 +66,21 @@ def test_with_one_step_per_block_every_evaluation_is_a_refresh():
         assert decode(dataclasses.replace(settings, cache=cache)) == exact
 
 
+@pytest.mark.parametrize("cache_refresh, wholes", [(0, 3), (3, 9), (1, 24)])
+def test_the_whole_canvas_is_computed_at_refreshes_only(cache_refresh, wholes):
+    """Three blocks of eight steps, the block starts and every third step within it."""
+    logits_fn, computed = transformer()[0], []
+
+    def counted(tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+        jax.debug.callback(lambda _: computed.append(tokens_BT.shape[1]), tokens_BT)
+        return logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, cache)
+
+    settings = dataclasses.replace(SETTINGS, cache="prefix", cache_refresh=cache_refresh, suppressed_ids=(IDS.eos,))
+    Decoder(jax.tree_util.Partial(counted), settings, IDS, TRANSFORMER.max_length, INIT_CACHE).generate([[4] * 20])
+    jax.effects_barrier()
+    assert len(computed) == 24 and computed.count(8) == 24 - wholes
+
+
 def test_company_does_not_matter_to_a_cached_row():
     settings = dataclasses.replace(SETTINGS, cache="dual", reveal="threshold", threshold=0.5)
     alone = [decode(settings, [prompt])[0] for prompt in PROMPTS]

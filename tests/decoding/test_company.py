@@ -63,6 +63,8 @@ def params_of(kind):
 def decode(params, settings, order, batch_size, mesh=None):
     """{prompt: (tokens, reveal steps, why it stopped)} of the prompts in `order`."""
     settings = dataclasses.replace(settings, batch_size=batch_size)
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(mesh, model.param_axes(TRANSFORMER)))
     decoder = Decoder(model.make_logits_fn(TRANSFORMER, params), settings, IDS, TRANSFORMER.max_length, mesh=mesh)
     results = decoder.generate([PROMPTS[i] for i in order], rows=order)
     return {i: (r.tokens, r.reveal_step, r.stopped_by) for i, r in zip(order, results, strict=True)}
@@ -84,20 +86,20 @@ def test_alone_or_in_company(kind, temperature):
     params = params_of(kind)
     alone = {i: decode(params, settings, [i], 1)[i] for i in EVERYTHING}
     shuffled = np.random.default_rng(0).permutation(64).tolist()
-    for batch_size, order in ((64, EVERYTHING), (3, EVERYTHING), (7, EVERYTHING), (16, shuffled)):
-        assert near_ties(params, settings, alone, decode(params, settings, order, batch_size)) <= 1
+    spread = make_mesh(MeshConfig(data=8, fsdp=1, tensor=1), jax.devices()[:8])
+    for batch_size, order, mesh in ((64, EVERYTHING, None), (3, EVERYTHING, None), (7, EVERYTHING, None),
+                                    (16, shuffled, None), (64, EVERYTHING, spread)):
+        together = decode(params, settings, order, batch_size, mesh)
+        assert near_ties(params, settings, alone, together) <= 1, (batch_size, mesh)
     assert len({str(tokens) for tokens, _, _ in alone.values()}) > 5
 
 
-@pytest.mark.parametrize("data, tensor", [(8, 1), (2, 2)])
-def test_on_many_devices(data, tensor):
-    """Params and rows spread over a mesh."""
-    params, settings = params_of("random"), dataclasses.replace(SETTINGS, temperature=0.7)
-    mesh = make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), jax.devices()[: data * tensor])
-    config = TRANSFORMER
-    if tensor > 1:  # two key/value heads to spread
-        config = dataclasses.replace(TRANSFORMER, num_kv_heads=2)
-        params = random_params(config)
+def test_matrices_spread_over_devices():
+    """Rows over two devices, heads and feed-forward over two more."""
+    settings = dataclasses.replace(SETTINGS, temperature=0.7)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    config = dataclasses.replace(TRANSFORMER, num_kv_heads=2)  # to spread
+    params = random_params(config)
 
     def run(params, mesh):
         decoder = Decoder(model.make_logits_fn(config, params), dataclasses.replace(settings, batch_size=16), IDS,

@@ -9,8 +9,10 @@ import pytest
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder, plain_logits_fn
+from illada_jax.decoding.confidence import CONFIDENCES
 from illada_jax.decoding.decoder import canvas_buckets, make_rules
 from illada_jax.decoding.loop import Carry, run_blocks
+from illada_jax.decoding.reveal import REVEALS
 from illada_jax.errors import InputError
 from tests.decoding.toys import IDS, table
 
@@ -136,6 +138,28 @@ def test_callback_sees_every_block_and_stops_rows():
     assert results[1].tokens == seen[1][-1] and len(results[1].tokens) == 16
     unwatched = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4]])
     assert unwatched[0].tokens == results[0].tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Half of what is left."""
+
+    def __call__(self, ranking):
+        return ranking.masked_B // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FromTheRight:
+    def __call__(self, guess):
+        return jax.lax.broadcasted_iota(jnp.float32, guess.tokens_BQ.shape, 1) - 1000
+
+
+def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
+    monkeypatch.setitem(REVEALS, "halves", lambda settings: Halves())
+    monkeypatch.setitem(CONFIDENCES, "from_the_right", FromTheRight)
+    settings = dataclasses.replace(SETTINGS, reveal="halves", confidence="from_the_right", max_new_tokens=8)
+    result = Decoder(table(eos_bias=-20.0)[0], settings, IDS, 96).generate([[4]])[0]
+    assert result.reveal_step == [3, 2, 1, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("call, message", [

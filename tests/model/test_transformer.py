@@ -67,13 +67,28 @@ def test_attention_looks_both_ways_and_padding_is_not_seen():
     np.testing.assert_array_equal(after[2, :9], before[2, :9])
 
 
+@pytest.mark.parametrize("scan_unroll", [1, 2])
+@pytest.mark.parametrize("num_layers", [1, 3, 4])
+def test_wanted_columns_are_those_of_the_whole(num_layers, scan_unroll):
+    """Decoding computes the last layer for the wanted columns only, training for all: in any order, across segments."""
+    config = dataclasses.replace(SMALL, num_layers=num_layers)
+    if num_layers % scan_unroll == 0:
+        config = dataclasses.replace(config, scan_unroll=scan_unroll)
+    params, rows = random_params(config), inputs()
+    whole_BLV = model.head(config, params, model.hidden(config, params, *rows))
+    want_BQ = np.array([[7, 0], [6, 2], [1, 8]])
+    some_BQV, _ = jax.jit(lambda f, *x: f(*x, None))(model.make_logits_fn(config, params), *rows, want_BQ)
+    np.testing.assert_allclose(some_BQV, np.take_along_axis(whole_BLV, want_BQ[:, :, None], 1), atol=2e-5)
+
+
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
 def test_how_it_is_computed_changes_neither_values_nor_gradients(change):
     params = random_params(SMALL)
     rows = inputs()
 
     def total(params, config):
-        return jnp.mean(jax.nn.log_softmax(run(model.make_logits_fn(config, params), *rows))[..., 3])
+        logits_BLV = model.head(config, params, model.hidden(config, params, *rows))
+        return jnp.mean(jax.nn.log_softmax(logits_BLV)[..., 3])
 
     value, grads = jax.value_and_grad(total)(params, SMALL)
     other, other_grads = jax.value_and_grad(total)(params, dataclasses.replace(SMALL, **change))

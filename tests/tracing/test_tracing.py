@@ -73,6 +73,25 @@ def test_what_was_never_written_stays_masked(lm):
     assert trace.written_at[-8:] == [trace.num_steps] * 8 and trace.probability[-1] == 0
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_trace_says_how_far_a_cache_agrees_with_exact_decoding(lm, cache, tmp_path):
+    settings = {"cache": cache, "suppressed_ids": (*range(128, 256), TOKENIZER.eos_id), "max_new_tokens": 32,
+                "block_length": 16, "steps_per_block": 16}
+    prompts = ["abc", "de [fg] "]
+    approximate = lm.generate(prompts, **settings)
+    exact = lm.generate(prompts, **{**settings, "cache": "none"})
+    traces = [make_trace(lm, result, row=row, **settings) for row, result in enumerate(approximate)]
+    for trace, one, other in zip(traces, approximate, exact, strict=True):
+        same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
+        assert trace.agrees[-32:] == same and trace.agreement == np.mean(same)
+    assert min(trace.agreement for trace in traces) < 1
+    assert make_trace(lm, exact[0], **{**settings, "cache": "none"}).agreement is None
+    write_page(tmp_path / "p.html", traces)
+    assert f'"agreement":{traces[0].agreement}' in (tmp_path / "p.html").read_text()
+    filled = lm.infill(["ab[[mask:9]]"], cache=cache, cache_refresh=1)[0]
+    assert make_trace(lm, filled, infill=True, cache=cache, cache_refresh=1).agreement == 1
+
+
 def test_display_shows_half_a_character_as_a_piece():
     assert display(TOKENIZER, TOKENIZER.encode("a")[0]) == "a"
     assert "\ufffd" not in display(TOKENIZER, TOKENIZER.encode("é")[0])
