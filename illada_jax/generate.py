@@ -50,7 +50,6 @@ SETTINGS = [
     flags.DEFINE_multi_integer("stop_ids", None, "ids that end an answer, besides EOS"),
     flags.DEFINE_bool("logits_eos_inf", None, "never write EOS"),
     flags.DEFINE_bool("confidence_eos_eot_inf", None, "write EOS and EoT last"),
-    flags.DEFINE_integer("eot_id", None, "id of EoT (end of turn); -1: there is none"),
     flags.DEFINE_enum("cache", None, ["none", "prefix", "dual"], "keep keys and values within a block (approximate)"),
     flags.DEFINE_integer("cache_refresh", None, "steps between refreshes within a block; 0: at its start only"),
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),

@@ -51,7 +51,7 @@ def lm():
 @pytest.fixture
 def run(lm, places, monkeypatch, capsys):
     """Runs the command with flags on the model in memory; returns what it prints."""
-    monkeypatch.setattr(api, "load", lambda path, dtype, mesh, quantize: lm)
+    monkeypatch.setattr(api, "load", lambda path, dtype, mesh, quantize, special_ids: lm)
 
     def call(*arguments):
         flags.FLAGS.unparse_flags()
