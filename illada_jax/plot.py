@@ -1,7 +1,7 @@
 """Draws what training runs recorded: one panel a quantity, the runs laid over each other.
 
   python -m illada_jax.plot workdirs/quickstart
-  python -m illada_jax.plot workdirs/run1 workdirs/run2 --output=runs.svg
+  python -m illada_jax.plot workdirs/run1 workdirs/run2 --figure=runs.svg
 
 Loss, bound on held-out text, accuracy over the masking probability, learning rate, tokens per second; what no run
 recorded has no panel. Needs `pip install 'illada_jax[plot]'`.
@@ -20,7 +20,7 @@ from illada_jax import cli
 from illada_jax.errors import InputError
 from illada_jax.training.metrics import curves_over_p, read_lines
 
-OUTPUT = flags.DEFINE_string("output", "plot.png", "file to draw into: .png, .svg or .pdf")
+FIGURE = flags.DEFINE_string("figure", "plot.png", "file to draw into: .png, .svg or .pdf")
 SUFFIXES = (".png", ".svg", ".pdf")
 # Metric → what its axis says. Each is a panel over the steps.
 PANELS = {
@@ -35,11 +35,11 @@ LAST_LINES = 20  # whose mean the curves over p are: a single line is noisy
 
 def main(argv: list[str]) -> None:
     """Reads the workdirs and draws."""
-    output = pathlib.Path(OUTPUT.value)
+    output = pathlib.Path(FIGURE.value)
     if output.suffix not in SUFFIXES:
-        raise InputError(f"--output={output}: the ending must be {', '.join(SUFFIXES)}")
+        raise InputError(f"--figure={output}: the ending must be {', '.join(SUFFIXES)}")
     if not output.parent.is_dir():
-        raise InputError(f"--output={output}: there is no directory {output.parent}")
+        raise InputError(f"--figure={output}: there is no directory {output.parent}")
     if len(argv) < 2:
         raise InputError("name at least one workdir, for example: python -m illada_jax.plot workdirs/quickstart")
     runs = {workdir: read_run(epath.Path(workdir)) for workdir in argv[1:]}
@@ -110,7 +110,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: pathlib.Path) -> None:
     try:
         figure.savefig(output, dpi=140)
     except OSError as error:
-        raise InputError(f"--output={output}: {error.strerror or error}") from error
+        raise InputError(f"--figure={output}: {error.strerror or error}") from error
     plt.close(figure)
 
 

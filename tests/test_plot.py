@@ -37,7 +37,7 @@ def test_accuracy_over_p_weighs_lines_by_their_masked_tokens():
 def test_runs_are_drawn_over_each_other(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     runs = [write_run(tmp_path / name, [line(step, 5.0 / step) for step in (1, 2, 3)]) for name in ("one", "two")]
-    result = run_command("plot", *runs, f"--output={tmp_path / 'runs.svg'}")
+    result = run_command("plot", *runs, f"--figure={tmp_path / 'runs.svg'}")
     assert result.returncode == 0, result.stderr
     svg = (tmp_path / "runs.svg").read_text()
     # Text is drawn as paths, but each is announced by a comment.
@@ -48,14 +48,14 @@ def test_runs_are_drawn_over_each_other(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     ([], "name at least one workdir"),
     (["nowhere"], "nowhere: no metrics.jsonl"),
-    (["nowhere", "--output=a.jpeg"], "must be .png, .svg, .pdf"),
-    (["nowhere", "--output=missing/a.png"], "there is no directory missing"),
+    (["nowhere", "--figure=a.jpeg"], "must be .png, .svg, .pdf"),
+    (["nowhere", "--figure=missing/a.png"], "there is no directory missing"),
 ])
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = dict(argument[2:].split("=") for argument in arguments if argument.startswith("--"))
     plot.flags.FLAGS(["plot"])
-    monkeypatch.setattr(plot.flags.FLAGS["output"], "value", values.get("output", "plot.png"))
+    monkeypatch.setattr(plot.flags.FLAGS["figure"], "value", values.get("figure", "plot.png"))
     with pytest.raises(InputError, match=message):
         plot.main(["plot", *(argument for argument in arguments if not argument.startswith("--"))])
 
