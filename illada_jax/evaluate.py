@@ -14,12 +14,10 @@ On several hosts start the same command on each with `--processes`: requests are
 those of one process, which process 0 writes.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,7 +29,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.errors import InputError
 from illada_jax.parallel import hosts
 from illada_jax.scoring import manifest as manifests
-from illada_jax.scoring import presets, sandbox, settings
+from illada_jax.scoring import presets, programs, sandbox, settings
 from illada_jax.scoring.scorer import ScoreConfig
 from illada_jax.scoring.work import Work
 
@@ -60,7 +58,11 @@ def main(argv: list[str]) -> int | None:
         return None
     knobs, evaluation = plan()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tasks = load_tasks(evaluation)
+    manager = load_tasks(evaluation)
+    runs_programs = programs.program_tasks(manager.task_index, evaluation["tasks"])
+    if runs_programs and not ALLOW_CODE.value:
+        raise InputError(f"task {runs_programs[0]}: runs generated programs; --allow_code_execution lets it, in a "
+                         "sandbox")
     hosts.join(process_flags.PROCESSES.value)
     lm = model_flags.load()
     manifest = manifests.make_manifest(lm, model_flags.CHECKPOINT.value, knobs, evaluation)
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> int | None:
     fingerprint = manifests.manifest_fingerprint(manifest)
     work = Work(None if directory is None else directory / "chunks", fingerprint)
     started = datetime.datetime.now(datetime.UTC)
-    results = run(lm, knobs, work, tasks, evaluation)
+    with programs.confined(manager, runs_programs):
+        results = run(lm, knobs, work, manager, evaluation)
     if jax.process_index() == 0:
         times = {"started": started.isoformat(), "finished": datetime.datetime.now(datetime.UTC).isoformat()}
         write(directory, {"manifest": manifest, "manifest_fingerprint": fingerprint, **results, "times": times})
@@ -162,17 +165,16 @@ def claim(directory: epath.Path, manifest: dict[str, Any]) -> None:
 
 def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: Any,
         evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Runs the harness; the results without manifest and times.
-
-    Raises:
-      InputError: a task runs programs and that is not allowed, or cannot be prepared.
-    """
+    """Runs the harness; the results without manifest and times."""
     import lm_eval
+    from lm_eval import evaluator
 
     from illada_jax.scoring.adapter import HarnessModel
 
     adapter = HarnessModel(lm, knobs, work)
-    with harness_patched(ALLOW_CODE.value):
+    describe = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None  # our manifest does; the harness would look at PyTorch
+    try:
         found = lm_eval.simple_evaluate(
             model=adapter, tasks=list(evaluation["tasks"]), task_manager=manager,
             num_fewshot=evaluation["num_fewshot"], limit=evaluation["limit"], log_samples=True,
@@ -181,36 +183,13 @@ def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: An
             system_instruction=evaluation["system_instruction"], fewshot_random_seed=evaluation["fewshot_seed"],
             torch_random_seed=None,  # PyTorch takes no part
             confirm_run_unsafe_code=ALLOW_CODE.value)
+    finally:
+        evaluator.add_env_info = describe
     kept = {name: found[name] for name in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
             if name in found}
     return json.loads(json.dumps({
         **kept, "network_evaluations": work.evaluations, "truncated_contexts": dict(adapter.truncated),
         "samples": found["samples"]}, default=str))
-
-
-@contextlib.contextmanager
-def harness_patched(allow_code: bool) -> Iterator[None]:
-    """While it lasts, lm-eval's code tasks get the sandbox where they load the metric that runs programs.
-
-    And the harness does not look at PyTorch to describe the environment, which our manifest does.
-    """
-    import evaluate as metrics
-    from lm_eval import evaluator
-
-    load, describe = metrics.load, evaluator.add_env_info
-
-    def load_confined(name: str, *rest: Any, **more: Any) -> Any:
-        if name != "code_eval":
-            return load(name, *rest, **more)
-        if not allow_code:
-            raise InputError("a task runs generated programs: --allow_code_execution lets it, in a sandbox")
-        return sandbox.SandboxedCodeEval()
-
-    metrics.load, evaluator.add_env_info = load_confined, lambda results: None
-    try:
-        yield
-    finally:
-        metrics.load, evaluator.add_env_info = load, describe
 
 
 def write(directory: epath.Path | None, report: dict[str, Any]) -> None:

@@ -181,13 +181,16 @@ def _noting(make, seen):
 
 
 def test_programs_are_run_in_the_sandbox_when_allowed(run, tmp_path):
-    with pytest.raises(InputError, match="a task runs generated programs: --allow_code_execution"):
-        run("--tasks=toy_program")
+    for tasks_ in ("toy_program", "toy_choice,toy_group"):
+        with pytest.raises(InputError, match="task toy_program: runs generated programs; --allow_code_execution"):
+            run(f"--tasks={tasks_}")
     try:
         run("--tasks=toy_program", "--allow_code_execution", f"--output_dir={tmp_path}")
     except InputError as error:
         pytest.skip(str(error))
     assert results(tmp_path)["results"]["toy_program"]["passes,programs"] == 0.5
+    with pytest.raises(InputError, match="task toy_unconfined: runs generated programs by means of its own"):
+        run("--tasks=toy_unconfined", "--allow_code_execution")
 
 
 def test_answers_behind_a_thought(lm):
@@ -252,7 +255,7 @@ raise ImportError("torch")
 
 
 def test_two_processes_give_the_numbers_of_one(places, tmp_path, run):
-    """And no module of ours imports PyTorch; the harness's own dependencies do where it is installed."""
+    """And nothing imports PyTorch on the way, installed or not: a stand-in, found first, would leave a mark."""
     stub = tmp_path / "stub" / "torch"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(TORCH.format(path=str(tmp_path / "importers")))
@@ -278,7 +281,7 @@ def test_two_processes_give_the_numbers_of_one(places, tmp_path, run):
         assert rows[0] == rows[1]
     assert "| toy_choice |" in outputs[0][0] and "| toy_choice |" not in outputs[1][0]
     importers = (tmp_path / "importers").read_text().split() if (tmp_path / "importers").exists() else []
-    assert not [name for name in importers if name.split(".")[0] == "illada_jax"], "torch was imported"
+    assert not importers, f"torch was imported by {importers}"
 
 
 def test_registered_in_the_harness(places, expected_choice):

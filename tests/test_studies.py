@@ -40,7 +40,7 @@ def test_cells_are_valid_and_shared(modules):
     assert len({cell.name for cell in everything}) == len(everything) == 21
     for cell in everything:
         study.config_of(cell, pathlib.Path("x"), 100 if cell.format == "llada" else 0)
-    study.base_config(pathlib.Path("x"))
+    assert list(study.base_configs(pathlib.Path("x"))) == ["base_answers", "base"]
 
 
 def fake(cell):

@@ -1,9 +1,8 @@
 """What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
 
 All cells start from one base model, as fine-tuning starts from a pre-trained one. It is trained on other examples of
-the same tasks, in windows that begin and end anywhere, with only the answers masked: at this size and budget the random
-letters of prompts cannot be learnt, and their noise keeps the model from learning the rest. Prompts that are asked are
-held out from the base and from the cells alike, as the split goes by their hash.
+the same tasks, in iLLaDA's windows. Prompts that are asked are held out from the base and from the cells alike, as the
+split goes by their hash.
 A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
 recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
 any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
@@ -83,8 +82,12 @@ class Cell:
         return f"illada_split{self.split}{'_isolated' if self.isolate else ''}_seed{self.seed}"
 
 
-def base_config(directory: pathlib.Path) -> Config:
-    """What the base model is trained with."""
+def base_configs(directory: pathlib.Path) -> dict[str, Config]:
+    """How the base model is trained, in two stages, by name of their workdirs.
+
+    The first masks answers only, which teaches the tasks quickly, but not where an answer ends: the prompt that follows
+    is always there to see, and the model reads the end off it. The second masks everything, as iLLaDA does.
+    """
     c = _quickstart()
     c.data.sources = BASE_TASKS
     c.data.heldout_fraction = HELDOUT
@@ -95,9 +98,17 @@ def base_config(directory: pathlib.Path) -> Config:
     c.sft.mask_prompts = False
     c.diffusion.split_probability = 0.3
     c.train.epochs = 3
+    c.train.stop_step = 2500  # of 5,208: the rate is still high
     c.train.tensorboard = False
+    c.eval.every_epochs = 3.0
     c.checkpoint.every = 500
-    return config_lib.from_config_dict(c)
+    answers = config_lib.from_config_dict(c)
+    c.init.checkpoint = str(directory / "base_answers")
+    c.data.batch_size = 16
+    c.sft.mask_prompts = True
+    c.optimizer.learning_rate = c.optimizer.adam_learning_rate = 0.006
+    c.train.stop_step = 0
+    return {"base_answers": answers, "base": config_lib.from_config_dict(c)}
 
 
 def _quickstart() -> ml_collections.ConfigDict:
@@ -110,12 +121,15 @@ def _quickstart() -> ml_collections.ConfigDict:
 
 def train_base(directory: pathlib.Path) -> None:
     """Trains the base model, or goes on with it."""
-    config, examples, batches = open_data(base_config(directory))
-    if not (directory / "base" / "checkpoints" / str(config.train.steps)).is_dir():
-        print("the base model", flush=True)
-        outcome = train(config, epath.Path(directory) / "base", make_mesh(config.mesh), batches, examples.tokenizer, {})
-        if outcome.status != "finished":
-            sys.exit("stopped in the base model: the same command goes on")
+    for name, wanted in base_configs(directory).items():
+        config, examples, batches = open_data(wanted)
+        last = config.train.stop_step or config.train.steps
+        if not (directory / name / "checkpoints" / str(last)).is_dir():
+            print(f"the base model: {name}", flush=True)
+            outcome = train(config, epath.Path(directory) / name, make_mesh(config.mesh), batches, examples.tokenizer,
+                            {})
+            if outcome.step < last:
+                sys.exit("stopped in the base model: the same command goes on")
 
 
 def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
@@ -189,7 +203,7 @@ def _steps_within(batches: Batches, tokens: int) -> int:
 
 def questions(directory: pathlib.Path) -> list[tuple[str, Question]]:
     """Held-out examples of the base model, QUESTIONS of each task, in turn, with the name of the task."""
-    _, examples, _ = open_data(base_config(directory))
+    _, examples, _ = open_data(base_configs(directory)["base"])
     heldout = examples.heldout
     names = np.array([spec.split(":")[1] for spec in examples.sources])[heldout.sources_N]
     chosen = [np.flatnonzero(names == name)[:QUESTIONS] for name in dict.fromkeys(names)]

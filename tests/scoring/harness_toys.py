@@ -92,6 +92,19 @@ metric_list:
     higher_is_better: true
 """,
 }
+# It runs programs by means of its own.
+TASKS["toy_unconfined"] = """
+output_type: generate_until
+unsafe_code: true
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}"
+generation_kwargs: {until: ["Z"]}
+metric_list:
+  - metric: !function unconfined.runs
+    aggregation: mean
+    higher_is_better: true
+"""
+GROUPS = {"toy_group": "group: toy_group\ntask: [toy_choice, {group: inner, task: [{task: toy_program}]}]\n"}
 # As the harness's own code tasks do it: the metric is loaded when the file is.
 FUNCTIONS = """
 import evaluate
@@ -106,14 +119,21 @@ def programs(resps, docs):
 def passes(references, predictions):
     return metric.compute(references=references, predictions=predictions, k=[1])[0]["pass@1"]
 """
+UNCONFINED = """
+def runs(references, predictions):
+    exec(predictions[0])
+"""
 
 
 def write_tasks(directory: pathlib.Path) -> str:
     """Writes items and task files."""
     directory.mkdir(parents=True)
     items = {"toy_choice": QUESTIONS, "toy_shots": QUESTIONS, "toy_writing": QUESTIONS, "toy_text": TEXTS,
-             "toy_program": PROGRAMS}
+             "toy_program": PROGRAMS, "toy_unconfined": PROGRAMS}
     (directory / "functions.py").write_text(FUNCTIONS)
+    (directory / "unconfined.py").write_text(UNCONFINED)
+    for group, text in GROUPS.items():
+        (directory / f"{group}.yaml").write_text(text)
     for task, text in TASKS.items():
         data = directory / f"{task}.jsonl"
         data.write_text("".join(json.dumps(item) + "\n" for item in items[task]))
