@@ -47,7 +47,7 @@ def _large(vocab_size: int) -> Size:
 
 
 _SMALL = ModelConfig(vocab_size=4096, d_model=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-                          d_ff=384, max_length=64, scan_unroll=3)
+                     d_ff=384, max_length=64, scan_unroll=3)
 MODELS = {"32k": _large(32_000), "155k": _large(155_136), "small": Size(_SMALL, 8, 64, 8, 50)}
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
