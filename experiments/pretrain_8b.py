@@ -17,7 +17,7 @@ import ml_collections
 from illada_jax import config
 from illada_jax.errors import ConfigError
 
-# How the same batch is computed on slices of these names, found by compiling for them (`tpu/REPORT.md`): mesh, what the
+# How the same batch is computed on slices of these names, found by compiling (see `tpu/cases.json`): mesh, what the
 # forward pass keeps for the backward pass, micro-batches. The number is that of TensorCores (v5p) or chips.
 VARIANTS = {
     "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16},

@@ -106,9 +106,7 @@ class SavedModel:
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
         """The type of the params (of those that are not Int8)."""
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(self._params).item_metadata.tree
-        return jnp.dtype(saved["embedding"].dtype)
+        return jnp.dtype(ocp.PyTreeCheckpointHandler().metadata(self._params).tree["embedding"].dtype)
 
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
         """The params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8.
@@ -146,9 +144,9 @@ class SavedModel:
         """One of the params as they were saved, by path; nothing else is read."""
         target = traverse_util.flatten_dict(self._target(dtype, mesh), sep="/")[path]
         tree = traverse_util.unflatten_dict({path: target}, sep="/")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(self._params, args=ocp.args.PyTreeRestore(
-                tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
+        # The handler itself: a Checkpointer warns that an item has no metadata of a checkpoint.
+        restored = ocp.PyTreeCheckpointHandler().restore(self._params, args=ocp.args.PyTreeRestore(
+            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
         return traverse_util.flatten_dict(restored, sep="/")[path]
 
 
