@@ -29,6 +29,7 @@ from illada_jax.training.loop import train
 from illada_jax.training.profiler import Profiler, parse_steps
 
 EXIT_RESUMABLE = 75
+_SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, by --dry_run
 
 flags.adopt_module_key_flags(process_flags)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
@@ -55,7 +56,7 @@ def read_config() -> tuple[Config, str]:
 
 
 def dry_run(config: Config) -> None:
-    """Prints the plan and, where the corpus is there, the first row of the first batch. Allocates no model.
+    """Prints the plan and, where the corpus is there, the beginnings of the first batch's rows. Allocates no model.
 
     Raises:
       ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
@@ -74,8 +75,10 @@ def dry_run(config: Config) -> None:
         return
     print(plan.describe(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
-    first = batches.rows(0, [0]).tokens_BL[0]
-    print(f"first row\n{corpus.tokenizer.decode(first)}")
+    rows = range(min(config.data.batch_size, _SHOWN_ROWS))
+    print(f"first batch       the beginnings of {len(rows)} of {config.data.batch_size:,} rows")
+    for row, tokens_L in zip(rows, batches.rows(0, rows).tokens_BL, strict=True):
+        print(f"  row {row}: {corpus.tokenizer.decode(tokens_L[:_SHOWN_TOKENS])!r}")
 
 
 def main(_: list[str]) -> int:

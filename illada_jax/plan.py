@@ -41,8 +41,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     if needed > available:
         raise InputError(
             f"the model does not fit: params, gradients and optimizer need {needed / GIB:,.1f} GiB on each of "
-            f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Try --dry_run to plan, a smaller config such "
-            "as experiments/quickstart.py, or more devices")
+            f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Type instead: the same command with "
+            "--dry_run for the plan; python -m illada_jax.aot --config=… --topology=v5p:4x4x4 to compile it for a pod "
+            "that need not be there; a smaller config such as --config=experiments/quickstart.py; or start it on a "
+            "pod, see tpu/README.md")
 
 
 def describe(config: Config) -> str:

@@ -147,4 +147,5 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
     result = run([sys.executable, "-m", "illada_jax.main", "--config=experiments/pretrain_8b.py",
                   "--workdir=/dev/null/w"])
     assert result.returncode == 2
-    assert "does not fit" in result.stderr
+    for part in ("does not fit", "--dry_run", "illada_jax.aot --config", "experiments/quickstart.py", "tpu/README.md"):
+        assert part in result.stderr

@@ -106,7 +106,8 @@ class Manifest:
             content = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing, so it was never finished); "
-                             f"python -m illada_jax.prepare --target={directory} makes one") from error
+                             "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
+                             f"--target={directory} makes one") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from error
         version = content.get("format_version") if isinstance(content, dict) else None

@@ -130,7 +130,6 @@ def train(
         start = checkpoints.latest_step or 0
         if earlier is not None:
             config_lib.check_resumable(config_lib.from_dict(earlier), config, start, allowed_changes)
-            hosts.from_first(lambda: write_config(workdir, config))
         abstract = abstract_state(config, optimizer, mesh)
         if start:
             state = checkpoints.restore(abstract)
@@ -141,6 +140,8 @@ def train(
             if initial is not None:
                 params = initial.restore(jnp.dtype("float32"), mesh)
                 state = dataclasses.replace(state, params=params, ema=fresh_average(config, params))
+        if earlier is not None:
+            hosts.from_first(lambda: write_config(workdir, config))  # now that nothing has been refused
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop,

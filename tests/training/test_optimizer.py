@@ -44,6 +44,8 @@ def test_the_schedule_has_its_hand_values(optimizer, expected):
     ("optimizer", "message"),
     [
         ({"change_steps": (30,)}, "changed_rates"),
+        ({"warmup_steps": 30, "decay_start": 20, "decay_steps": 10}, "warmup_steps = 30: must not exceed .*, 20"),
+        ({"warmup_steps": 70, "decay_steps": 40}, "warmup_steps = 70: must not exceed .*, 60"),
         ({"change_steps": (30, 20), "changed_rates": (1e-4, 1e-5)}, "must ascend"),
         ({"change_steps": (70,), "changed_rates": (1e-4,), "decay_steps": 40}, "start of the decay"),
         ({"change_steps": (30,), "changed_rates": (1e-4,), "final_learning_rate": 2e-4}, "final_learning_rate"),

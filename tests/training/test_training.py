@@ -32,6 +32,18 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, opt
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
 
 
+def test_a_decay_that_is_asked_for_later_equals_one_that_was_planned(run, tmp_path):
+    decay = {"optimizer__decay_start": 7, "optimizer__decay_steps": 3}
+    planned, _ = run(tmp_path / "planned", **decay)
+    run(tmp_path / "asked", optimizer__decay_steps=0, train__stop_step=5)
+    asked, lines = run(tmp_path / "asked", **decay)
+    for a, b in zip(leaves(planned), leaves(asked), strict=True):
+        np.testing.assert_array_equal(a, b)
+    constant, _ = run(tmp_path / "constant", optimizer__decay_steps=0)
+    assert any((a != b).any() for a, b in zip(leaves(planned), leaves(constant), strict=True))
+    assert lines[-1]["train/learning_rate"] < lines[0]["train/learning_rate"]
+
+
 @pytest.fixture(scope="module")
 def one_device(text_file, tmp_path_factory):
     """Ten steps on one device: what every mesh must reproduce."""
@@ -79,6 +91,9 @@ def test_it_learns_and_the_bound_is_reported(run, tmp_path):
     assert 0 < evaluations[-1]["eval/bits_per_byte_stderr"] < 1
     assert outcome.final["eval/bits_per_byte"] == evaluations[-1]["eval/bits_per_byte"]
     assert {"train/loss", "train/tokens_per_second"} <= lines[0].keys()
+    masked = [value for key, value in lines[0].items() if key.startswith("train_by_p/masked_tokens/")]
+    assert len(masked) > 3  # a curve over the masking probability
+    assert sum(masked) == pytest.approx(lines[0]["train/mask_fraction"] * 3 * 8 * 32)
 
 
 def test_the_epochs_of_every_corpus_are_reported(run, tmp_path, text_file):
@@ -88,7 +103,12 @@ def test_the_epochs_of_every_corpus_are_reported(run, tmp_path, text_file):
         prepare(Settings(files, "bytes", 0, 0.0), tmp_path / name, progress=False)
         sizes[name] = open_corpus(DataConfig(sources=(f"prepared:{tmp_path / name}",))).train.num_tokens
     sources = tuple(f"prepared:{tmp_path / name}" for name in sizes)
-    _, lines = run(tmp_path / "w", data__sources=sources, data__weights=(0.75, 0.25), data__heldout_fraction=0.0)
+    changes = {"data__sources": sources, "data__weights": (0.75, 0.25), "data__heldout_fraction": 0.0}
+    _, lines = run(tmp_path / "w", **changes, train__stop_step=9)
+    with pytest.raises(InputError, match="trained on another corpus or tokenizer"):
+        run(tmp_path / "w", **changes | {"data__sources": sources[::-1]},
+            allowed=("data.sources",))
+    _, lines = run(tmp_path / "w", **changes)
     for (name, size), rows in zip(sizes.items(), (60, 20), strict=True):
         assert lines[-1][f"data_epochs/{name}"] == pytest.approx(rows / -(-size // 32))
 
