@@ -21,16 +21,6 @@ def make_joint() -> np.ndarray:
     return np.random.default_rng(0).dirichlet(np.full(len(OUTCOMES), 0.3)) * 0.99 + 0.01 / len(OUTCOMES)
 
 
-def make_chain() -> np.ndarray:
-    """Probabilities of the 81 outcomes of a stationary chain: all that matters is where the next known tokens stand.
-
-    A transformer with rotary positions tells places apart by what stands around them and nothing else, so that it needs
-    few steps for this one.
-    """
-    moves_SS = np.array([[0.8, 0.15, 0.05], [0.05, 0.8, 0.15], [0.15, 0.05, 0.8]])
-    return np.prod([moves_SS[OUTCOMES[:, i], OUTCOMES[:, i + 1]] for i in range(LENGTH - 1)], axis=0) / SYMBOLS
-
-
 def make_batch(tokens_BL):
     """Rows that are whole segments, every token maskable, of weight 1."""
     ones = np.ones(tokens_BL.shape, np.int32)
