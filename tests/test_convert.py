@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -136,6 +137,33 @@ def test_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "target")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("at", ["importing._read", "saved_model.ocp.CheckpointManager.wait_until_finished"],
+                         ids=["reading", "writing"])
+def test_a_killed_import_leaves_nothing_that_looks_whole(tmp_path, at):
+    """Killed among the tensors or while Orbax writes: no target, and the next import takes the place of the rest."""
+    source = checkpoint(tmp_path, "illada-gqa-tied")
+    code = f"""
+import os, signal
+from illada_jax.interop import importing
+from illada_jax.interop.conversion import Conversion
+from illada_jax.training import saved_model
+first = iter(range(9 if {at!r} == "importing._read" else 0))
+run = {at}
+{at} = lambda *args: run(*args) if next(first, None) is not None else os.kill(os.getpid(), signal.SIGKILL)
+Conversion({str(source)!r}, {str(tmp_path / "target")!r}).run()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL.value, killed.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".target.partial", source.name]
+    if "read" in at:
+        with pytest.raises(InputError, match="not a checkpoint"):
+            api.load(str(tmp_path / ".target.partial"))
+    run(source, tmp_path / "target")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, "target"]
+    assert open_model(tmp_path / "target").step == 0
 
 
 def test_the_commands_as_typed(tmp_path):

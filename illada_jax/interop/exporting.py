@@ -20,6 +20,7 @@ from illada_jax.interop.layout import Entry, entries
 from illada_jax.interop.tensors import Tensor, write_tensors
 from illada_jax.training.saved_model import SavedModel
 
+_PIECE_BYTES = 1 << 24  # that are checked at a time
 _NOTES = """\
 # A masked diffusion language model
 
@@ -104,9 +105,15 @@ def _values(saved: SavedModel, wanted: list[Entry], dtype: np.dtype) -> Iterator
         inner = param if entry.layer is None else param[entry.layer]
         with np.errstate(over="ignore"):
             tensor = entry.to_tensor(inner).astype(dtype, copy=False)
-        if not np.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise InputError(f"{saved.directory}: {path} has values that are not finite in {dtype.name}")
         yield entry.name, tensor
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    """Piece by piece: the answers for all values at once would be half as large as a bfloat16 tensor."""
+    pieces = np.array_split(tensor, -(-tensor.nbytes // _PIECE_BYTES))
+    return all(np.isfinite(piece).all() for piece in pieces)
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from illada_jax import interop
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
 from illada_jax.data.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
+from illada_jax.interop import exporting
 from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.exporting import export_model
 from illada_jax.interop.families import FAMILIES, ILLADA, LLADA
@@ -95,6 +97,20 @@ def test_shards_have_the_size_asked_for(workdir, tmp_path):
         assert sizes[file] <= 12_000 or len(tensors) == 1  # the embedding alone is larger
     assert len(names) > 5 and index["metadata"]["total_size"] == sum(sizes.values())
     equal(interop.load_model(tmp_path / "out").params, load_inference(workdir).params)
+
+
+def test_numpy_makes_no_copy_of_a_tensor(tmp_path, monkeypatch):
+    """In the type it has, a param goes to its file as it was restored; jax's own memory is not counted here."""
+    wide = dataclasses.replace(MODEL, vocab_size=100_000, tied_head=True)
+    save_model(tmp_path / "w", Loaded(Config(model=wide), random_params(wide), BYTES, 0), False, "")
+    saved = open_model(tmp_path / "w")
+    monkeypatch.setattr(exporting, "_PIECE_BYTES", 1 << 16)
+    tracemalloc.start()
+    export_model(saved, tmp_path / "out", ILLADA, np.dtype(np.float32), 10**9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest = wide.vocab_size * wide.d_model * 4
+    assert peak < 1.2 * largest, peak / largest
 
 
 def test_what_a_family_cannot_express_is_refused(workdir, tmp_path):
