@@ -44,8 +44,10 @@ def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         lambda index, axis: index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
         range(x.ndim), jnp.zeros(x.shape, jnp.uint32))
     # A hash of bits + position alone would not tell a value from its neighbour's.
-    seeds = [_mix(position ^ jnp.uint32(seed)) for seed in (0x9E3779B9, 0x7F4A7C15)]
-    return tuple(jnp.sum(_mix(bits + seed), dtype=jnp.uint32) for seed in seeds)
+    hashes = [_mix(bits + _mix(position ^ jnp.uint32(seed))) for seed in (0x9E3779B9, 0x7F4A7C15)]
+    # One reduction for both: the hashes are made as they are added, where two sums would keep arrays of them.
+    add = lambda one, other: (one[0] + other[0], one[1] + other[1])  # noqa: E731
+    return jax.lax.reduce(hashes, [jnp.uint32(0)] * 2, add, range(x.ndim))
 
 
 def _mix(h: jax.Array) -> jax.Array:

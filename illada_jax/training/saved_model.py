@@ -27,6 +27,7 @@ from illada_jax.parallel.fingerprint import digest, fingerprints, first_differen
 from illada_jax.parallel.mesh import check_model_divisible
 
 FORMAT_VERSION = 1
+_CHUNK_BYTES = 1 << 26  # of converted weights on the disk: an array of one chunk is in memory twice while it is read
 
 
 class Damaged(Exception):
@@ -263,9 +264,10 @@ def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family:
                    "corpus_fingerprint": "", "quantized": quantized, "family": family}, tokenizer_files,
                   params=loaded.params)
     loaded.tokenizer.save(workdir / "tokenizer")
+    in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), loaded.params)
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         manager.save(loaded.step, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(loaded.params),
+            params=ocp.args.StandardSave(loaded.params, in_chunks),
             meta=ocp.args.JsonSave(meta),
             tokenizer=ocp.args.JsonSave(tokenizer_files),
         ))

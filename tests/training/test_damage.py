@@ -3,11 +3,13 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from illada_jax.errors import InputError
+from illada_jax.parallel import fingerprint
 from illada_jax.parallel.fingerprint import fingerprints
 from illada_jax.training.saved_model import load_inference
 
@@ -84,6 +86,11 @@ def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path, damage, dtype):
     with pytest.raises(InputError, match=r"run/checkpoints/6(/params)?: (damaged: |not a checkpoint)"):
         load_inference(tmp_path / "run", dtype)
     assert load_inference(tmp_path / "run" / "checkpoints" / "4", dtype).step == 4
+
+
+def test_a_fingerprint_takes_no_memory_beside_its_array():
+    x = np.zeros((512, 64), jnp.bfloat16)
+    assert fingerprint._sums.lower(x).compile().memory_analysis().temp_size_in_bytes < x.nbytes / 8
 
 
 def test_every_bit_counts_and_the_mesh_does_not():
