@@ -101,7 +101,7 @@ def _values(saved: SavedModel, wanted: list[Entry], dtype: np.dtype) -> Iterator
     for entry in wanted:
         if entry.path != path:
             path, param = entry.path, None  # the last one goes before the next one comes
-            param = np.asarray(saved.restore_param(path, saved.dtype, None))
+            param = saved.read_param(path)
         inner = param if entry.layer is None else param[entry.layer]
         with np.errstate(over="ignore"):
             tensor = entry.to_tensor(inner).astype(dtype, copy=False)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
@@ -141,13 +142,24 @@ class SavedModel:
         if damaged is not None:
             raise Damaged(f"{damaged} is not what was saved")
 
-    def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
-        """One of the params as they were saved, by path; nothing else is read."""
+    def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array | Int8:
+        """One of the params by path, in `dtype`, on the mesh or the first device; nothing else is read."""
+        tree = self._tree_of(path, dtype, mesh)
+        return self._read(path, tree, ocp.checkpoint_utils.construct_restore_args(tree))
+
+    def read_param(self, path: str) -> np.ndarray:
+        """One of the params by path, not Int8, as it was saved, in host memory: once (an array of jax is copied)."""
+        tree = self._tree_of(path, self.dtype, None)
+        return self._read(path, tree, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+
+    def _tree_of(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
         target = traverse_util.flatten_dict(self._target(dtype, mesh), sep="/")[path]
-        tree = traverse_util.unflatten_dict({path: target}, sep="/")
+        return traverse_util.unflatten_dict({path: target}, sep="/")
+
+    def _read(self, path: str, tree: Any, how: Any) -> Any:
         # The handler itself: a Checkpointer warns that an item has no metadata of a checkpoint.
-        restored = ocp.PyTreeCheckpointHandler().restore(self._params, args=ocp.args.PyTreeRestore(
-            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
+        restored = ocp.PyTreeCheckpointHandler().restore(
+            self._params, args=ocp.args.PyTreeRestore(tree, how, partial_restore=True))
         return traverse_util.flatten_dict(restored, sep="/")[path]
 
 

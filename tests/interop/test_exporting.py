@@ -136,14 +136,14 @@ def test_values_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize("at", [0, 3, 17])
 def test_nothing_is_left_of_an_interrupted_export(workdir, tmp_path, monkeypatch, error, seen, at):
     saved = open_model(workdir)
-    read, count = type(saved).restore_param, iter(range(100))
+    read, count = type(saved).read_param, iter(range(100))
 
-    def restore_param(*args):
+    def read_param(*args):
         if next(count) == min(at, 11):
             raise error
         return read(*args)
 
-    monkeypatch.setattr(type(saved), "restore_param", restore_param)
+    monkeypatch.setattr(type(saved), "read_param", read_param)
     with pytest.raises(seen):
         export_model(saved, tmp_path / "out", ILLADA, np.dtype(np.float32), 10_000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["workdir"]
