@@ -34,6 +34,7 @@ setup(
         "numpy",
         "optax",
         "orbax-checkpoint",
+        "rich",
         "safetensors",
         "sentencepiece",
         "tensorboardX",

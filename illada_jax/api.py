@@ -121,7 +121,8 @@ class LanguageModel:
         return _in_order(self.as_completed(texts, infill=True, **options), len(texts), progress)
 
     def as_completed(self, prompts: Sequence[Prompt], *, infill: bool = False, stop: Sequence[str] = (),
-                     rows: Sequence[int] | None = None, on_block: Callable[[int, str], bool | None] | None = None,
+                     rows: Sequence[int] | None = None,
+                     on_block: Callable[[int, Generation], bool | None] | None = None,
                      **settings: Any) -> Iterator[tuple[int, Generation]]:
         """Decodes prompts and yields (index of the prompt, result) as they finish.
 
@@ -131,8 +132,8 @@ class LanguageModel:
           stop: strings that end an answer; the text ends before the first of them.
           rows: numbers that the rows draw by; by default 0, 1, 2, … The same seed and number give the same draw in any
             batch.
-          on_block: called with (index of the prompt, its text so far) after each of its blocks; a true result stops
-            the row.
+          on_block: called with (index of the prompt, what has been written so far) after each of its blocks; a true
+            result stops the row.
           **settings: fields of DecodeConfig that differ from `config.decode`. With another `block_length` alone,
             `steps_per_block` follows it: one token per step.
 
@@ -156,9 +157,9 @@ class LanguageModel:
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
         ids = [self._encode(index, source) for index, source in enumerate(sources)]
 
-        def block_done(index: int, tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens)
-            return any(s in text for s in stop) or bool(on_block and on_block(index, text))
+        def block_done(index: int, decoded: Decoded) -> bool:
+            so_far = self._generation(decoded, stop, sources[index], ids[index])
+            return bool(on_block and on_block(index, so_far)) or so_far.stopped_by == "stop_string"
 
         finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
         return ((index, self._generation(decoded, stop, sources[index], ids[index]))

@@ -4,17 +4,21 @@
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
   python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
+  python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --watch
   python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --trace=out.html
   python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
 Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
 `--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
 reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
-again when the command is repeated after an interruption. `--trace` shows how the texts were written: a page with all
-prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order). `--chat` is a
-conversation, a line of standard input a turn, through the tokenizer's chat template; it ends with /exit or Ctrl-D.
+again when the command is repeated after an interruption. `--watch` shows the text coming into focus in the terminal,
+in colours of confidence (plain lines on standard error where that is none). `--trace` shows how the texts were written:
+a page with all prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order).
+`--chat` is a conversation, a line of standard input a turn, through the tokenizer's chat template; it ends with /exit
+or Ctrl-D.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -64,6 +68,7 @@ INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --pr
 RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
+WATCH = flags.DEFINE_bool("watch", False, "show in the terminal how a single prompt is written, step by step")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 TRACE = flags.DEFINE_string("trace", "", "file to show the order of writing in: .html, .gif or .png")
 CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
@@ -88,6 +93,8 @@ def main(argv: list[str]) -> int | None:
     prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
     if STREAM.value and (len(prompts) > 1 or RESULTS.value or INFILL.value or OUTPUT.value == "json"):
         raise InputError("--stream: is for a single prompt, without --results, --infill and --output=json")
+    if WATCH.value and (len(prompts) > 1 or RESULTS.value or STREAM.value or OUTPUT.value == "json"):
+        raise InputError("--watch: is for a single prompt, without --results, --stream and --output=json")
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
@@ -114,10 +121,14 @@ def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str,
         return
     start = time.monotonic()
     results, seconds = {}, {}
-    finished = lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, **settings)
+    watcher = None
+    if WATCH.value:
+        watcher = tracing.Watcher(lm.tokenizer, lm.decode_settings(settings).block_length, INFILL.value)
+    finished = lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, on_block=watcher, **settings)
     # A progress bar where somebody waits for more than one.
-    for index, result in tqdm(finished, total=len(prompts), unit="prompt", disable=len(prompts) == 1 or None):
-        results[index], seconds[index] = result, time.monotonic() - start
+    with watcher or contextlib.nullcontext():
+        for index, result in tqdm(finished, total=len(prompts), unit="prompt", disable=len(prompts) == 1 or None):
+            results[index], seconds[index] = result, time.monotonic() - start
     for index, prompt in enumerate(prompts):
         result = results[index]
         print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
@@ -170,8 +181,9 @@ class Printer:
     def __init__(self):
         self._shown = 0
 
-    def __call__(self, index: int, text: str) -> None:
+    def __call__(self, index: int, generation: api.Generation) -> None:
         """Prints what is sure to stay."""
+        text = generation.text
         # The tail may still change: it may hold half of a stop string or of a character.
         kept = max([len(stop) for stop in STOP.value], default=1) - 1 or text.endswith("\ufffd")
         if all(stop not in text for stop in STOP.value) and len(text) - kept > self._shown:
@@ -188,7 +200,7 @@ def chat() -> None:
 
     A conversation that gets too long loses its oldest turns. From a pipe nothing but the answers is printed.
     """
-    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE) if flag.value]
+    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, WATCH) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
     lm = model_flags.load()

@@ -147,6 +147,12 @@ def test_streamed_text_is_the_text(run, lm):
         assert streamed == run("--prompt=abc", "--max_new_tokens=32", *flag)[1]
 
 
+def test_watching_prints_the_same_text(run, lm, capsys):
+    expected = lm.generate(["abc"], max_new_tokens=24)[0]
+    assert run("--prompt=abc", "--max_new_tokens=24", "--watch")[1] == expected.text + "\n"
+    assert "2 evaluations" not in capsys.readouterr().out
+
+
 def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
     # --eot_id belongs to the model that is loaded (illada_jax/id_flags.py).
     flags_ = {flag.name for flag in generate.SETTINGS} | {"eot_id"}
@@ -164,6 +170,8 @@ def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
     (["--reveal=factor", "--steps_per_block=2"], "--steps_per_block: does nothing with reveal = 'factor'"),
     (["--cache_refresh=2"], "--cache_refresh: does nothing with cache = 'none'; it is for --cache=prefix or dual"),
     (["--stream", "--infill"], "--stream: is for a single prompt"),
+    (["--watch", "--stream"], "--watch: is for a single prompt"),
+    (["--watch", "--prompt=de"], "--watch: is for a single prompt"),
     (["--stop="], "a stop string must not be empty"),
     (["--results=."], "--results=.: Is a directory"),
     (["--results=/none/r.jsonl"], "--results=/none/r.jsonl: No such file or directory"),

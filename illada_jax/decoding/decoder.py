@@ -27,7 +27,6 @@ from illada_jax.parallel.sharding import batch_sharding, replicated
 
 UNLIMITED = np.int32(2**30)
 
-OnBlock = Callable[[int, list[int]], bool | None]
 InitCache = Callable[[int, int], Any]
 
 
@@ -52,6 +51,9 @@ class Decoded:
     confidence: list[float]
     canvas: list[int]
     canvas_step: list[int]
+
+
+OnBlock = Callable[[int, Decoded], bool | None]
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,8 @@ class Decoder:
           infill: every MASK in the prompts becomes a token and nothing is appended. Blocks are counted over masked
             positions, from left to right; MASK, EOS and PAD are never chosen.
           rows: numbers that the rows draw by (row r of seed s is always the same draw); by default 0, 1, 2, …
-          on_block: called with (index of the prompt, its tokens so far) after each of its blocks; a true result stops
-            the row.
+          on_block: called with (index of the prompt, what has become of it so far) after each of its blocks; a true
+            result stops the row.
 
         Raises:
           InputError: a prompt does not fit, holds an id outside the vocabulary, or a mask where there must be none.
@@ -261,7 +263,7 @@ class Decoder:
             for slot, row in enumerate(slots):
                 if row is None:
                     continue
-                called_off = bool(on_block and on_block(row.index, self._tokens(carry, slot, row, rules)))
+                called_off = bool(on_block and on_block(row.index, self._decoded(carry, slot, row, rules, False)))
                 if carry.done_B[slot] or called_off:
                     carry.done_B[slot] = True
                     slots[slot] = None

@@ -2,6 +2,7 @@
 
 from illada_jax.tracing.page import write_page
 from illada_jax.tracing.picture import SUFFIXES, write_picture
+from illada_jax.tracing.terminal import Watcher
 from illada_jax.tracing.trace import Trace, make_trace
 
-__all__ = ["SUFFIXES", "Trace", "make_trace", "write_page", "write_picture"]
+__all__ = ["SUFFIXES", "Trace", "Watcher", "make_trace", "write_page", "write_picture"]

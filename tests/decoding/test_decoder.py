@@ -128,8 +128,9 @@ def test_over_budget_is_cut_to_whole_blocks(caplog):
 def test_callback_sees_every_block_and_stops_rows():
     seen = {0: [], 1: []}
 
-    def on_block(index, tokens):
-        seen[index].append(tokens)
+    def on_block(index, so_far):
+        seen[index].append(so_far.tokens)
+        assert len(so_far.canvas) == len(so_far.tokens) + index + 1 and so_far.nfe == 4 * len(seen[index])
         return index == 1 and len(seen[1]) == 2
 
     results = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4], [5, 6]], on_block=on_block)
