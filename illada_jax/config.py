@@ -355,6 +355,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultConfig:
+    """What a run does about a step whose numbers are bad, see `illada_jax/training/faults.py`.
+
+    A step is bad when its loss or the norm of its gradients is not finite, or its cross-entropy is above the limit. Its
+    update is never applied. Bad steps are looked for at every line of metrics (train.log_every) and before every save.
+
+    Attributes:
+      action: `halt`: stop with an error that says what to type. `skip`: go on without the update. `rollback`: go back
+        to the newest checkpoint with which a step was good (of those every checkpoint.every steps) and on with the step
+        after the bad one.
+      max_cross_entropy: the limit of the mean cross-entropy of a step's masked tokens, in nats; 0: any finite one is
+        good. At the start of a run it is about log(vocab_size).
+      rate_scale: every rollback multiplies the learning rate with it, from then on.
+      max_times: how many skipped steps and rollbacks a run may have; one more halts it.
+    """
+
+    action: Literal["halt", "skip", "rollback"] = "halt"
+    max_cross_entropy: float = 0.0
+    rate_scale: float = 1.0
+    max_times: int = 10
+
+    def __post_init__(self):
+        _not_negative("faults", self, "max_cross_entropy", "max_times")
+        _require(0 < self.rate_scale <= 1, "faults.rate_scale", self.rate_scale, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is evaluated while training, see `illada_jax/evaluators.py`.
 
@@ -502,6 +529,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -594,8 +622,8 @@ RESUMABLE = (
     "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
     "train.plateau_tolerance", "train.tensorboard", "train.watchdog_seconds", "train.microbatches",
     "train.compiler_options", "train.logits_chunk", "mesh", "checkpoint",
-    "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention", "model.attention_block_q",
-    "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
+    "faults", "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention",
+    "model.attention_block_q", "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
     "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",
     "optimizer.final_learning_rate",
 )

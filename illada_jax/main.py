@@ -5,7 +5,8 @@ Example:
   python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
 
 The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`. Exit
-codes: 0 done, 2 bad input, 75 told to stop and saved, or another host is gone (run the same command again).
+codes: 0 done, 2 bad input or bad numbers (config.faults), 75 told to stop and saved, or another host is gone (run the
+same command again).
 """
 
 import pathlib

@@ -22,6 +22,7 @@ from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.parallel.fingerprint import fingerprints, first_difference
 from illada_jax.parallel.hosts import HostLost
+from illada_jax.training.faults import FaultCounts
 from illada_jax.training.saved_model import (
     FORMAT_VERSION,
     Damaged,
@@ -53,6 +54,8 @@ class Checkpoints:
             keep.append(checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[BEST_METRIC], reverse=True, n=1,
                 keep_checkpoints_without_metrics=False))
+        if config.faults.action == "rollback":  # whatever a preemption saves must not push out where rollbacks lead
+            keep.append(checkpoint_managers.EveryNSteps(interval_steps=config.checkpoint.every, max_to_keep=2))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(absolute_path(workdir) / "checkpoints", options=options)
@@ -78,19 +81,24 @@ class Checkpoints:
         """The newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def scheduled_before(self, step: int) -> int | None:
+        """The newest checkpoint before a step of those every config.checkpoint.every steps, or None."""
+        every = self._config.checkpoint.every
+        return max((s for s in self._manager.all_steps() if s < step and s % every == 0), default=None)
+
+    def save(self, step: int, state: TrainState, metrics: dict[str, float], faults: FaultCounts) -> None:
         """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept."""
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
         items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
         items |= {} if state.ema is None else {"ema": state.ema}
         self._manager.save(step, metrics=known, args=ocp.args.Composite(
-            meta=ocp.args.JsonSave(sealed(self._meta, self._tokenizer_files, **items)),
+            meta=ocp.args.JsonSave(sealed({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)),
             tokenizer=ocp.args.JsonSave(self._tokenizer_files),
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         ))
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """Restores the newest whole checkpoint onto the shardings of `abstract`.
+    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts]:
+        """Restores the newest whole checkpoint, or that of `scheduled_before`, onto the shardings of `abstract`.
 
         A damaged one is named on stderr and moved to `WORKDIR/damaged`, and the one before it is taken. An average that
         `abstract` asks for and the checkpoint lacks starts at its params.
@@ -99,8 +107,8 @@ class Checkpoints:
           InputError: the workdir was trained on another corpus, or all of its checkpoints are damaged.
         """
         damaged = []
-        while self.latest_step is not None:
-            step = self.latest_step
+        self._manager.wait_until_finished()
+        while (step := self.latest_step if before is None else self.scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)
             except Damaged as error:
@@ -111,7 +119,7 @@ class Checkpoints:
         raise InputError(f"{self._manager.directory}: no checkpoint is left: {', '.join(damaged)}; choose another "
                          "--workdir to start anew")
 
-    def _restore(self, step: int, abstract: TrainState) -> TrainState:
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, FaultCounts]:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
         wanted = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
         wanted |= {"ema": abstract.ema} if has_average else {}
@@ -131,7 +139,8 @@ class Checkpoints:
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "
                 f"{restored.meta['corpus_fingerprint']}, now {self._meta['corpus_fingerprint']}); use another workdir")
         ema = restored.ema if has_average else fresh_average(self._config, restored.params)
-        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"], ema)
+        state = TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"], ema)
+        return state, FaultCounts(**restored.meta.get("faults", {}))
 
     def _set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint out of the way; nothing is deleted."""

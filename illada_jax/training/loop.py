@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -12,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -28,13 +28,23 @@ from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
 from illada_jax.training.clock import Clock, earlier_seconds, watched
+from illada_jax.training.faults import FaultCounts, FaultWatch, RollBack
 from illada_jax.training.lease import Lease
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
 from illada_jax.training.profiler import Profiler
 from illada_jax.training.saved_model import Source, check_initial, open_initial
-from illada_jax.training.step import StepMetrics, TrainState, abstract_state, fresh_average, init_state, make_train_step
+from illada_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    fresh_average,
+    init_state,
+    is_finite,
+    make_train_step,
+    pass_over,
+)
 
 # Evaluators see params and step and return numbers and texts by name.
 Evaluator = Callable[[Any, int], dict[str, float | str]]
@@ -131,23 +141,34 @@ def train(
         if earlier is not None:
             config_lib.check_resumable(config_lib.from_dict(earlier), config, start, allowed_changes)
         abstract = abstract_state(config, optimizer, mesh)
-        if start:
-            state = checkpoints.restore(abstract)
-            start = int(state.step)  # of an earlier checkpoint where the newest is damaged
-        else:
+
+        def first_state() -> TrainState:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
-            if initial is not None:
-                params = initial.restore(jnp.dtype("float32"), mesh)
-                state = dataclasses.replace(state, params=params, ema=fresh_average(config, params))
+            if initial is None:
+                return state
+            params = initial.restore(jnp.dtype("float32"), mesh)
+            return dataclasses.replace(state, params=params, ema=fresh_average(config, params))
+
+        def state_before(step: int) -> TrainState:
+            if checkpoints.scheduled_before(step) is None:
+                return first_state()
+            return checkpoints.restore(abstract, before=step)[0]
+
+        if start:
+            state, counts = checkpoints.restore(abstract)
+            start = int(state.step)  # of an earlier checkpoint where the newest is damaged
+        else:
+            state, counts = first_state(), FaultCounts()
         if earlier is not None:
             hosts.from_first(lambda: write_config(workdir, config))  # now that nothing has been refused
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop,
               watched(clock, config.train.watchdog_seconds)):
-            loop = _Loop(config, mesh, optimizer, pipeline, checkpoints, writer, evaluators, clock,
-                         profiler or Profiler(workdir, range(0)))
+            loop = _Loop(config, mesh, pipeline, checkpoints, writer, evaluators, clock,
+                         profiler or Profiler(workdir, range(0)), FaultWatch(config, workdir, pipeline, counts),
+                         state_before)
             loop.remember([line for line in lines if start - config.train.plateau_window < line["step"] <= start])
             try:
                 return loop.run(state, start, told_to_stop)
@@ -176,14 +197,14 @@ def _dict_or_none(config: Config | None) -> dict[str, Any] | None:
 class _Loop:
     """The state of `train` between steps: what has been dispatched, logged, evaluated and saved."""
 
-    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, pipeline: Batches,
-                 checkpoints: Checkpoints, writer: MetricWriter, evaluators: dict[str, Evaluator],
-                 clock: Clock, profiler: Profiler):
+    def __init__(self, config: Config, mesh: Mesh, pipeline: Batches, checkpoints: Checkpoints, writer: MetricWriter,
+                 evaluators: dict[str, Evaluator], clock: Clock, profiler: Profiler, faults: FaultWatch,
+                 state_before: Callable[[int], TrainState]):
         self._config = config
         self._mesh = mesh
         self._pipeline = pipeline
-        self._step_fn = make_train_step(config, optimizer, mesh)
-        self._schedule = make_schedule(config, config.optimizer.learning_rate)
+        self._faults = faults
+        self._state_before = state_before
         self._checkpoints = checkpoints
         self._writer = writer
         self._evaluators = evaluators
@@ -193,6 +214,12 @@ class _Loop:
         self._told = False
         self._log_started = time.perf_counter()
         self._unlogged_tokens = 0
+        self._set_rate(faults.counts.rate)
+
+    def _set_rate(self, rate: float) -> None:
+        """Makes the step and the schedule of the learning rate times `rate`."""
+        self._step_fn = make_train_step(self._config, make_optimizer(self._config, rate), self._mesh)
+        self._schedule = make_schedule(self._config, self._config.optimizer.learning_rate * rate)
 
     def remember(self, lines: list[dict[str, Any]]) -> None:
         """Takes in the lines of metrics that an earlier life of the run has written."""
@@ -202,13 +229,41 @@ class _Loop:
 
     def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:
         """Trains from step `start` on, see `train`."""
+        saved = start
+        while True:
+            try:
+                return self._run(state, start, saved, told_to_stop)
+            except RollBack as fault:
+                bad = fault.step
+            # Behind the handler: the exception holds on to the state that is given up.
+            state = None
+            start = bad + 1
+            state, saved = self._roll_back(bad)
+
+    def _roll_back(self, bad: int) -> tuple[TrainState, int]:
+        """(A state for the step after a bad one, with the numbers of an earlier checkpoint; the step of that)."""
+        step = bad + 1
+        self._clock.enter("checkpoint", step)
+        # Of the checkpoint before, with which at least one step was good: with a younger one none was.
+        state = self._state_before(bad)
+        saved = int(state.step)
+        self._set_rate(self._faults.counts.rate)
+        self._writer.write(step, self._faults.counts.metrics())
+        self._log_started, self._unlogged_tokens = time.perf_counter(), 0
+        if hosts.is_first():
+            print(f"step {step}: going on with the state of step {saved}, learning rate × "
+                  f"{self._faults.counts.rate:g}", file=sys.stderr, flush=True)
+        return pass_over(state, step - saved), saved
+
+    def _run(self, state: TrainState, start: int, saved: int, told_to_stop: Callable[[int], bool]) -> Outcome:
+        """From step `start` on, with a state whose numbers have been saved at step `saved`."""
         c = self._config
         stop = c.train.stop_step or c.train.steps
         rows_sharding = sharding.batch_sharding(self._mesh)
         batches = self._pipeline.iterate(start, local_rows(rows_sharding, c.data.batch_size))
         unlogged: list[StepMetrics] = []
         results: dict[str, float | str] = {}
-        saved = step = start
+        step = start
         with tqdm(total=c.train.steps, initial=start, unit="step", desc="train",
                   disable=None if hosts.is_first() else True) as bar:
             while step < stop and not told_to_stop(step):
@@ -235,47 +290,63 @@ class _Loop:
                     unlogged = []
                     results = self._evaluate(step, state, bar) if last or step % c.eval.every == 0 else {}
                     if last or step % c.checkpoint.every == 0:
-                        self._clock.enter("checkpoint", step)
-                        self._writer.publish()
-                        self._checkpoints.save(step, state, results)
+                        self._save(step, state, results)
                         saved = step
                     self._clock.enter("step", step)
                     self._log_started = time.perf_counter()
         self._profiler.close(state)
         if unlogged:
             self._log(step, unlogged, bar)
-        if step > saved:
-            self._clock.enter("checkpoint", step)
-            self._checkpoints.save(step, state, {})
+        if step > saved:  # told to stop, or there is nothing behind the step that a rollback led to
+            results = self._evaluate(step, state, bar) if step == stop else {}
+            self._save(step, state, results)
         status = "finished" if step == c.train.steps else "stopped" if step == stop else "preempted"
         return Outcome(state, step, status, results)
 
+    def _save(self, step: int, state: TrainState, results: dict[str, float | str]) -> None:
+        self._clock.enter("checkpoint", step)
+        self._faults.judge_state(step - 1, bool(is_finite(state)), self._checkpoints.latest_step)
+        self._writer.publish()
+        self._checkpoints.save(step, state, results, self._faults.counts)
+
     def _log(self, step: int, unlogged: list[StepMetrics], bar: tqdm) -> None:
-        """Fetches and writes the means over the steps since the last line, which ended with `step`."""
+        """Fetches and writes the means over the good steps since the last line, which ended with `step`."""
         fetched: list[StepMetrics] = jax.device_get(unlogged)
+        self._faults.judge(step - len(fetched), fetched, self._checkpoints.latest_step)
+        good = [metrics for metrics in fetched if not metrics.bad]
         now = time.perf_counter()
-        sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *(m.sums for m in fetched))
         metrics = {
-            "train/loss": float(sums.loss / max(sums.weight, 1e-30)),
-            "train/accuracy": float(sums.correct / max(sums.masked, 1.0)),
-            "train/mask_fraction": float(sums.masked / max(sums.maskable, 1.0)),
-            "train/gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
             "train/learning_rate": float(self._schedule(step - 1)),
             "train/tokens_per_second": self._unlogged_tokens / (now - self._log_started),
             **{f"data_epochs/{name}": count for name, count in self._pipeline.epochs(step).items()},
             **self._clock.metrics(),
-            **curve_over_p(sums),
+            **self._faults.counts.metrics(),
         }
         self._log_started = now
         self._unlogged_tokens = 0
+        if good:
+            metrics |= self._means(step, good)
+            bar.set_postfix_str(
+                f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
+        self._writer.write(step, metrics)
+
+    def _means(self, step: int, steps: list[StepMetrics]) -> dict[str, float]:
+        """What some steps up to `step` report, as metrics."""
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *(m.sums for m in steps))
+        metrics = {
+            "train/loss": float(sums.loss / max(sums.weight, 1e-30)),
+            "train/accuracy": float(sums.correct / max(sums.masked, 1.0)),
+            "train/mask_fraction": float(sums.masked / max(sums.maskable, 1.0)),
+            "train/gradient_norm": float(np.mean([m.gradient_norm for m in steps])),
+            **curve_over_p(sums),
+        }
         trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
         if trend is not None:
             metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
             if trend.stopped and not self._told and hosts.is_first():
                 tqdm.write(advice(step, trend))
             self._told = trend.stopped
-        self._writer.write(step, metrics)
-        bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
+        return metrics
 
     def _evaluate(self, step: int, state: TrainState, bar: tqdm) -> dict[str, float | str]:
         results: dict[str, float | str] = {}

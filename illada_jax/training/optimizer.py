@@ -44,13 +44,17 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
     return optax.join_schedules(schedules, boundaries)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, rate: float = 1.0) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on embedding, head and norms.
 
     Weight decay acts on matrices, not on norms; with Muon on the matrices of the layers only.
+
+    Args:
+      config: the experiment.
+      rate: a factor of all learning rates.
     """
     c = config.optimizer
-    schedule = make_schedule(config, c.learning_rate)
+    schedule = make_schedule(config, c.learning_rate * rate)
     if c.name == "muon":
         optimizer = optax.contrib.muon(
             schedule,
@@ -59,7 +63,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             weight_decay=c.weight_decay,
             adam_b1=c.b1,
             adam_b2=c.b2,
-            adam_learning_rate=make_schedule(config, c.adam_learning_rate),
+            adam_learning_rate=make_schedule(config, c.adam_learning_rate * rate),
             muon_weight_dimension_numbers=_muon_dimensions,
         )
     else:

@@ -1,5 +1,6 @@
 """The training step: corrupt, loss, gradient, update, as one sharded jit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from illada_jax import model
-from illada_jax.config import Config
+from illada_jax.config import Config, FaultConfig
 from illada_jax.data.batch import Batch
 from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights, total_weight
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
@@ -42,10 +43,11 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: float32 scalars on the device."""
+    """What a step reports: float32 scalars on the device, and whether its numbers are bad (config.faults)."""
 
     sums: LossSums
     gradient_norm: jax.Array
+    bad: jax.Array
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -76,6 +78,7 @@ def make_train_step(
     """Builds the jitted step (state, global batch) → (state, metrics). The state is donated.
 
     Keys derive from (seed, step, global row): the masks are the same for any mesh and any number of micro-batches.
+    A step whose numbers are bad changes nothing but the counts of steps.
     """
     process = MaskProcess(config.diffusion.mask_id, config.diffusion.eps, config.diffusion.time_sampling)
 
@@ -89,7 +92,12 @@ def make_train_step(
             # Early on the average is young: without the bound it would hold on to the random initial params.
             decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
-        return TrainState(state.step + 1, params, opt_state, ema), StepMetrics(sums, optax.tree.norm(grads))
+        norm = optax.tree.norm(grads)
+        bad = _is_bad(config.faults, sums, norm)
+        # Loss and norm are those of the whole batch, so that all devices and hosts decide alike.
+        after = jax.tree.map(lambda old, new: new if _is_count(new) else jnp.where(bad, old, new), state,
+                             TrainState(state.step + 1, params, opt_state, ema))
+        return after, StepMetrics(sums, norm, bad)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     on_tpu = mesh.devices.flat[0].platform == "tpu"
@@ -100,6 +108,30 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _is_bad(faults: FaultConfig, sums: LossSums, gradient_norm: jax.Array) -> jax.Array:
+    bad = ~(jnp.isfinite(sums.loss) & jnp.isfinite(gradient_norm))
+    if faults.max_cross_entropy:
+        bad |= jnp.sum(sums.ce_K) > faults.max_cross_entropy * sums.masked
+    return bad
+
+
+def _is_count(x: jax.Array) -> bool:
+    """Whether a leaf of a state counts steps: schedules go by these, so that a step left out is a step."""
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def pass_over(state: TrainState, steps: jax.Array) -> TrainState:
+    """The state as if `steps` more steps had been taken that changed nothing. The state is donated."""
+    return jax.tree.map(lambda x: x + steps if _is_count(x) else x, state)
+
+
+@jax.jit
+def is_finite(state: TrainState) -> jax.Array:
+    """Whether all numbers of a state are finite; a scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]).all()
 
 
 def loss_gradients(

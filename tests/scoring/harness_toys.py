@@ -9,6 +9,7 @@ from etils import epath
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
 from illada_jax.data.tokenizer import ByteTokenizer
 from illada_jax.training.checkpoints import Checkpoints
+from illada_jax.training.faults import FaultCounts
 from illada_jax.training.step import TrainState
 from tests.util import random_params
 
@@ -28,7 +29,7 @@ def params():
 def save(workdir: pathlib.Path) -> str:
     """Saves the model as a checkpoint of a training run."""
     with Checkpoints(epath.Path(workdir), CONFIG, TOKENIZER, "none") as checkpoints:
-        checkpoints.save(1, TrainState(jnp.int32(1), params(), {"nothing": jnp.zeros(1)}, None), {})
+        checkpoints.save(1, TrainState(jnp.int32(1), params(), {"nothing": jnp.zeros(1)}, None), {}, FaultCounts())
     return str(workdir)
 
 

@@ -47,14 +47,17 @@ def make_config(text_file, cache_dir, **changes) -> Config:
 
 @pytest.fixture(scope="session")
 def run(text_file, tmp_path_factory):
-    """run(workdir, num_devices, evaluators, allowed, **changes) trains and returns (outcome, metrics lines)."""
+    """run(workdir, num_devices, evaluators, allowed, poison, **changes) trains: (outcome, metrics lines).
 
-    def run(workdir, num_devices=1, evaluators=None, allowed=(), **changes):
+    `poison(pipeline)` may do something to the batches.
+    """
+
+    def run(workdir, num_devices=1, evaluators=None, allowed=(), poison=lambda pipeline: pipeline, **changes):
         config = make_config(text_file, tmp_path_factory.getbasetemp() / "cache", **changes)
         mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
         corpus = open_corpus(config.data)
         config = resolve(config, corpus.tokenizer)
-        pipeline = Pipeline(config, corpus)
+        pipeline = poison(Pipeline(config, corpus))
         evaluators = evaluators or make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
         outcome = train(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators, allowed)
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
