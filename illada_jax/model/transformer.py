@@ -252,20 +252,25 @@ class Transformer(nn.Module):
         c = self.config
         x_BTD, turned = self._enter(tokens_BT, positions_BT)
         cached_segments_BS = cache and cache.without(positions_BT).segments_BS
-        stacks = self.variables["params"]["layers"], cache and (cache.keys_YBSKH, cache.values_YBSKH)
-        block = Block(c, parent=None)
+        layers, block = self.variables["params"]["layers"], Block(c, parent=None)
 
-        def layer(x_BTD, index, want_BQ=None):
+        def layer(carry, index, want_BQ=None):
+            x_BTD, kept = carry
             take = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)  # noqa: E731
-            params, cached = jax.tree.map(take, stacks)
-            return block.apply({"params": params}, x_BTD, turned, segments_BT, cached_segments_BS, cached, want_BQ)
+            params, cached = jax.tree.map(take, (layers, kept))
+            x_BTD, fresh = block.apply({"params": params}, x_BTD, turned, segments_BT, cached_segments_BS, cached,
+                                       want_BQ)
+            if fresh is not None:  # in place: a cache that is filled anew is not in memory twice
+                put = lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)  # noqa: E731
+                kept = jax.tree.map(put, kept, fresh)
+            return (x_BTD, kept), None
 
         last = c.num_layers - 1
-        x_BTD, fresh = jax.lax.scan(layer, x_BTD, jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
-        x_BQD, fresh_last = layer(x_BTD, last, want_BQ)
-        if fresh_last is not None:
-            keys_values = jax.tree.map(lambda stack, one: jnp.concatenate([stack, one[None]]), fresh, fresh_last)
-            cache = Cache(*keys_values, segments_BT)
+        carry = x_BTD, cache and (cache.keys_YBSKH, cache.values_YBSKH)
+        carry, _ = jax.lax.scan(layer, carry, jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
+        (x_BQD, kept), _ = layer(carry, last, want_BQ)
+        if cache is not None and tokens_BT.shape[1] == cache.segments_BS.shape[1]:
+            cache = Cache(*kept, segments_BT)
         return self.final_norm(x_BQD), cache
 
     def _enter(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
