@@ -45,10 +45,14 @@ def sharded_token_losses(
             head, hidden_BLD, targets_BL, weights_BL, config.train.logits_chunk, compact=True)
         return loss[None], *by_position
 
+    # The head's gradient, float32 and whole before it is scattered, must be gone before the layers' backward pass
+    # begins, and the gathered weights must not be there during their forward pass: left to itself the compiler moves
+    # both. It costs nothing, as the collectives run inside loops or stand alone.
+    hidden_BLD, weights = jax.lax.optimization_barrier((hidden_BLD, params[name]))
     losses, ce_BL, correct_BL = jax.shard_map(
         local_losses, mesh=mesh, axis_names=set(RULES["batch"]), in_specs=(PartitionSpec(*spec), ROWS, ROWS, ROWS),
         out_specs=(ROWS, ROWS, ROWS), check_vma=False,
-    )(params[name], hidden_BLD, targets_BL, weights_BL)
+    )(weights, hidden_BLD, targets_BL, weights_BL)
     return jnp.sum(losses), ce_BL, correct_BL
 
 
