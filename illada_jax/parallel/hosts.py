@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -170,6 +171,25 @@ def suspects() -> dict[int, str]:
     usual = max(set(places.values()), key=lambda place: (list(places.values()).count(place), place))
     return {number: f"is alive {after[number]}, the others are in {usual[1]} of step {usual[0]:,}"
             for number, place in places.items() if place != usual}
+
+
+def first_is_gone(over: threading.Event) -> bool:
+    """Waits until process 0, whose store all need, has ended without `over` being set: then it returns True.
+
+    jax.distributed aborts some moments later, with a trace of the stack and not a word of what to do. An open
+    connection tells at once; should the host vanish from the network, that abort is what remains.
+    """
+    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    while not over.is_set():
+        try:
+            with socket.create_connection((host, int(port))) as connection:
+                while connection.recv(1024):  # a greeting; the server ends connections that do not answer it
+                    pass
+        except ConnectionRefusedError:
+            return not over.is_set()
+        except OSError:
+            over.wait(PULSE_SECONDS)
+    return False
 
 
 def _pulses(client: Any) -> dict[int, Pulse]:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from illada_jax.parallel import hosts
 
 PHASES = ("startup", "data", "step", "evaluation", "checkpoint", "lost")
@@ -95,7 +97,14 @@ def watched(clock: Clock, patience: float) -> Iterator[None]:
             if phase in ("data", "step"):
                 hosts.leave(EXIT_HUNG)
 
-    works = [pulse, *([watch] if patience else [])]
+    def stay_with_first() -> None:
+        if hosts.first_is_gone(over):
+            print(f"error: process 0 of {jax.process_count()} is gone, in {clock.phase} of step {clock.step:,} here; "
+                  "start the same command on all hosts to go on from the newest checkpoint", file=sys.stderr,
+                  flush=True)
+            hosts.leave(EXIT_HUNG)
+
+    works = [pulse, *([watch] if patience else []), *([] if hosts.is_first() else [stay_with_first])]
     threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]
     for thread in threads:
         thread.start()

@@ -101,6 +101,11 @@ def test_two_and_four_processes_train_like_one_and_any_number_goes_on(run, start
     assert np.isfinite(last["eval/bits_per_byte"]) and last["eval/samples"]
     assert list((workdir / "profile").rglob("*.xplane.pb")), "one for each host"
     shutil.rmtree(workdir / "checkpoints" / "10")
+    shutil.copytree(workdir, tmp_path / "four")
+    for code, _, error in finish(start(4, tmp_path / "four", "--config.checkpoint.every=5")):
+        assert code == 0, error
+    resumed = losses(tmp_path / "four")
+    np.testing.assert_allclose([resumed[s] for s in expected], list(expected.values()), rtol=1e-5)
     _, lines = run(workdir, num_devices=1, allowed=("data",), train__log_every=1)
     resumed = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     np.testing.assert_allclose([resumed[s] for s in expected], list(expected.values()), rtol=1e-5)
@@ -111,6 +116,8 @@ def test_all_stop_when_one_is_told_to_and_when_one_is_killed(run, start, tmp_pat
     workdir = tmp_path / "run"
     started = start(2, workdir, *long)
     wait_for_steps(workdir, 25, started)
+    (code, _, error), = finish(start(1, workdir, *long))
+    assert code == 2 and "trains in this workdir; stop it, or use another workdir" in error
     started[1].send_signal(signal.SIGTERM)
     results = finish(started)
     for code, _, error in results:
@@ -131,6 +138,16 @@ def test_all_stop_when_one_is_told_to_and_when_one_is_killed(run, start, tmp_pat
                    train__log_every=1, optimizer__decay_steps=0)
     assert [line["step"] for line in lines] == list(range(1, newest + 4))
     assert lines[-1]["goodput/lost_seconds"] > 0
+
+
+def test_the_others_stop_when_the_first_process_is_killed(start, tmp_path):
+    """It holds the store by which they find each other, so they cannot ask who is missing."""
+    started = start(2, tmp_path / "run", "--config.train.steps=5000")
+    wait_for_steps(tmp_path / "run", 5, started)
+    started[0].kill()
+    error = started[1].communicate(timeout=120)[1]
+    assert started[1].returncode == 75, error
+    assert "process 0 of 2 is gone" in error and "start the same command on all hosts" in error
 
 
 def test_the_watchdog_names_the_process_that_hangs(start, tmp_path):
