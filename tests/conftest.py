@@ -12,3 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join([
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "aot: compiles the 8B model for TPUs: minutes; needs illada_jax[tpu]")

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -147,12 +149,65 @@ class Module:
         visit(self.entry, 1)
         return found
 
-    def buffers(self) -> list[tuple[Instruction, Shape]]:
-        """Every array that some instruction outside of a fusion makes, arguments included."""
+    def buffers(self) -> list[tuple[str, Instruction, Shape]]:
+        """(computation, instruction, array) of all that is made outside of a fusion, arguments included."""
         fused = {called for instructions in self.computations.values() for i in instructions if i.opcode == "fusion"
                  for called in i.called}
-        return [(i, shape) for name, instructions in self.computations.items() if name not in fused
+        return [(name, i, shape) for name, instructions in self.computations.items() if name not in fused
                 for i in instructions for shape in i.shapes]
+
+    def origins(self, chosen: Callable[[Instruction], bool]) -> dict[tuple[str, str], int]:
+        """What the result of each executed instruction is made of, by (computation, instruction).
+
+        0: constants alone; CHOSEN: parameters of the program that are `chosen`, and constants; OTHER: something else
+        too. Results are followed through tuples and round loops.
+        """
+        found: dict[tuple[str, str], int] = {}
+
+        def visit(name: str, arguments: list[Origin]) -> Origin:
+            values: dict[str, Origin] = {}
+            for i in self.computations[name]:
+                operands = [values[operand] for operand in i.operands if operand in values]
+                value: Origin = max(map(_most, operands), default=0)
+                if i.opcode == "parameter":
+                    value = arguments[int(re.match(r"\d+", i.text).group())]
+                elif i.opcode == "tuple":
+                    value = tuple(operands)
+                elif i.opcode == "get-tuple-element" and isinstance(operands[0], tuple):
+                    value = operands[0][int(re.search(r"index=(\d+)", i.text).group(1))]
+                elif i.opcode == "optimization-barrier":
+                    value = operands[0]
+                elif i.opcode == "call":
+                    value = visit(i.called[0], operands)
+                elif i.opcode == "while":
+                    body, before = re.search(r"body=%([\w.\-]+)", i.text).group(1), None
+                    value = operands[0]
+                    while value != before:
+                        before, value = value, _join(value, visit(body, [value]))
+                values[i.name] = value
+                found[name, i.name] = _most(value)
+                if i.is_root:
+                    root = value
+            return root
+
+        inputs = {int(re.match(r"\d+", i.text).group()): CHOSEN if chosen(i) else OTHER
+                  for i in self.computations[self.entry] if i.opcode == "parameter"}
+        visit(self.entry, [inputs[number] for number in sorted(inputs)])
+        return found
+
+
+CHOSEN, OTHER = 1, 2
+Origin = Any  # 0, CHOSEN or OTHER, or a tuple of origins
+
+
+def _most(origin: Origin) -> int:
+    return max(map(_most, origin), default=0) if isinstance(origin, tuple) else origin
+
+
+def _join(one: Origin, other: Origin) -> Origin:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return tuple(_join(a, b) for a, b in zip(one, other, strict=True))
+    return max(_most(one), _most(other))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Options:
     Attributes:
       mode: the program.
       canvas: columns of decoding and scoring; 0 takes the context.
+      quantize: weights of decoding and scoring, `none` (the compute dtype) or `int8`.
       kernel_efficiency: share of the peak that attention kernels are taken to reach; the compiler has no estimate.
       price: per chip and hour, in any currency; 0 leaves the cost out.
       search: also look for the largest batch that fits.
@@ -32,6 +33,7 @@ class Options:
 
     mode: Mode = "train"
     canvas: int = 0
+    quantize: Literal["none", "int8"] = "none"
     kernel_efficiency: float = 0.7
     price: float = 0.0
     search: bool = False
@@ -56,14 +58,14 @@ def make_plan(config: Config, topology: Topology, options: Options) -> dict[str,
     if options.mode == "train":
         plan |= _train_plan(config, mesh, topology, options, assumed)
     else:
-        plan |= _inference_plan(config, mesh, topology, options, canvas)
+        plan |= _inference_plan(config, mesh, topology, options, canvas, assumed)
     return plan | {"assumptions": assumed}
 
 
 def _memory(compiled: programs.Compiled, topology: Topology) -> dict[str, Any]:
     available = topology.chip.hbm_bytes / topology.chip.devices
     return {"argument_bytes": compiled.argument_bytes, "temporary_bytes": compiled.temporary_bytes,
-            "total_bytes": compiled.total_bytes, "available_bytes": available,
+            "total_bytes": compiled.total_bytes, "peak_bytes": compiled.peak_bytes, "available_bytes": available,
             "headroom_bytes": available - compiled.total_bytes, "fits": compiled.total_bytes <= available,
             "compile_seconds": round(compiled.seconds, 1)}
 
@@ -160,25 +162,38 @@ def _what_would_fit(config: Config, shards: int) -> str:
     return f"What would help: {'; '.join(ways)}"
 
 
-def _inference_plan(config: Config, mesh: jax.sharding.Mesh, topology: Topology, options: Options,
-                    canvas: int) -> dict[str, Any]:
-    params = programs.abstract_params(config, mesh, config.model.dtype)
+def _inference_plan(config: Config, mesh: jax.sharding.Mesh, topology: Topology, options: Options, canvas: int,
+                    assumed: list[str]) -> dict[str, Any]:
+    params = programs.inference_params(config, mesh, options.quantize)
     if options.mode == "decode":
-        lowered = programs.lower_decode(config, mesh, canvas)
+        lowered = programs.lower_decode(config, mesh, params, canvas)
     else:
-        lowered = programs.lower_score(config, mesh, canvas, config.decode.block_length)
+        lowered = programs.lower_score(config, mesh, params, canvas, config.decode.block_length)
     try:
         compiled = programs.compile_for(lowered)
     except programs.DoesNotFit as error:
-        ways = "fewer --config.decode.batch_size, a larger --config.mesh.tensor, or a shorter --canvas"
+        quantize = "" if options.quantize == "int8" else "--quantize=int8, "
+        ways = f"{quantize}fewer --config.decode.batch_size, a larger --config.mesh.tensor, or a shorter --canvas"
         raise programs.DoesNotFit(f"{topology.name}: {error}. What would help: {ways}") from error
-    work = hlo.work(hlo.Module(compiled.text), mesh.size, topology.num_slices)
     param_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    bounds = {name: roofline.evaluation_bounds(config, mesh, topology, canvas, param_bytes, cached)
+              for name, cached in (("canvas", False), ("block", True))}
+    assumed += [
+        "decoding and scoring: an evaluation takes the longest of its FLOPs at the peak, its bytes (params once, the "
+        "cache once) at the bandwidth of memory, and its partial sums over `tensor` at that of the links, by formula",
+        "decoding and scoring: all rows are full, nothing but evaluations of the network takes time",
+    ]
     plan = {"rows": config.decode.batch_size, "canvas": canvas, "block_length": config.decode.block_length,
-            "cache": config.decode.cache, "param_bytes": param_bytes, **_memory(compiled, topology),
-            "work": dataclasses.asdict(work)}
+            "cache": config.decode.cache, "reveal": config.decode.reveal, "quantize": options.quantize,
+            "param_bytes": param_bytes, **_memory(compiled, topology),
+            "bounds": {name: {**dataclasses.asdict(b), "best": b.best} for name, b in bounds.items()}}
     if options.mode == "decode":
-        plan["rates"] = roofline.decode_rates(config, mesh, topology, canvas, param_bytes)
+        plan["rates"] = roofline.decode_rates(config, bounds["canvas"], bounds["block"])
+        assumed.append("decoding: a threshold reveals 1, 2 or 4 tokens of each row per evaluation; how many it really "
+                       "does depends on the model")
+    else:
+        del plan["bounds"]["block"]
+        plan["rows_per_second"] = config.decode.batch_size / bounds["canvas"].best
     return plan
 
 

@@ -24,6 +24,7 @@ from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
 from illada_jax.planning.chips import GIB, Topology
 from illada_jax.scoring.look import look
 from illada_jax.training.optimizer import make_optimizer
+from illada_jax.training.saved_model import abstract_params
 from illada_jax.training.step import abstract_state, make_train_step
 
 
@@ -34,6 +35,8 @@ class Compiled:
     Attributes:
       text: the program.
       argument_bytes, output_bytes, alias_bytes, temporary_bytes: memory; alias is what outputs share with arguments.
+      peak_bytes: the most that is in use at a time, arguments included; less than is reserved, for temporaries lie in
+        places of their own.
       seconds: processor time of the compilation.
     """
 
@@ -42,6 +45,7 @@ class Compiled:
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
+    peak_bytes: int
     seconds: float
 
     @property
@@ -84,15 +88,19 @@ def lower_train(config: Config, mesh: Mesh) -> jax.stages.Lowered:
         return make_train_step(config, optimizer, mesh).lower(state, batch)
 
 
-def abstract_params(config: Config, mesh: Mesh, dtype: Any) -> Any:
-    """Params for decoding, laid out by the rules, as ShapeDtypeStructs."""
-    shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
-    shardings = sharding.param_shardings(mesh, model.param_axes(config.model))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
+def inference_params(config: Config, mesh: Mesh, quantize: str) -> Any:
+    """Params as they are loaded for decoding and scoring in the compute dtype, as ShapeDtypeStructs.
+
+    Args:
+      config: its model.
+      mesh: where they lie.
+      quantize: `none` or `int8`.
+    """
+    return abstract_params(config.model, jnp.dtype(config.model.dtype), mesh, quantize == "int8")
 
 
-def lower_decode(config: Config, mesh: Mesh, canvas: int) -> jax.stages.Lowered:
-    """The decoder's loop for config.decode.batch_size rows on a canvas of `canvas` columns.
+def lower_decode(config: Config, mesh: Mesh, params: Any, canvas: int) -> jax.stages.Lowered:
+    """The decoder's loop for config.decode.batch_size rows on a canvas of `canvas` columns; `params` are abstract.
 
     Raises:
       ConfigError: the rows, or the model, do not divide over the mesh.
@@ -110,7 +118,7 @@ def lower_decode(config: Config, mesh: Mesh, canvas: int) -> jax.stages.Lowered:
         limit_B=row()(jnp.int32), done_B=row()(jnp.bool_), keys_B2=row(2)(jnp.uint32), steps_B=row()(jnp.int32),
         reveal_step_BL=row(canvas)(jnp.int32), log_prob_BL=row(canvas)(jnp.float32))
     num_blocks = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    logits_fn = model.make_logits_fn(config.model, abstract_params(config, mesh, jnp.dtype(config.model.dtype)))
+    logits_fn = model.make_logits_fn(config.model, params)
     with use_mesh(mesh):
         return run_blocks.lower(logits_fn, carry, num_blocks, rules=rules)
 
@@ -136,20 +144,33 @@ def compile_for(lowered: jax.stages.Lowered) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        message = " ".join(str(error).split())
-        used = re.search(r"Used ([\d.]+)([KMG])i? of ([\d.]+)([KMG])i? hbm", message)
-        if not used:
+        refused = _too_much(" ".join(str(error).split()))
+        if refused is None:
             raise
-        units = {"K": 2**10 / GIB, "M": 2**20 / GIB, "G": 1.0}
-        need, there = float(used[1]) * units[used[2]], float(used[3]) * units[used[4]]
+        need, there = refused
         raise DoesNotFit(f"needs {need:.1f} GiB on each device, which has {there:.2f} GiB: {need - there:.1f} GiB too "
                          "much") from error
     memory = compiled.memory_analysis()
     return Compiled(compiled.as_text(), memory.argument_size_in_bytes, memory.output_size_in_bytes,
-                    memory.alias_size_in_bytes, memory.temp_size_in_bytes, time.process_time() - started)
+                    memory.alias_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
+                    time.process_time() - started)
 
 
-def lower_score(config: Config, mesh: Mesh, canvas: int, wanted: int) -> jax.stages.Lowered:
+# What the compiler says where memory is short: after it has placed everything, or before.
+_REFUSALS = (r"Used ([\d.]+)([KMG])i? of ([\d.]+)([KMG])i? hbm",
+             r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
+
+
+def _too_much(message: str) -> tuple[float, float] | None:
+    """(GiB that a program needs, GiB that there are) if that is what the compiler complains of."""
+    found = next(filter(None, (re.search(refusal, message) for refusal in _REFUSALS)), None)
+    if found is None:
+        return None
+    units = {"K": 2**10 / GIB, "M": 2**20 / GIB, "G": 1.0}
+    return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+
+
+def lower_score(config: Config, mesh: Mesh, params: Any, canvas: int, wanted: int) -> jax.stages.Lowered:
     """One evaluation of the scorers: config.decode.batch_size rows of `canvas` columns, `wanted` of them looked at.
 
     Raises:
@@ -158,7 +179,7 @@ def lower_score(config: Config, mesh: Mesh, canvas: int, wanted: int) -> jax.sta
     rows = _decode_rows(config, mesh)
     array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
         (rows, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
-    logits_fn = model.make_logits_fn(config.model, abstract_params(config, mesh, jnp.dtype(config.model.dtype)))
+    logits_fn = model.make_logits_fn(config.model, params)
     with use_mesh(mesh):
         return look.lower(logits_fn, array(canvas), array(), array(), array(wanted), array(wanted, 1),
                           mask_id=config.diffusion.mask_id, cfg_scale=config.decode.cfg_scale)

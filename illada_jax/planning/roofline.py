@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from illada_jax.config import Config
@@ -82,35 +83,71 @@ def step_bounds(config: Config, mesh: Mesh, topology: Topology, work: Work, kern
     )
 
 
-def decode_rates(config: Config, mesh: Mesh, topology: Topology, canvas: int, param_bytes: int) -> list[dict[str, Any]]:
-    """Best-case tokens per second of the whole mesh, by roofline: nothing compiled enters, only formulas.
+@dataclasses.dataclass(frozen=True)
+class EvaluationBounds:
+    """Bounds on one evaluation of the network in decoding or scoring, in seconds; by formula, nothing compiled enters.
 
-    An evaluation takes the longer of its FLOPs at the peak and its bytes (the params once, the cache once) at the
-    bandwidth of memory. `exact` computes the whole canvas at every evaluation; `prefix cache` once a block, then the
-    block alone. `per_evaluation` tokens are revealed by each.
+    Attributes:
+      compute: FLOPs at the chip's peak (int8 weights are multiplied in bfloat16).
+      hbm: the params once, and what is cached once, at the bandwidth of memory.
+      ici: partial sums of every layer over `tensor`, and the params that `fsdp` spreads, at the bandwidth of the links.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+
+    @property
+    def best(self) -> float:
+        """The longest of the three: everything that can overlap does."""
+        return max(self.compute, self.hbm, self.ici)
+
+
+def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: int, param_bytes: int,
+                      cached: bool) -> EvaluationBounds:
+    """The bounds of one evaluation: logits of a block of each row.
 
     Args:
       config: its model and decode sections.
-      mesh: rows lie over data and fsdp, params over tensor.
+      mesh: rows lie over data and fsdp, params over fsdp and tensor.
       topology: the devices.
       canvas: columns.
       param_bytes: of one device.
+      cached: only the block is computed, keys and values of the whole canvas are read from a cache; else all columns
+        are.
     """
-    model, share = config.model, 1 / topology.chip.devices
+    model, chip, share = config.model, topology.chip, 1 / topology.chip.devices
     rows = config.decode.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
-    tensor, block = mesh.shape["tensor"], config.decode.block_length
-    cache_bytes = 2 * rows * canvas * model.num_layers * model.num_kv_heads * model.head_dim * 2 / tensor
+    fsdp, tensor, block = mesh.shape["fsdp"], mesh.shape["tensor"], config.decode.block_length
+    columns = min(block, canvas) if cached else canvas
+    item = jnp.dtype(model.dtype).itemsize
+    head = 2.0 * model.d_model * model.vocab_size
+    flops = rows * (columns * (forward_flops_per_token(model, canvas) - head) + block * head) / tensor
+    cache = 2 * rows * canvas * model.num_layers * model.num_kv_heads * model.head_dim * item / tensor
+    # An all-reduce behind attention and one behind the feed-forward of each layer; each sends 2 · (n - 1) / n.
+    sums = 2 * model.num_layers * rows * columns * model.d_model * item * 2 * (tensor - 1) / tensor
+    return EvaluationBounds(
+        compute=flops / (chip.flops * share),
+        hbm=(param_bytes * fsdp + (cache if cached else 0)) / (chip.hbm_bandwidth * share),
+        ici=(sums + param_bytes * (fsdp - 1)) / (chip.ici_bandwidth * share))
 
-    def seconds(columns: int, reads: float) -> float:
-        head = 2.0 * model.d_model * model.vocab_size
-        flops = rows * (columns * (forward_flops_per_token(model, canvas) - head) + block * head) / tensor
-        return max(flops / (topology.chip.flops * share), reads / (topology.chip.hbm_bandwidth * share))
 
-    whole, part = seconds(canvas, param_bytes), seconds(block, param_bytes + cache_bytes)
-    rates = []
+def decode_rates(config: Config, whole: EvaluationBounds, part: EvaluationBounds) -> list[dict[str, Any]]:
+    """Best-case tokens per second of the whole mesh: all rows full, nothing but evaluations takes time.
+
+    `exact` computes the whole canvas at every evaluation; `prefix cache` once a block, then the block alone. An
+    evaluation reveals 1, 2 or 4 tokens of each row: what a threshold reaches depends on how sure the model is.
+
+    Args:
+      config: its decode section.
+      whole: one evaluation of the canvas.
+      part: one of a block.
+    """
+    block, rates = config.decode.block_length, []
     for per_evaluation in (1, 2, 4):
         evaluations = block / per_evaluation
-        for name, time in (("exact", evaluations * whole), ("prefix cache", whole + (evaluations - 1) * part)):
+        for name, time in (("exact", evaluations * whole.best),
+                           ("prefix cache", whole.best + (evaluations - 1) * part.best)):
             rates.append({"decoding": name, "tokens_per_evaluation": per_evaluation,
                           "tokens_per_second": config.decode.batch_size * block / time})
     return rates

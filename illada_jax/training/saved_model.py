@@ -98,7 +98,7 @@ class SavedModel:
         return average if average.is_dir() else self.directory / "params"
 
     def _target(self, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
-        return _abstract(self.config.model, dtype, mesh, self.quantized)
+        return abstract_params(self.config.model, dtype, mesh, self.quantized)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -164,8 +164,8 @@ class SavedModel:
 
 
 @functools.cache
-def _abstract(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
-    """Params in `dtype` (with `quantized`, matrices as Int8) as abstract arrays with the places where they go."""
+def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
+    """Params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with the places where they go."""
     def init() -> Any:
         params = jax.tree.map(lambda x: x.astype(dtype), model.init_params(config, jax.random.key(0)))
         return quantize_params(params) if quantized else params
