@@ -1,13 +1,16 @@
 """What every command shares: absl flags in, one-line errors and exit codes out."""
 
+import errno
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from illada_jax.errors import InputError
+from illada_jax.errors import InputError, StorageError
 
 EXIT_BAD_INPUT = 2
+# What is wrong with the storage, and not with the program.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
@@ -31,6 +34,10 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
             return guarded(argv)
         except InputError as error:
             return _fail(error)
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            return _fail(StorageError(f"{error.filename or 'a file'}: {error.strerror}"))
 
     try:
         app.run(caught, flags_parser=_parse)

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class StorageError(InputError):
+    """A file cannot be written: the disk is full, may not be written to, or fails. One process may see it alone."""
+
+
 class ConfigError(InputError):
     """A configuration value is unknown, of the wrong type, out of range or in conflict."""

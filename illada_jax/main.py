@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from illada_jax import cli, plan, process_flags, report
 from illada_jax.config import Config, from_config_dict
-from illada_jax.errors import ConfigError, InputError
+from illada_jax.errors import ConfigError, InputError, StorageError
 from illada_jax.evaluators import make_evaluators
 from illada_jax.experiment import open_data
 from illada_jax.interop import open_source
@@ -99,8 +99,11 @@ def main(_: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return hosts.leave(EXIT_RESUMABLE)
     except Exception as error:
-        if isinstance(error, InputError) or jax.process_count() == 1:
+        if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
+        if isinstance(error, StorageError):  # which the others may not have
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return hosts.leave(cli.EXIT_BAD_INPUT)
         traceback.print_exc()
         return hosts.leave(1)  # an ordinary exit would wait for the others, and they for this process
 

@@ -7,6 +7,7 @@ temporary name and renamed, the manifest last: a directory without one is not a 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,14 +15,14 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from illada_jax.data.tokenizer import Tokenizer, load_tokenizer
-from illada_jax.errors import InputError
+from illada_jax.errors import InputError, StorageError
 
 FORMAT_VERSION = 1
 CHUNK_TOKENS = 8192
@@ -138,7 +139,7 @@ def temporary_name(path: pathlib.Path) -> pathlib.Path:
 
 
 class ShardWriter:
-    """Writes one shard. Nothing is at `path` before `close`."""
+    """Writes one shard. Nothing is at `path` before `close`. `add` and `close` raise StorageError if writing fails."""
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
         self._path = path
@@ -170,19 +171,28 @@ class ShardWriter:
             return None
         self._write_records(np.concatenate(self._pending))
         self._write_records(np.array(self._offsets, "<u8"))
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
         info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes, self._num_records,
                          self._temporary.stat().st_size, file_sha256(self._temporary))
         os.replace(self._temporary, self._path)
         return info
 
     def _write_records(self, values: np.ndarray) -> None:
-        if self._writer is None:
-            # One record a group: records are read one by one.
-            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
-        for start in range(0, len(values), CHUNK_TOKENS):
-            self._writer.write(values[start : start + CHUNK_TOKENS].tobytes())
-            self._num_records += 1
+        with self._writing():
+            if self._writer is None:
+                # One record a group: records are read one by one.
+                self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
+            for start in range(0, len(values), CHUNK_TOKENS):
+                self._writer.write(values[start : start + CHUNK_TOKENS].tobytes())
+                self._num_records += 1
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # the library raises whatever its C++ status became
+            raise StorageError(f"{self._path}: cannot be written: {str(error).splitlines()[0]}") from error
 
 
 class TokenStream:

@@ -6,8 +6,11 @@ params (config.optimizer.ema_decay) also have `ema`: whoever loads a model for u
 another run) gets the average where there is one; only resuming reads both.
 """
 
+import contextlib
 import itertools
+import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.tokenizer import Tokenizer
-from illada_jax.errors import InputError
+from illada_jax.errors import InputError, StorageError
 from illada_jax.parallel.fingerprint import fingerprints, first_difference
 from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.faults import FaultCounts
@@ -35,6 +38,12 @@ from illada_jax.training.saved_model import (
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for a failed write of Orbax: it logs hundreds of lines about what it then raises too."""
+    return record.levelno < logging.ERROR or not (
+        "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
 
 
 class Checkpoints:
@@ -56,6 +65,8 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False))
         if config.faults.action == "rollback":  # whatever a preemption saves must not push out where rollbacks lead
             keep.append(checkpoint_managers.EveryNSteps(interval_steps=config.checkpoint.every, max_to_keep=2))
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(absolute_path(workdir) / "checkpoints", options=options)
@@ -73,8 +84,30 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is not None and issubclass(kind, HostLost):
             return  # those that a last save would wait for are gone
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except StorageError as error:
+            if kind is None:
+                raise
+            if not issubclass(kind, StorageError):  # else it has been said
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax raises when a checkpoint, or the one before it, cannot be written into StorageError.
+
+        Those are OSErrors and ValueErrors that quote the operating system; what the devices raise is let through.
+        """
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[-200:]
+            whole = ocp.utils.checkpoint_steps(self._manager.directory)
+            newest = f"the newest whole one is that of step {max(whole)}" if whole else "there is no whole one"
+            raise StorageError(f"{self._manager.directory}: a checkpoint cannot be written: {reason}; {newest}. When "
+                               "that is mended, type the same command again") from error
 
     @property
     def latest_step(self) -> int | None:
@@ -87,15 +120,21 @@ class Checkpoints:
         return max((s for s in self._manager.all_steps() if s < step and s % every == 0), default=None)
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float], faults: FaultCounts) -> None:
-        """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept."""
+        """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept.
+
+        Raises:
+          StorageError: this checkpoint or the one before cannot be written.
+        """
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
         items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
         items |= {} if state.ema is None else {"ema": state.ema}
-        self._manager.save(step, metrics=known, args=ocp.args.Composite(
-            meta=ocp.args.JsonSave(sealed({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)),
-            tokenizer=ocp.args.JsonSave(self._tokenizer_files),
-            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-        ))
+        meta = sealed({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)
+        with self._writing():
+            self._manager.save(step, metrics=known, args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(meta),
+                tokenizer=ocp.args.JsonSave(self._tokenizer_files),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            ))
 
     def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts]:
         """Restores the newest whole checkpoint, or that of `scheduled_before`, onto the shardings of `abstract`.
@@ -107,7 +146,8 @@ class Checkpoints:
           InputError: the workdir was trained on another corpus, or all of its checkpoints are damaged.
         """
         damaged = []
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         while (step := self.latest_step if before is None else self.scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)

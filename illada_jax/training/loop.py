@@ -83,7 +83,8 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a config of a run: {error}") from error
     try:
-        if workdir.exists() and any(workdir.iterdir()):
+        # What a process that was killed here, before there was a config, may have left is written anew.
+        if workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "config.json.partial"}:
             raise InputError(f"{workdir}: neither empty nor a workdir (no config.json in it)")
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")

@@ -4,6 +4,7 @@ Object storage cannot append: for a workdir such as gs://… they are written to
 once a minute, before every checkpoint and at the end.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
+from illada_jax.errors import StorageError
 from illada_jax.training.lease import is_remote
 
 NAME = "metrics.jsonl"
@@ -57,24 +59,34 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for sink in (self._file, self._events):
-            if sink is not None:
-                sink.close()
-        if self._file is not None and self._local != self._workdir:
-            self.publish()
-            self._local.rmtree()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        # What cannot be written has been said where it is the reason to end.
+        with contextlib.suppress(*([] if kind is None else [OSError])):
+            for sink in (self._file, self._events):
+                if sink is not None:
+                    sink.close()
+            if self._file is not None and self._local != self._workdir:
+                self.publish()
+                self._local.rmtree()
 
     def write(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Writes numbers and texts under the given step."""
+        """Writes numbers and texts under the given step.
+
+        Raises:
+          StorageError: they cannot be written.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            self._write_events(step, metrics)
-        if time.monotonic() - self._published > _PUBLISH_SECONDS:
-            self.publish()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._write_events(step, metrics)
+            if time.monotonic() - self._published > _PUBLISH_SECONDS:
+                self.publish()
+        except OSError as error:
+            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. When that is "
+                               "mended, type the same command again") from error
 
     def publish(self) -> None:
         """Brings a remote workdir up to date; what is not published is lost with the process."""

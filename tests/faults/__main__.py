@@ -1,0 +1,113 @@
+"""Injects every fault that the suite knows and writes a table of faults and outcomes.
+
+Example:
+  python -m tests.faults --output=faults.md
+  python -m tests.faults --quick
+
+The full set kills a training run 50 times and takes about half an hour of two cores; `--quick` less than 8 minutes.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from tests.faults import kills, programs, signals, storage
+
+# Faults that need no process of their own are tests of the suite: these files, with many examples in the full set.
+IN_PROCESS = {
+    "numbers: NaN, infinity, spikes; halt, skip, rollback": ["tests/training/test_faults.py"],
+    "checkpoints: flipped bits, truncated, missing and half-copied": ["tests/training/test_damage.py"],
+    "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
+    "safetensors: headers, indices, links": ["tests/interop/test_mess.py", "tests/fuzz/test_safetensors.py"],
+    "tokenizers, packing, configs, JSONL, templates, prompts": ["tests/fuzz"],
+    "programs that try to leave the sandbox": ["tests/scoring/test_sandbox.py"],
+}
+
+
+class Table:
+    """Faults and outcomes, printed as they come."""
+
+    def __init__(self):
+        self._started = time.monotonic()
+        self.rows: list[str] = ["| fault | tried | outcome | seconds |", "|---|---|---|---|"]
+        self.failures: list[str] = []
+        print("\n".join(self.rows), flush=True)
+
+    def add(self, fault: str, tried: int | str, wrong: list[str], outcome: str = "") -> None:
+        """One row; `wrong` says what went wrong, `outcome` what happened if nothing did."""
+        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        self.failures += [f"{fault}: {text}" for text in wrong]
+        self.rows.append(f"| {fault} | {tried} | {f'{len(wrong)} FAILED' if wrong else outcome} | {seconds:.0f} |")
+        print(self.rows[-1], flush=True)
+
+
+def inject(place: pathlib.Path, quick: bool) -> Table:
+    """Runs everything in a new directory."""
+    table = Table()
+    programs.write_text(place / "text")
+    steps = 300 if quick else 1500
+    whole = [f"--config.train.steps={steps}"]
+    programs.must(programs.train_command(place, place / "whole", *whole))
+    programs.must(programs.train_command(place, place / "twin", *whole))
+    wrong = kills.differences(place / "whole", place / "twin")
+    table.add("two runs of the same config", 2, wrong, "the same metrics and arrays, bit for bit")
+    programs.must(programs.train_command(place, place / "short", *storage.SHORT))
+
+    killed, wrong = kills.killed_training(place / "whole", place / "killed", 6 if quick else 50, place, whole)
+    moments = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
+    table.add("kill -9 while training", f"{sum(killed.values())} ({moments})", wrong,
+              "each restart went on; metrics and arrays of the end bit for bit those of the unkilled run")
+    count, wrong = kills.killed_preparation(place, 4 if quick else 20)
+    table.add("kill -9 while preparing", count, wrong, "the corpus, byte for byte")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        wrong = signals.told_to_stop(place, place / number.name, number)
+        table.add(number.name, 1, [wrong] if wrong else [], "saved, exit code 75, no step lost")
+    wrong = signals.second_trainer(place, place / "leased")
+    table.add("a second trainer", 1, [wrong] if wrong else [], "refused with exit code 2; the first goes on")
+
+    results = storage.in_namespace(place, 1 if quick else 8)
+    if results is None:
+        table.add("a small file system", 0, [], "not permitted here")
+    for fault, wrong in (results or []) + storage.limited_files(place, 1 if quick else 3):
+        table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2; then the same command finishes")
+    for fault, files in IN_PROCESS.items():
+        if not quick:  # the suite has run them
+            _pytest(table, fault, files)
+    return table
+
+
+def _pytest(table: Table, fault: str, files: list[str]) -> None:
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "many"}
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "--hypothesis-show-statistics", *files],
+                            cwd=programs.ROOT, env=environment, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    examples = sum(map(int, re.findall(r"(\d+) passing examples", result.stdout)))
+    wrong = [] if result.returncode == 0 else [result.stdout[-3000:]]
+    table.add(fault, f"{passed.group(1) if passed else 0} tests" + (f", {examples:,} examples" if examples else ""),
+              wrong, "refused by name, or without effect")
+
+
+def main() -> int:
+    """Injects, reports, and says whether nothing went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few of each fault")
+    parser.add_argument("--output", type=pathlib.Path, help="file for the table, in Markdown")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        table = inject(pathlib.Path(directory), arguments.quick)
+    if arguments.output:
+        arguments.output.write_text("\n".join(table.rows) + "\n")
+    for failure in table.failures:
+        print(f"\nFAILED {failure}", file=sys.stderr)
+    return 1 if table.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Kill -9 at random moments: every restart goes on, and the end is that of a run that nobody killed, bit for bit."""
+
+import functools
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+from tests.faults import programs, tiny
+
+MOMENTS = ("start-up", "step", "save", "evaluation")
+_POLL_SECONDS = 0.002
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a process and its children, without warning."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, place: pathlib.Path,
+                    flags: Sequence[str], seed: int = 0) -> tuple[dict[str, int], list[str]]:
+    """Trains `tiny` to its end in `workdir`, killed `count` times on the way.
+
+    Args:
+      whole: the workdir of the run that nobody killed.
+      workdir: of the run that is killed.
+      count: how often.
+      place: has the text.
+      flags: of both runs.
+      seed: of the moments.
+
+    Returns:
+      How often it was killed at each kind of moment, and what is wrong afterwards.
+    """
+    draw = random.Random(seed)
+    config = tiny.get_config()
+    command = programs.train_command(place, workdir, *flags)
+    killed = dict.fromkeys(MOMENTS, 0)
+    wrong = []
+    startup = 2.0
+    for number in range(count):
+        moment = MOMENTS[number % len(MOMENTS)]
+        before = programs.saved_steps(workdir)
+        began = time.monotonic()
+        process = programs.start(command)
+        if moment == "start-up":
+            time.sleep(draw.uniform(0, startup))
+            reached = True
+        else:
+            reached = _wait(process, functools.partial(_has_started, workdir, began))
+            startup = max(startup, time.monotonic() - began)
+            seen = {"step": _after_lines(workdir, draw.randint(1, 8)), "save": lambda: _is_saving(workdir),
+                    "evaluation": lambda: _is_evaluating(workdir, config.eval.every)}[moment]
+            reached = reached and _wait(process, seen)
+            time.sleep(draw.uniform(0, 0.02))
+        if process.poll() is not None:
+            output = "".join(process.communicate())
+            if process.returncode != 0 or not reached:
+                wrong.append(f"kill {number + 1} ({moment}): ended by itself with {process.returncode}: {output[-500:]}"
+                             )
+            break
+        kill(process)
+        killed[moment] += 1
+        after = programs.saved_steps(workdir)
+        if before and (not after or after[-1] < before[-1]):
+            wrong.append(f"kill {number + 1} ({moment}): the checkpoint of step {before[-1]} is gone, left: {after}")
+    programs.must(command)
+    return killed, wrong + differences(whole, workdir)
+
+
+def differences(whole: pathlib.Path, workdir: pathlib.Path) -> list[str]:
+    """What differs between two finished runs: the metrics (times aside), the arrays of the last checkpoint."""
+    found = []
+    if programs.timeless(whole) != programs.timeless(workdir):
+        found.append(f"{workdir}: other metrics than {whole}")
+    arrays, expected = programs.final_arrays(workdir), programs.final_arrays(whole)
+    found += [f"{workdir}: {name} differs" for name in expected if arrays.get(name) != expected[name]]
+    if (workdir / "damaged").exists():
+        found.append(f"{workdir}: a damaged checkpoint was found")
+    return found
+
+
+def killed_preparation(place: pathlib.Path, count: int, seed: int = 0) -> tuple[int, list[str]]:
+    """Prepares the text of `place`, killed `count` times: (how often it was killed, what is wrong afterwards)."""
+    draw = random.Random(seed)
+    expected, target = place / "prepared", place / "prepared-killed"
+    began = time.monotonic()
+    if not expected.exists():
+        programs.must(programs.prepare_command(place, expected))
+    takes = time.monotonic() - began
+    killed = 0
+    for number in range(count):
+        process = programs.start(programs.prepare_command(place, target))
+        if number % 2:  # in the middle of the shards
+            _wait(process, lambda: any(target.rglob("*.tmp-*")))
+            time.sleep(draw.uniform(0, 0.05))
+        else:
+            time.sleep(draw.uniform(0, takes))
+        if process.poll() is None:
+            kill(process)
+            killed += 1
+        else:
+            process.communicate()
+        if (target / "manifest.json").exists():
+            if programs.tree_checksums(target) != programs.tree_checksums(expected):
+                return killed, [f"{target}: finished after kill {killed}, but not what an unkilled one makes"]
+            shutil.rmtree(target)
+    programs.must(programs.prepare_command(place, target))
+    same = programs.tree_checksums(target) == programs.tree_checksums(expected)
+    return killed, [] if same else [f"{target}: not what an unkilled preparation makes"]
+
+
+def _wait(process: subprocess.Popen, seen: Callable[[], bool]) -> bool:
+    """Waits until something is seen; False if the process ends before."""
+    while not seen():
+        if process.poll() is not None:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _has_started(workdir: pathlib.Path, began: float) -> bool:
+    """Whether the life that began then has written metrics: it begins with those of the lives before."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0 and time.time() - path.stat().st_mtime < time.monotonic() - began
+
+
+def _after_lines(workdir: pathlib.Path, count: int) -> Callable[[], bool]:
+    end = len(programs.lines(workdir)) + count
+    return lambda: len(programs.lines(workdir)) >= end
+
+
+def _is_saving(workdir: pathlib.Path) -> bool:
+    directory = workdir / "checkpoints"
+    return directory.is_dir() and any(not path.name.isdigit() for path in directory.iterdir())
+
+
+def _is_evaluating(workdir: pathlib.Path, every: int) -> bool:
+    last = programs.lines(workdir)[-1]
+    return last["step"] % every == 0 and "train/learning_rate" in last

@@ -1,0 +1,109 @@
+"""The commands that faults are injected into, as processes."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+WORDS = ("mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end")
+# Without optimisation programs are compiled in half the time; each is compiled once, and kept beside the text.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+               "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def write_text(directory: pathlib.Path, files: int = 40, words: int = 120) -> None:
+    """Writes some text, the same every time."""
+    draw = random.Random(0)
+    directory.mkdir(parents=True)
+    for i in range(files):
+        (directory / f"{i:03}.txt").write_text(" ".join(draw.choices(WORDS, k=words)) + ".\n")
+
+
+def train_command(place: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+    """The training command on the text in `place`, where it keeps corpora and compiled programs too."""
+    return [sys.executable, "-m", "illada_jax.main", f"--config={ROOT}/tests/faults/tiny.py", f"--workdir={workdir}",
+            f"--config.data.sources=('text:{place}/text',)", f"--config.data.cache_dir={place}/cache",
+            f"--compilation_cache={place}/compiled", *flags]
+
+
+def prepare_command(place: pathlib.Path, target: pathlib.Path) -> list[str]:
+    """The preparation of the text in `place`, in many small shards."""
+    return [sys.executable, "-m", "illada_jax.prepare", f"--source=text:{place}/text", f"--target={target}",
+            "--tokenizer=sentencepiece", "--vocab_size=300", "--shard_megabytes=0.02", "--processes=2"]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Starts a command in a session of its own, so that its children can be killed with it."""
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """(Exit code, stdout and stderr) of a command."""
+    process = start(command)
+    output, error = process.communicate(timeout=1200)
+    return process.returncode, output + error
+
+
+def must(command: list[str]) -> str:
+    """What a command that must succeed prints."""
+    code, output = run(command)
+    if code != 0:
+        raise AssertionError(f"exit code {code} of {' '.join(command)}:\n{output}")
+    return output
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def timeless(workdir: pathlib.Path) -> list[dict]:
+    """The same without what the clock says."""
+    return [{name: value for name, value in line.items()
+             if not name.startswith("goodput/") and name != "train/tokens_per_second"} for line in lines(workdir)]
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps that have a checkpoint."""
+    directory = workdir / "checkpoints"
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def final_arrays(workdir: pathlib.Path) -> dict[str, str]:
+    """A checksum of every array of the last checkpoint, read anew, by name: params and optimizer."""
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    step = workdir.absolute() / "checkpoints" / str(saved_steps(workdir)[-1])
+    found = {}
+    for item in ("params", "optimizer"):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(step / item)
+        for path, leaf in _leaves(tree):
+            array = np.asarray(leaf)
+            found[f"{item}/{path}"] = f"{array.dtype}{array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    return found
+
+
+def _leaves(tree, path=""):
+    if isinstance(tree, dict):
+        for key in sorted(tree):
+            yield from _leaves(tree[key], f"{path}/{key}")
+    elif isinstance(tree, (list, tuple)):
+        for i, item in enumerate(tree):
+            yield from _leaves(item, f"{path}/{i}")
+    elif tree is not None:
+        yield path, tree
+
+
+def tree_checksums(directory: pathlib.Path) -> dict[str, str]:
+    """A checksum of every file below a directory, by path."""
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(directory.rglob("*")) if path.is_file()}

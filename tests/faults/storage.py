@@ -1,0 +1,100 @@
+"""A disk that is full or read-only: one line that says so, nothing lost, and the same command goes on afterwards.
+
+Run as a program it does so in a mount namespace of its own, where it may mount a small file system; what it has found
+it prints as JSON. It takes the directory with the text, and how many sizes of the free space to try.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests.faults import programs
+
+SHORT = ("--config.train.steps=60", "--config.train.plateau_window=0")
+_DISK_KILOBYTES = 1024
+
+
+def in_namespace(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
+    """(Fault, what is wrong or nothing) of every fault, from a process of its own; None where nothing may be mounted.
+
+    `place` has the text, `short` (a run with the flags SHORT that had room) and `prepared`.
+    """
+    allowed = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    if allowed.returncode != 0:
+        return None
+    result = subprocess.run(["unshare", "-Urm", sys.executable, "-m", "tests.faults.storage", str(place), str(count)],
+                            cwd=programs.ROOT, env=programs.ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    return [tuple(pair) for pair in json.loads(result.stdout)]
+
+
+def limited_files(place: pathlib.Path, count: int) -> list[tuple[str, str]]:
+    """The same as far as it goes without a file system: no file may become larger than a limit."""
+    found = []
+    for number in range(count):
+        kilobytes = 4 * (number + 1)
+        workdir = place / f"limited-{number}"
+        limited = ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh"]  # in units of 512 bytes
+        code, output = programs.run([*limited, *programs.train_command(place, workdir, *SHORT)])
+        found.append((f"files larger than {kilobytes} KiB cannot be written", _refused(code, output)
+                      or _goes_on(place, workdir)))
+    return found
+
+
+def _faults(place: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
+    disk = place / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_KILOBYTES}k", "none", str(disk)], check=True)
+    filler = disk / "filler"
+    for number in range(count):
+        free = 16 + 500 * number // count
+        filler.write_bytes(bytes((_DISK_KILOBYTES - free) * 1024))
+        workdir = disk / "run"
+        code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+        filler.unlink()
+        yield f"disk full, {free} KiB free", _refused(code, output) or _goes_on(place, workdir)
+        subprocess.run(["rm", "-r", str(workdir)], check=True)
+
+    filler.write_bytes(bytes((_DISK_KILOBYTES - 60) * 1024))
+    code, output = programs.run(programs.prepare_command(place, disk / "prepared"))
+    filler.unlink()
+    wrong = _refused(code, output)
+    if not wrong:
+        programs.must(programs.prepare_command(place, disk / "prepared"))
+        same = programs.tree_checksums(disk / "prepared") == programs.tree_checksums(place / "prepared")
+        wrong = "" if same else "another corpus"
+    yield "disk full while preparing", wrong
+    subprocess.run(["rm", "-r", str(disk / "prepared")], check=True)
+
+    programs.must(programs.train_command(place, disk / "run", *SHORT, "--config.train.stop_step=30"))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for name, workdir in (("a new workdir", disk / "new"), ("a workdir to resume", disk / "run")):
+        code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+        yield f"read-only disk, {name}", _refused(code, output)
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    yield "read-only disk, then writable", _goes_on(place, disk / "run")
+
+
+def _refused(code: int, output: str) -> str:
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    if code != 2 or len(errors) != 1 or str(programs.ROOT) in errors[0]:
+        return f"exit code {code}: {output[-2000:]}"
+    return ""
+
+
+def _goes_on(place: pathlib.Path, workdir: pathlib.Path) -> str:
+    code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+    if code != 0:
+        return f"does not go on, exit code {code}: {output[-2000:]}"
+    same = programs.final_arrays(workdir) == programs.final_arrays(place / "short")
+    return "" if same else "goes on to another result"
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        results = list(_faults(pathlib.Path(sys.argv[1]), int(sys.argv[2])))
+    print(json.dumps(results))
+    os._exit(0)
