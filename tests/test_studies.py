@@ -8,7 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from illada_jax import api
 from illada_jax.data.example_store import answer_spans
+from illada_jax.errors import InputError
+from tests.scoring import harness_toys as toys
 
 STUDIES = pathlib.Path(__file__).parent.parent / "experiments" / "studies"
 
@@ -18,7 +21,7 @@ def modules():
     sys.path.insert(0, str(STUDIES))
     try:
         return {name: importlib.import_module(name) for name in ("study", "variable_length", "epochs",
-                                                                 "split_isolation")}
+                                                                 "split_isolation", "scoring")}
     finally:
         sys.path.remove(str(STUDIES))
 
@@ -72,6 +75,26 @@ def test_finished_cells_make_a_table(modules, tmp_path, monkeypatch, capsys, nam
     modules["study"].main(module.__doc__, module.CELLS, module.report)
     assert wanted in capsys.readouterr().out
     assert wanted in (tmp_path / f"{name}.md").read_text()
+
+
+def test_scoring_counts_what_is_right_and_what_it_costs(modules, tmp_path, monkeypatch):
+    scoring, lm = modules["scoring"], api.LanguageModel(toys.CONFIG, toys.params(), toys.TOKENIZER)
+    items = [{"context": "a b", "choices": [" cd", " ef", " g"], "answer": 1}] * 2
+    exact, choice = (scoring.evaluate(lm, items, method) for method in ("confidence", scoring.CHOICE))
+    values = [score.value / score.length for score in lm.score("a b", items[0]["choices"])]
+    assert exact["chosen"] == choice["chosen"] == [int(np.argmax(values))] * 2
+    assert 0 < choice["evaluations"] <= exact["evaluations"] <= 8
+    monkeypatch.setattr(scoring, "METHODS", {"confidence": {}, scoring.CHOICE: {}, "Monte-Carlo, 1": {}})
+    got = {"evaluations": 8.0, "seconds": 0.5}
+    task = {"answers": [0, 1, 2, 3], "methods": {"confidence": {**got, "chosen": [0, 1, 2, 0]},
+                                                 scoring.CHOICE: {**got, "chosen": [0, 1, 2, 0]},
+                                                 "Monte-Carlo, 1": {**got, "chosen": [0, 1, 3, 1]}}}
+    table = scoring.report({"items": task}, tmp_path)
+    assert "| items | confidence | 0.750 ± 0.250 | 1.000 | 8.0 | 500.0 |" in table
+    assert "| items | Monte-Carlo, 1 | 0.500 ± 0.289 | 0.500 | 8.0 | 500.0 |" in table
+    (tmp_path / "bad.jsonl").write_text('{"context": "x", "choices": ["a"], "answer": 1}\n')
+    with pytest.raises(InputError, match=r"bad\.jsonl: not JSON lines with context, choices and answer"):
+        scoring.main(["--task", "nowhere", str(tmp_path / "bad.jsonl"), f"--results={tmp_path}"])
 
 
 def test_answer_spans_by_hand():

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
         run()  # compiles
         used.looker.evaluations = 0
         print_line(name, timed(run), used.looker.evaluations, len(pairs), published)
+    print_bound(config, pairs, published)
 
 
 def random_questions(config: ModelConfig) -> list[list[Pair]]:
@@ -109,6 +111,28 @@ def print_line(name: str, seconds: tuple[float, float] | None, evaluations: int,
     if published:
         line += f" {published[0] / seconds[0]:10.2f} {published[1] / seconds[1]:12.2f}"
     print(line, flush=True)
+
+
+def print_bound(config: ModelConfig, pairs: list[Pair], published: tuple[float, float] | None) -> None:
+    """What one evaluation for each token can reach: its products at the speed of products of this size."""
+    total = {"all logits": 0.0, "what is asked for": 0.0}
+    layer = (model.num_params(config) - config.vocab_size * config.d_model) / config.num_layers
+    head, scores = config.vocab_size * config.d_model, 2 * config.num_heads * config.head_dim
+    for context, candidate in pairs:
+        length = len(context) + len(candidate)
+        for hidden in range(1, len(candidate) + 1):
+            whole = length * (layer + scores * length)
+            total["all logits"] += 2 * (config.num_layers * whole + length * head)
+            total["what is asked for"] += 2 * ((config.num_layers - 1) * whole + hidden * (layer + head))
+    x, w = jnp.ones((BATCH.value * 96, config.d_model)), jnp.ones((config.d_model, config.d_ff))
+    product = jax.jit(lambda x, w: x @ w)
+    times = [timed(lambda: [product(x, w).block_until_ready() for _ in range(20)])[1] for _ in range(6)]
+    peak = 20 * 2 * x.shape[0] * w.size / min(times[1:])
+    print("products in TFLOP: " + ", ".join(f"{name} {count / 1e12:.2f}" for name, count in total.items())
+          + f"; such products run at {peak / 1e9:.0f} GFLOP/s")
+    if published:
+        least = total["what is asked for"] / peak
+        print(f"so the sums take {least:.2f} s at least, {published[1] / least:.2f} x PyTorch at most (processor)")
 
 
 def torch_seconds(config: ModelConfig, params: dict, pairs: list[Pair]) -> tuple[float, float] | None:

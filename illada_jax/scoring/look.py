@@ -5,7 +5,7 @@ Dimensions: B rows, L columns, Q hidden columns of a row, C tokens that are aske
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ from illada_jax.parallel.sharding import batch_sharding
 # Logits of at most this many columns exist at a time, unless one row alone asks for more.
 _COLUMNS_AT_ONCE = 1024
 # Padding up to here costs next to nothing and saves shapes to compile.
-_FEWEST_COLUMNS = 8
 _FEWEST_CHOICES = 4
 
 
@@ -104,10 +103,13 @@ class Looker:
     def _shape(self, view: View) -> tuple[int, int]:
         """Columns and wanted columns that the view is padded to."""
         length, wanted = len(view.tokens_L), len(view.hidden_Q)
-        return min(_rounded(length), self._max_length), max(_FEWEST_COLUMNS, 1 << (wanted - 1).bit_length())
+        return min(_rounded(length, 8), self._max_length), _rounded(wanted, 4)
 
     def _batches(self, groups: list[list[int]], views: Sequence[View]) -> list[list[list[int]]]:
-        """Cuts groups, sorted by descending shape, into batches; each is padded to its first."""
+        """Cuts groups, sorted by descending shape, into batches; each is padded to its first.
+
+        Their numbers of rows are powers of two, so that none is padding (but over a mesh, which takes whole shards).
+        """
         batches: list[list[list[int]]] = []
         widest = 0
         for group in groups:
@@ -118,7 +120,13 @@ class Looker:
                 batches.append([])
                 widest = wanted
             batches[-1].append(group)
-        return batches
+        return [part for batch in batches for part in self._powers(batch)]
+
+    def _powers(self, batch: list[list[int]]) -> Iterator[list[list[int]]]:
+        while batch:
+            size = len(batch) if len(batch) <= self._shards else 1 << (len(batch).bit_length() - 1)
+            yield batch[:size]
+            batch = batch[size:]
 
     def _start(self, batch: list[list[View]]) -> tuple[jax.Array, jax.Array]:
         """Dispatches one batch, each of its rows with all views that share it."""
@@ -148,10 +156,10 @@ class Looker:
             return look(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
 
 
-def _rounded(length: int) -> int:
-    """Length rounded up to a multiple of 8, and of an eighth of the power of two below it: few sizes, little waste."""
-    step = max(8, (1 << (length.bit_length() - 1)) // 8)
-    return -(-length // step) * step
+def _rounded(count: int, parts: int) -> int:
+    """Columns rounded up to a multiple of 8, and of a part of the power of two below them: few sizes, little waste."""
+    step = max(8, (1 << (count.bit_length() - 1)) // parts)
+    return -(-count // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))

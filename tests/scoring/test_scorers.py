@@ -120,6 +120,15 @@ def test_shapes_are_few(networks):
     assert look.look._cache_size() <= 2 * 3 * 3
 
 
+def test_no_row_is_padding(networks, monkeypatch):
+    logits_fn, _ = networks
+    answers, rows, run = scorer(logits_fn, batch_size=8), [], look.look
+    monkeypatch.setattr(look, "look", lambda fn, *arrays, **settings: rows.append(len(arrays[0])) or run(
+        fn, *arrays, **settings))
+    answers.score([pair for pair in PAIRS if len(pair[1]) > 2][:13])
+    assert sum(rows) == answers.looker.evaluations and set(rows) == {1, 2, 4, 8}
+
+
 def test_reveal_several_at_a_time(networks):
     """One evaluation for each step of k tokens; all at once is the sum of independent log-probabilities."""
     logits_fn, network = networks
