@@ -12,19 +12,25 @@ from illada_jax.errors import InputError
 from illada_jax.model.flops import training_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible
 from illada_jax.training.optimizer import make_optimizer
-from illada_jax.training.step import abstract_state
+from illada_jax.training.step import abstract_state, donates
 
 GIB = 2**30
 
 
-def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes of params, gradients (as params), average and optimizer state on a device; activations come on top."""
+def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> int:
+    """Bytes of params, gradients (as params), average and optimizer state on a device; activations come on top.
+
+    Args:
+      config: the experiment.
+      mesh: what the state is spread over.
+      donated: the new state takes the place of the old one; otherwise both are there.
+    """
     state = abstract_state(config, make_optimizer(config), mesh)
 
     def size(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    return 2 * size(state.params) + size(state.opt_state) + size(state.ema)
+    return size(state.params) + (1 if donated else 2) * size((state.params, state.opt_state, state.ema))
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
@@ -37,7 +43,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     stats, local = local_devices[0].memory_stats() or {}, len(local_devices)
     # CPU devices share the memory of the host.
     available = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
-    needed = state_bytes_per_device(config, mesh)
+    needed = state_bytes_per_device(config, mesh, donates(local_devices[0].platform))
     if needed > available:
         raise InputError(
             f"the model does not fit: params, gradients and optimizer need {needed / GIB:,.1f} GiB on each of "
