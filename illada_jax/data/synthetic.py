@@ -90,6 +90,13 @@ def _count(draw: random.Random) -> tuple[str, str]:
     return f"count {start} to {numbers[-1]}=", " ".join(map(str, numbers))
 
 
+def _down(draw: random.Random) -> tuple[str, str]:
+    """Counting down in steps of 1 to 9 while it goes: 1 to 40 numbers. There are 813 such prompts."""
+    step = draw.randint(1, 9)
+    numbers = range(draw.randint(1, min(99, 40 * step)), 0, -step)
+    return f"down {numbers[0]} by {step}=", " ".join(map(str, numbers))
+
+
 _PEOPLE = ("Ann", "Ben", "Eva", "Tom", "Mia")
 _THINGS = ("apples", "books", "coins", "eggs", "pens")
 
@@ -115,5 +122,6 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "last": _last,
     "addition": _addition,
     "count": _count,
+    "down": _down,
     "story": _story,
 }

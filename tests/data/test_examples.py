@@ -233,6 +233,10 @@ def test_tasks_are_right_and_of_many_lengths():
     for prompt, response in made["count"]:
         start, stop = map(int, re.fullmatch(r"count (\d+) to (\d+)=", prompt).groups())
         assert response == " ".join(map(str, range(start, stop + 1)))
+    for prompt, response in made["down"]:
+        first, step = map(int, prompt.removeprefix("down ").removesuffix("=").split(" by "))
+        numbers = [int(number) for number in response.split()]
+        assert numbers == list(range(first, 0, -step))
     for prompt, response in made["story"]:
         have = int(re.search(r"has (\d+)", prompt)[1])
         have += sum(int(n) for n in re.findall(r"gets (\d+)", prompt))
