@@ -91,17 +91,19 @@ def compare(path: pathlib.Path) -> None:
     for key, (asked, config, options) in cases.items():
         if key not in made:
             made[key] = {**asked, "date": time.strftime("%Y-%m-%d"), **_plan_case(asked["case"], config, options)}
-            _write_compared([made[key] for key in cases if key in made], len(cases))
-    results = [made[key] for key in cases]
-    _write_compared(results, len(cases))
-    print(as_markdown(results))
+            _write_compared(cases, made)
+    _write_compared(cases, made)
+    print(as_markdown([made[key] for key in cases]))
 
 
-def _write_compared(results: list[dict[str, Any]], num_cases: int) -> None:
+def _write_compared(cases: dict[str, Any], made: dict[str, Any]) -> None:
+    """Writes the files with what has been made so far."""
+    results = [made[key] for key in cases if key in made]
+    missing = [asked["name"] for key, (asked, *_) in cases.items() if key not in made]
     if JSON.value:
         _write(JSON.value, json.dumps(results, indent=1) + "\n")
     if MARKDOWN.value:
-        _write(MARKDOWN.value, _head(results, num_cases) + as_markdown(results))
+        _write(MARKDOWN.value, _head(results, missing) + as_markdown(results))
 
 
 def _key(result: dict[str, Any]) -> str:
@@ -119,13 +121,13 @@ def _read_made(path: str) -> list[dict[str, Any]]:
         raise InputError(f"--json={path}: exists and holds no compared plans; name another file") from error
 
 
-def _head(results: list[dict[str, Any]], num_cases: int) -> str:
+def _head(results: list[dict[str, Any]], missing: list[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
     dates = sorted({result["date"] for result in results})
-    missing = "" if len(results) == num_cases else f" {num_cases - len(results)} cases are not compiled yet."
+    rest = f"Not compiled yet: {'; '.join(missing)}.\n\n" if missing else ""
     return (f"# Compiled for TPUs\n\nMade by `python -m illada_jax.aot --compare={COMPARE.value} --json={JSON.value} "
-            f"--markdown={MARKDOWN.value}` with {versions}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
-            f"{missing} Nothing here ran on a TPU: memory is the compiler's, times are bounds.\n\n")
+            f"--markdown={MARKDOWN.value}` with {versions}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
+            f"Nothing here ran on a TPU: memory is the compiler's, times are bounds.\n\n{rest}")
 
 
 def read_cases(path: pathlib.Path) -> list[dict[str, Any]]:

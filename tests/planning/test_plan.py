@@ -281,7 +281,7 @@ def test_compared_cases_are_made_once_and_survive_an_interruption(topology, tmp_
         flags.FLAGS.mark_as_parsed()
         with pytest.raises(KeyboardInterrupt):
             aot.compare(tmp_path / "cases.json")
-        assert "1 cases are not compiled yet" in (tmp_path / "report.md").read_text()
+        assert "Not compiled yet: second." in (tmp_path / "report.md").read_text()
         aot.compare(tmp_path / "cases.json")
         assert made == [32, "interrupted", 16]
         assert [result["name"] for result in json.loads(report.read_text())] == ["first", "second"]
@@ -293,7 +293,7 @@ def test_compared_cases_are_made_once_and_survive_an_interruption(topology, tmp_
         aot.compare(tmp_path / "cases.json")
         assert made[4:] == [32, 16]
         text = (tmp_path / "report.md").read_text()
-        assert "jax " in text and "## Assumptions" in text and "not compiled yet" not in text
+        assert "jax " in text and "## Assumptions" in text and "Not compiled yet" not in text
         report.write_text("[3]")
         with pytest.raises(InputError, match="holds no compared plans"):
             aot.compare(tmp_path / "cases.json")
