@@ -16,7 +16,8 @@ def as_text(plan: dict[str, Any]) -> str:
         f"{plan['model']['attention']}, remat {plan['model']['remat']}",
         f"memory          {'fits' if plan['fits'] else 'DOES NOT FIT'}: arguments {gib(plan['argument_bytes'])}, "
         f"temporaries {gib(plan['temporary_bytes'])}, together {gib(plan['total_bytes'])} of "
-        f"{gib(plan['available_bytes'])} on each device, {gib(plan['headroom_bytes'])} to spare",
+        f"{gib(plan['available_bytes'])} on each device, {gib(plan['headroom_bytes'])} to spare"
+        + (f"; {gib(plan['peak_bytes'])} in use at the peak" if plan.get("peak_bytes") else ""),
         f"compiled in     {plan['compile_seconds']} s of processor time",
     ]
     lines += _train_lines(plan) if plan["mode"] == "train" else _inference_lines(plan)
@@ -79,7 +80,7 @@ def as_markdown(cases: list[dict[str, Any]]) -> str:
         best = train[0]
         sections += ["## Training", "", _table(
             ["case", "topology", "mesh (data, fsdp, tensor)", "remat", "rows/device × micro-batches", "arguments GiB",
-             "temporaries GiB", "spare GiB", "fusions s", "kernels s (at peak)", "HBM s", "ICI s", "DCN s", "step s",
+             "temporaries GiB", "in use at the peak GiB", "spare GiB", "fusions s", "kernels s (at peak)", "HBM s", "ICI s", "DCN s", "step s",
              "MFU bound", "kernels at peak", "no overlap", "days", "whole logits; replicated parameters"],
             [_train_row(case["name"], case["plan"]) for case in train]),
             "", f"## The first of them in full: {best['name']}", "", "```", as_text(best["plan"]), "```"]
@@ -112,6 +113,8 @@ def as_markdown(cases: list[dict[str, Any]]) -> str:
 
 _INFERENCE = ["case", "topology", "mesh", "rows", "canvas", "weights", "params GiB", "temporaries GiB", "spare GiB"]
 _ARITHMETIC = [
+    "it fits if arguments + outputs in memory of their own + temporaries, as the compiler lays them out, are no more "
+    "than HBM; in use at the peak, arguments included, is less: the rest are gaps between arrays",
     "model FLOPs of a token = 3 × 2 × (layers × (projections + feed-forward + 2 × length × heads × width of a head) + "
     "d_model × vocabulary): forward once, backward twice; what is computed again is not counted",
     "fusions = cycles estimated by the compiler, loops multiplied out, ÷ clock; clock = peak ÷ FLOPs of the matrix "
@@ -137,7 +140,8 @@ def _train_row(name: str, plan: dict[str, Any]) -> list[str]:
     checks = "; ".join(str(len(plan[key])) if plan[key] else "none" for key in ("whole_logits", "replicated_params"))
     return [name, _where(plan), _mesh(plan), plan["model"]["remat"],
             f"{plan['rows_per_device']} × {plan['microbatches']}", _giga(plan["argument_bytes"]),
-            _giga(plan["temporary_bytes"]), _giga(plan["headroom_bytes"]), f"{b['fusions']:.2f}",
+            _giga(plan["temporary_bytes"]), _giga(plan["peak_bytes"]) if plan.get("peak_bytes") else "-",
+            _giga(plan["headroom_bytes"]), f"{b['fusions']:.2f}",
             f"{b['kernels']:.2f} ({b['kernels_at_peak']:.2f})", f"{b['hbm']:.2f}", f"{b['ici']:.2f}",
             f"{b['dcn']:.2f}", f"{b['best']:.2f}", f"{plan['mfu_bound']:.1%}",
             f"{plan['mfu_bound_with_kernels_at_peak']:.1%}", f"{plan['mfu_without_overlap']:.1%}",

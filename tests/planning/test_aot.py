@@ -31,6 +31,7 @@ def test_the_8b_step_compiles_for_a_pod(tmp_path):
     state = 12 * plan["model"]["parameters"] / 64
     assert state < plan["argument_bytes"] < 1.01 * state
     assert plan["temporary_bytes"] < 10.5 * 2**30
+    assert plan["peak_bytes"] - plan["argument_bytes"] < 6.5 * 2**30, "the rest are gaps between arrays"
     # Every layer calls the kernel forward twice (full rematerialisation) and backward once.
     calls = plan["work"]["kernels"]
     assert sum(count for name, count in calls.items() if "fwd" in name) == 64
