@@ -2,13 +2,11 @@
 
     python experiments/studies/variable_length.py
 
-Five tasks whose answers are 1 to more than 100 characters long. Models trained in either format answer held-out prompts
+Four tasks whose answers are 1 to more than 100 characters long. Models trained in either format answer held-out prompts
 in three ways, always one token a step: `variable` appends blocks of 16 until EOS; `canvas` shows 128 masks from the
 start and denoises them in any order, as published for LLaDA; `canvas in blocks` has the same 128 masks, but works in
-blocks of 16 and stops after the one that holds EOS. Writes a table and a plot; 6 cells of about 3 minutes on one core.
-
-Seen so far (LLaDA's format, two seeds): variable 0.565 ± 0.009 exact with 476 tokens computed per answer, canvas 0.062
-with 18,143, canvas in blocks 0.012 with 2,317. iLLaDA's format (one seed) unlearns at this size what the base knew: 0.
+blocks of 16 and stops after the one that holds EOS. Writes a table and a plot; 6 cells of about a minute on one core,
+after a base model of ten.
 """
 
 import pathlib
