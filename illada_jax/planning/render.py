@@ -81,7 +81,8 @@ def as_markdown(cases: list[dict[str, Any]]) -> str:
         sections += ["## Training", "", _table(
             ["case", "topology", "mesh (data, fsdp, tensor)", "remat", "rows/device × micro-batches", "arguments GiB",
              "temporaries GiB", "in use at the peak GiB", "spare GiB", "fusions s", "kernels s (at peak)",
-             "HBM s", "ICI s", "DCN s", "step s", "MFU bound", "kernels at peak", "no overlap", "days", "whole logits; replicated parameters"],
+             "HBM s", "ICI s", "DCN s", "step s", "MFU bound", "kernels at peak", "no overlap", "days",
+             "whole logits; replicated parameters"],
             [_train_row(case["name"], case["plan"]) for case in train]),
             "", f"## The first of them in full: {best['name']}", "", "```", as_text(best["plan"]), "```"]
     decoding = [case for case in made if case["plan"]["mode"] == "decode"]
