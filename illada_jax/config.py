@@ -16,6 +16,7 @@ import ml_collections
 from illada_jax.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+_FLOAT32_MAX = 3.4e38
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -607,9 +608,11 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def from_saved(values: dict[str, Any]) -> Config:
     """Like `from_dict` for a config that a run has saved: fields that are younger than it take their defaults."""
+    _require(isinstance(values, dict), "", values, "must be an object with the sections of a config")
     complete = to_dict(Config())
     for key, value in values.items():
-        complete[key] = {**complete[key], **value} if isinstance(complete.get(key), dict) else value
+        both = isinstance(complete.get(key), dict) and isinstance(value, dict)
+        complete[key] = {**complete[key], **value} if both else value
     return from_dict(complete)
 
 
@@ -676,7 +679,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            raise ConfigError(f"config.{prefix}{key}: unknown key; known here: {', '.join(names)}")
+            shown = key if str(key).isprintable() else repr(key)
+            raise ConfigError(f"config.{prefix}{shown}: unknown key; known here: {', '.join(names)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name in names:
@@ -700,8 +704,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         item = typing.get_args(hint)[0]
         _require(isinstance(value, (tuple, list)), key, value, f"must be a tuple of {item.__name__}")
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and is_number:
+        # What holds for them also has to hold in float32.
+        _require(math.isfinite(value) and abs(value) < _FLOAT32_MAX, key, value, "must be a finite float32")
         return float(value)
+    if hint is int and is_number:
+        _require(abs(value) < 2**53, key, value, "must be less than 2**53")
     _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), key, value,
              f"must be of type {hint.__name__}")
     return value

@@ -267,8 +267,8 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
         except (KeyError, TypeError) as error:
             raise InputError(f'{path}, line {number}: must be an object with a "prompt"') from error
         if not isinstance(prompts[-1], str) or not prompts[-1]:
@@ -290,7 +290,7 @@ def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
         try:
             record = json.loads(line)
             same = prompts[record["index"]] == record["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError):
             same = False
         if not same:
             raise InputError(f"{path}, line {number}: is not a result for the prompts given; choose another file")

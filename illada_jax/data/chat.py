@@ -12,10 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
+from illada_jax.data.templates import render
 from illada_jax.data.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 
@@ -150,7 +147,7 @@ def _encode(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation
         if message["role"] == "assistant" and not found.writes_end:
             content = (content.strip() if found.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
         shown.append({"role": message["role"], "content": content})
-    text = _render(template, shown, add_generation_prompt, _variables(tokenizer))
+    text = render(template, shown, add_generation_prompt, _variables(tokenizer))
     ids: list[int] = []
     for piece, special_id in specials.cut(text):
         ids += tokenizer.encode(protection.restore(piece)) if special_id is None else [special_id]
@@ -234,18 +231,18 @@ class _Protection:
 @functools.lru_cache(maxsize=16)
 def _probe(template: str, specials: _Specials, variables: tuple[tuple[str, str], ...], eos_id: int) -> ChatFormat:
     turns = [{"role": role, "content": _PROBE[role]} for role in ("user", "assistant")]
-    rendered = _render(template, turns, False, dict(variables))
+    rendered = render(template, turns, False, dict(variables))
     _, found, after = rendered.partition(_PROBE["assistant"])
     if not found:
         raise InputError("the chat template does not write what the assistant says")
     ends = [special_id for _, special_id in specials.cut(after) if special_id is not None]
     system = [{"role": "system", "content": _PROBE["system"]}, *turns]
     try:
-        has_system = _PROBE["system"] in _render(template, system, False, dict(variables))
+        has_system = _PROBE["system"] in render(template, system, False, dict(variables))
     except InputError:
         has_system = False
     padded = [turns[0], {"role": "assistant", "content": _PROBE["assistant"] + "\t"}]
-    trims = _PROBE["assistant"] + "\t" not in _render(template, padded, False, dict(variables))
+    trims = _PROBE["assistant"] + "\t" not in render(template, padded, False, dict(variables))
     return ChatFormat(ends[0] if ends else eos_id, bool(ends), has_system, trims)
 
 
@@ -258,39 +255,3 @@ def _variables(tokenizer: Tokenizer) -> dict[str, str]:
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()
              if key.endswith("_token")}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool,
-            variables: Mapping[str, str]) -> str:
-    try:
-        return _compile(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refuses the conversation: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-        raise InputError(f"the chat template fails: {type(error).__name__}: {error}") from error
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template is broken, line {error.lineno}: {error.message}") from error
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks answers in some templates; what it encloses is written as it is."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

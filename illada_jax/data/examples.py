@@ -143,10 +143,10 @@ def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                     where = f"{path}, line {number}"
                     try:
                         yield where, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield where, Bad(where, "not JSON", error.msg)
                     except UnicodeDecodeError as error:
                         yield where, Bad(where, "not UTF-8", f"byte {error.start}")
+                    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+                        yield where, Bad(where, "not JSON", getattr(error, "msg", str(error)))
     except sources.READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 

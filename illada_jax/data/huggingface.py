@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.data.tokenizer import MOST_IDS, Tokenizer
 from illada_jax.errors import InputError
 
 # Names in the order of preference; anything between the brackets of a special token counts.
@@ -51,11 +51,15 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises a bare Exception for whatever it cannot read
             raise InputError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
         used = set(table.get_vocab(with_added_tokens=True).values())
+        if max(used, default=0) >= MOST_IDS:
+            raise InputError(f"not a tokenizer.json: the id {max(used)} is beyond {MOST_IDS}")
         self.named_ids = _find_special_ids(table, added, names)
         found = dict(self.named_ids)
         for name in _NAMES:
             found.setdefault(name, 1 + max(used | set(found.values())))
         found |= special_ids or {}
+        if max(found.values()) >= MOST_IDS:
+            raise InputError(f"special ids {found}: must be less than {MOST_IDS}")
         super().__init__(1 + max(used | set(found.values())), found)
         self._unused = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
         for token in added:
@@ -117,7 +121,7 @@ def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]],
     for name, candidates in _NAMES.items():
         named = names.get(f"{name}_token")
         named = named.get("content") if isinstance(named, dict) else named
-        token_id = table.token_to_id(named) if named else None
+        token_id = table.token_to_id(named) if named and isinstance(named, str) else None
         if token_id is None:
             token_id = next((by_core[c] for c in candidates if c in by_core), None)
         if token_id is not None:

@@ -57,6 +57,20 @@ class ShardInfo:
     size: int
     sha256: str
 
+    def checked(self) -> "ShardInfo":
+        """Itself. Raises TypeError where something is no such value, or the numbers contradict each other."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or (field.type is int and value < 0):
+                raise TypeError(f"{field.name} of a shard is {value!r}")
+        if pathlib.PurePath(self.name).name != self.name or not self.name.isprintable():
+            raise TypeError(f"{self.name!r} is not the name of a file beside it")
+        records = sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
+        if not 0 < self.num_documents <= self.num_tokens or records != self.num_records:
+            raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents in "
+                            f"{self.num_records} records")
+        return self
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -119,8 +133,10 @@ class Manifest:
                 raise InputError(f"{path}: chunk_tokens {content['chunk_tokens']!r}, this program reads {CHUNK_TOKENS}")
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
             values["sources"] = tuple(values["sources"])
-            values["splits"] = {split: tuple(ShardInfo(**shard) for shard in values["splits"][split])
+            values["splits"] = {split: tuple(ShardInfo(**shard).checked() for shard in values["splits"][split])
                                 for split in SPLITS}
+            if not isinstance(values["statistics"], dict):
+                raise TypeError("statistics is no object")
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: broken: {error}") from error

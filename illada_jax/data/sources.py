@@ -220,8 +220,8 @@ def _text_field(line: bytes, path: pathlib.Path, position: int, field: str, wher
     text = _decode(line, path, position)
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {where()}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+        raise InputError(f"{path}, line {where()}: not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         fields = ", ".join(record) if isinstance(record, dict) else "it is no object"
         raise InputError(f"{path}, line {where()}: no text in the field {field!r} (there are: {fields})")

@@ -20,6 +20,7 @@ from illada_jax.errors import ConfigError, InputError
 
 SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first that has a template decides
+MOST_IDS = 2**24  # an id beyond is a mistake, which tables of all ids must not follow
 _SPECIALS_FILE = "special_ids.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _HUGGING_FACE_FILE = "tokenizer.json"
@@ -44,7 +45,7 @@ class Tokenizer(abc.ABC):
 
     def __init__(self, vocab_size: int, special_ids: Mapping[str, int]):
         for name in SPECIAL_NAMES:
-            if not 0 <= special_ids[name] < vocab_size:
+            if not 0 <= special_ids[name] < min(vocab_size, MOST_IDS):
                 raise InputError(f"tokenizer: {name} id {special_ids[name]} is not among the {vocab_size} ids")
         self.vocab_size = vocab_size
         self.mask_id = special_ids["mask"]
@@ -160,15 +161,15 @@ class SentencePieceTokenizer(Tokenizer):
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model + _LOSSLESS_NORMALIZER)
-        except RuntimeError as error:
+            num_pieces = processor.get_piece_size()
+            self._bytes_of_id = [_bytes_of_piece(processor, i) for i in range(num_pieces)]
+            byte_ids = {processor.id_to_piece(i): i for i in range(num_pieces) if processor.is_byte(i)}
+        except (RuntimeError, ValueError) as error:  # also pieces that are not UTF-8, or no bytes
             raise InputError("not a SentencePiece model") from error
-        num_pieces = processor.get_piece_size()
         if not num_pieces:
             raise InputError("not a SentencePiece model: it has no pieces")
         self._model = model
         self._processor = processor
-        self._bytes_of_id = [_bytes_of_piece(processor, i) for i in range(num_pieces)]
-        byte_ids = {processor.id_to_piece(i): i for i in range(num_pieces) if processor.is_byte(i)}
         if len(byte_ids) != 256:
             raise InputError("the SentencePiece model has no byte fallback, so it cannot hold every text")
         self._blank_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _BLANK.encode()]
@@ -291,7 +292,7 @@ def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
         try:
             described = json.loads(files[_SPECIALS_FILE])
             special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{_SPECIALS_FILE} does not name the ids {', '.join(SPECIAL_NAMES)}") from error
     if _SENTENCEPIECE_FILE in files:
         return SentencePieceTokenizer(files[_SENTENCEPIECE_FILE], special_ids)
