@@ -21,7 +21,7 @@ from illada_jax.errors import ConfigError
 # forward pass keeps for the backward pass, micro-batches. The number is that of TensorCores (v5p) or chips.
 VARIANTS = {
     "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16},
-    "v5p-1024": {"mesh.data": 32, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 2},
+    "v5p-1024": {"mesh.data": 8, "mesh.fsdp": 64, "model.remat": "dots", "train.microbatches": 2},
     "v5e-256": {"mesh.fsdp": 256, "model.remat": "attention", "train.microbatches": 8},
     "v6e-256": {"mesh.fsdp": 256, "model.remat": "projections", "train.microbatches": 8},
     "tpu7x-128": {"mesh.data": 8, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 8},

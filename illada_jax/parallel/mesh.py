@@ -34,11 +34,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axis_types = (AxisType.Auto,) * len(AXES)
     num_slices = len({getattr(device, "slice_index", None) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+        # As jax.make_mesh, but for sizes such as 32 × 16 on 8 × 8 × 8 chips, which it refuses.
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, AXES, axis_types=axis_types)
     if sizes[0] % num_slices:
         raise ConfigError(f"config.mesh.data = {sizes[0]}: must be divisible by the number of slices, {num_slices}")
     inside = [sizes[0] // num_slices, *sizes[1:]]
-    hybrid = mesh_utils.create_hybrid_device_mesh(inside, [num_slices, 1, 1], devices=devices)
+    hybrid = mesh_utils.create_hybrid_device_mesh(inside, [num_slices, 1, 1], devices=devices,
+                                                  allow_split_physical_axes=True)
     return Mesh(hybrid, AXES, axis_types=axis_types)
 
 

@@ -9,12 +9,29 @@ import sys
 
 import pytest
 
+from illada_jax.aot import load_config
+from illada_jax.parallel.mesh import make_mesh
+from illada_jax.planning import chips
+
 ROOT = pathlib.Path(__file__).parents[2]
+
+CASES = json.loads((ROOT / "tpu" / "cases.json").read_text())
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                                    reason="needs the compiler for TPU: pip install 'illada_jax[tpu]'")
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                    reason="needs the compiler for TPU: pip install 'illada_jax[tpu]'")
+@needs_compiler
+def test_every_mesh_of_the_report_lies_on_its_chips():
+    for case in CASES:
+        config = load_config(case["config"], case.get("set", {}))
+        topology = chips.get_topology(case["topology"], case.get("num_slices", 1))
+        mesh = make_mesh(config.mesh, topology.devices)
+        assert mesh.size == len(topology.devices) == topology.num_chips * topology.chip.devices, case["name"]
+
+
+@pytest.mark.aot
+@needs_compiler
 def test_the_8b_step_compiles_for_a_pod(tmp_path):
     """It fits, and no device ever holds the logits of a row, a whole stack of parameters or its gradient."""
     # Not in this process, whose flags make eight devices of the processor.
