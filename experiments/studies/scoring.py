@@ -34,7 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"Monte-Carlo, {count}": {"method": "monte_carlo", "mc_num": count} for count in (1, 4, 16, 128)},
 }
 BATCH = 64
-WARM_UP = 16  # questions
 
 
 def evaluate(lm: api.LanguageModel, items: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
@@ -43,15 +42,15 @@ def evaluate(lm: api.LanguageModel, items: Sequence[dict[str, Any]], method: str
     questions = [[lm.encode_pair(item["context"], choice) for choice in item["choices"]] for item in items]
     lengths = [[len(candidate) for _, candidate in pairs] for pairs in questions]
 
-    def choose(count: int) -> list[int]:
+    def choose() -> list[int]:
         if method == CHOICE:
-            return scorer.choose(questions[:count], lengths[:count])
-        scores = iter(scorer.score([pair for pairs in questions[:count] for pair in pairs]))
-        return [int(np.argmax([next(scores).value / length for length in row])) for row in lengths[:count]]
+            return scorer.choose(questions, lengths)
+        scores = iter(scorer.score([pair for pairs in questions for pair in pairs]))
+        return [int(np.argmax([next(scores).value / length for length in row])) for row in lengths]
 
-    choose(WARM_UP)  # compiles
+    choose()  # compiles
     scorer.looker.evaluations, start = 0, time.process_time()
-    chosen = choose(len(questions))
+    chosen = choose()
     return {"chosen": chosen, "seconds": (time.process_time() - start) / len(items),
             "evaluations": scorer.looker.evaluations / len(items)}
 
@@ -86,8 +85,8 @@ def report(found: dict[str, dict[str, Any]], results: pathlib.Path) -> str:
                 cost, accuracy, error = zip(*sorted(curves[name, kind]), strict=True)
                 axes.errorbar(cost, accuracy, error, fmt=style, color=f"C{number}", capsize=3, markersize=5,
                               label=f"{name}: {kind}")
-        axes.set(xscale="log", xlabel="evaluations of the network for a question", ylabel="accuracy")
-        axes.legend()
+        axes.set(xscale="log", xlabel="evaluations of the network for a question", ylabel="accuracy", ylim=(0, 1))
+        axes.legend(loc="lower center", ncols=len(found), fontsize="small")
 
     study.plot(results / "scoring.png", draw)
     header = ["items", "method", "accuracy", "agrees", "evaluations", "ms an item"]
