@@ -4,6 +4,7 @@ The order of an epoch is a permutation drawn from (seed, epoch), so the order, a
 any epoch is known without going through those before it. Windows and batches run on across the boundary of epochs.
 """
 
+import abc
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,14 +46,14 @@ class _ExampleBatches(Batches):
         self.epoch = functools.lru_cache(_CACHED_EPOCHS)(self._draw_epoch)
 
     @property
+    @abc.abstractmethod
     def units_per_epoch(self) -> int:
         """What an epoch is counted in: tokens, or examples."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def units_per_step(self) -> int:
         """What a step takes of them."""
-        raise NotImplementedError
 
     @property
     def num_steps(self) -> int:

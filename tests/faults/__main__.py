@@ -24,8 +24,10 @@ IN_PROCESS = {
     "numbers: NaN, infinity, spikes; halt, skip, rollback": ["tests/training/test_faults.py"],
     "checkpoints: flipped bits, truncated, missing and half-copied": ["tests/training/test_damage.py"],
     "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
-    "safetensors: headers, indices, links": ["tests/interop/test_mess.py", "tests/fuzz/test_safetensors.py"],
-    "tokenizers, packing, configs, JSONL, templates, prompts": ["tests/fuzz"],
+    "checkpoints of others: headers, indices, links": ["tests/interop/test_mess.py"],
+    "files that would run code, or claim to be large": ["tests/test_strangers.py"],
+    "fuzz: texts, configs, JSONL, templates, headers, manifests": [
+        "tests/fuzz", "tests/data/test_tokenizer.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
     "programs that try to leave the sandbox": ["tests/scoring/test_sandbox.py"],
 }
 
