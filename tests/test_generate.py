@@ -91,7 +91,7 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.infill(["a[[mask:1]]"], stop=["b"]), "stop: is not for infilling"),
     (lambda lm: lm.infill(["a[[mask:1]]"], max_new_tokens=4), "max_new_tokens: is not for infilling"),
     (lambda lm: lm.generate(["abc"], stop="ab"), "stop: a list of stop strings is wanted, not one text"),
-    (lambda lm: lm.generate(["abc"], temperature=float("inf")), "config.decode.temperature = inf: must be finite"),
+    (lambda lm: lm.generate(["abc"], temperature=float("inf")), "config.decode.temperature = inf: must be a finite"),
     (lambda lm: lm.generate(["abc"], temperature=float("nan")), "config.decode.temperature = nan"),
     (lambda lm: lm.generate(["abc"], seed=2**32), "config.decode.seed = 4294967296: must be less than 2**32"),
     (lambda lm: lm.generate(["abc"], eot_id=-2), "config.decode.eot_id = -2"),

@@ -187,6 +187,8 @@ def first_is_gone(over: threading.Event) -> bool:
                     pass
         except ConnectionRefusedError:
             return not over.is_set()
+        except ConnectionError:  # cut off, as a process is that was killed: the next attempt will tell, and soon
+            over.wait(0.02)
         except OSError:
             over.wait(PULSE_SECONDS)
     return False
