@@ -94,9 +94,9 @@ def main(_: list[str]) -> None:
         origin = [(pipeline.rows(step, rows).tokens_BL.max(axis=1) - 4) // _IDS_PER_CORPUS for step in range(200)]
         shares = np.bincount(np.concatenate(origin), minlength=len(WEIGHTS)) / (200 * len(rows))
         epochs = pipeline.epochs(_BATCHES.value)
-        for component, share in zip(corpus.components, shares, strict=True):
-            print(f"corpus {pathlib.Path(component.name).name}: weight {component.weight}, share {share:.4f} of "
-                  f"{200 * len(rows)} rows, {epochs[component.name]:.2f} epochs after {_BATCHES.value} batches")
+        for component, share, (name, count) in zip(corpus.components, shares, epochs.items(), strict=True):
+            print(f"corpus {name}: weight {component.weight}, share {share:.4f} of {200 * len(rows)} rows, "
+                  f"{count:.2f} epochs after {_BATCHES.value} batches")
 
 
 if __name__ == "__main__":
