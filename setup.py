@@ -15,7 +15,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["illada_jax", "illada_jax.*"]),
-    package_data={"illada_jax.tracing": ["page.html"]},
+    package_data={"illada_jax": ["glossary.md", "demo/*.md", "demo/*/*"],
+                  "illada_jax.tracing": ["page.html", "page.css", "page.js"]},
     # Read by versions of lm-eval after 0.4.13: `lm_eval --model illada_jax`.
     entry_points={
         "console_scripts": ["illada = illada_jax.__main__:main"],
@@ -45,6 +46,7 @@ setup(
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-xdist"],
         "dev": ["ruff"],
+        "docs": ["pdoc"],
         "tpu": ["gcsfs", "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm_eval[math]>=0.4.13,<0.5"],
@@ -52,5 +54,6 @@ setup(
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],
         "plot": ["matplotlib"],
+        "colab": ["ipykernel", "jupytext", "matplotlib", "nbclient"],
     },
 )

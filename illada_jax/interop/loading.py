@@ -1,5 +1,6 @@
-"""One way to load a model, whatever it is: a workdir, a Hugging Face directory, or the id of one on the Hub."""
+"""One way to load a model, whatever it is: a workdir, a Hugging Face directory, the id of one on the Hub, or a demo."""
 
+import importlib.resources
 import pathlib
 import re
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from illada_jax.interop.checkpoint import is_checkpoint, read_checkpoint
 from illada_jax.training.saved_model import Loaded, Source, load_inference, open_model
 
 Quantize = Literal["none", "int8"]
+# Small models that are part of the package, see `illada_jax/demo/README.md`.
+DEMOS = {"demo": "pretrained", "demo-chat": "chat"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
@@ -22,8 +25,8 @@ def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "
     """Loads a model for decoding and scoring.
 
     Args:
-      path: a workdir (its newest checkpoint), one checkpoint in it, a Hugging Face directory, or a Hub id such as
-        `GSAI-ML/LLaDA-8B-Instruct`.
+      path: a workdir (its newest checkpoint), one checkpoint in it, a Hugging Face directory, a Hub id such as
+        `GSAI-ML/LLaDA-8B-Instruct`, or one of DEMOS where no directory has that name.
       dtype: type of params and compute.
       mesh: devices that the params are spread over; None takes the first device.
       quantize: `int8` rounds the matrices to eight bits as they are read.
@@ -49,12 +52,14 @@ def open_source(path: str | epath.Path, special_ids: Mapping[str, int] | None = 
 
 
 def find_checkpoint(path: str | epath.Path) -> pathlib.Path | None:
-    """The Hugging Face directory that `path` is, or is the Hub id of (fetched if need be); None for all else."""
+    """The Hugging Face directory that `path` is or names (a Hub id is fetched if need be); None for all else."""
     directory = pathlib.Path(path)
     if directory.is_dir():
         return directory if is_checkpoint(directory) else None
+    if str(path) in DEMOS:
+        return pathlib.Path(str(importlib.resources.files("illada_jax"))) / "demo" / DEMOS[str(path)]
     # In `workdirs/nothing` it is a directory that is missing.
-    if _HUB_ID.fullmatch(str(path)) and not directory.parent.exists():
+    if _HUB_ID.fullmatch(str(path)) and not directory.parent.exists() and directory.parts[0] != "workdirs":
         return _fetch(str(path))
     return None
 
