@@ -1,4 +1,11 @@
-"""The console command: `illada COMMAND …` is `python -m illada_jax.MODULE …`, say `illada train --config=…`."""
+"""The console command: `illada COMMAND …` is `python -m illada_jax.MODULE …`.
+
+    illada generate --prompt="The with statement" --watch
+    illada train --config=experiments/quickstart.py
+    illada help generate
+
+`eval "$(illada --completion)"` makes bash, and zsh with bashcompinit, complete the names of the commands.
+"""
 
 import difflib
 import runpy
@@ -21,16 +28,24 @@ COMMANDS = {
 def usage() -> str:
     """What `illada --help` prints."""
     lines = ["usage: illada COMMAND [--option=value …]   (illada COMMAND --help lists the options)", ""]
-    return "\n".join(lines + [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()])
+    lines += [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    examples = ['illada generate --prompt="The with statement" --watch', "illada generate --chat",
+                "illada train --config=experiments/quickstart.py", "illada help train"]
+    return "\n".join([*lines, "", "examples:", *(f"  {example}" for example in examples)])
 
 
 def main() -> int | None:
     """Runs the command that the first argument names, in this process."""
+    if sys.argv[1:2] == ["help"] and len(sys.argv) > 2:
+        sys.argv[1:] = [sys.argv[2], "--help"]
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(usage())
         return None
     if sys.argv[1] == "--version":
         print(f"illada_jax {illada_jax.__version__}")
+        return None
+    if sys.argv[1] == "--completion":
+        print(f'complete -o default -W "{" ".join(COMMANDS)}" illada')
         return None
     name = sys.argv.pop(1)
     if name not in COMMANDS:

@@ -1,6 +1,7 @@
 """What every command shares: absl flags in, one-line errors and exit codes out."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from absl import app, flags, logging
 from illada_jax.errors import InputError, StorageError
 
 EXIT_BAD_INPUT = 2
+EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 # What is wrong with the storage, and not with the program.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
 
@@ -31,7 +33,11 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
 
     def caught(argv: list[str]) -> int | None:
         try:
-            return guarded(argv)
+            code = guarded(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            return _closed()
         except InputError as error:
             return _fail(error)
         except OSError as error:
@@ -45,9 +51,21 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         sys.exit(_fail(error))
 
 
+def hint(text: str) -> None:
+    """What could be typed next, or was chosen: for a person at a terminal, not for a pipe or a log."""
+    if sys.stderr.isatty():
+        print(f"({text})", file=sys.stderr)
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit:  # absl shows the help, and calls that a failure
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.exit(_closed())
+        sys.exit(0)
     except flags.Error as error:
         # What a config file raised itself says more than that it cannot be parsed.
         cause = error
@@ -62,11 +80,16 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error).splitlines()[0].strip("\"'")) from error
 
-
     # Libraries tell much at the level INFO: --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def _closed() -> int:
+    """Whoever read standard output has gone, as `| head` does: nothing is left to say, at the exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_BROKEN_PIPE
 
 
 def _fail(error: InputError) -> int:

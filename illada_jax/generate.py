@@ -1,29 +1,36 @@
 """Continues prompts, or fills gaps in them, with a trained model.
 
-  python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="The with statement" --max_new_tokens=32
-  python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
-  python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
-  python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
-  python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --watch
-  python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --trace=out.html
-  python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
+    python -m illada_jax.generate --prompt="The with statement" --watch
+    python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --max_new_tokens=32
+    python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
+    python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
+    python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
+    python -m illada_jax.generate --prompt="Return the" --trace=out.html
+    python -m illada_jax.generate --prompt="Return the" --trace=out.html --compare=confidence=random
+    python -m illada_jax.generate --prompt="Return the" --trace=out.html --compare=reveal=threshold,threshold=0.6
+    python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
-Settings that are not given are those of the checkpoint's config. Several `--prompt` are decoded together.
-`--output=json` prints one line per prompt, with its text, tokens, network evaluations (nfe) and seconds. `--input`
-reads lines such as {"prompt": "…"}; `--results` appends a line as each of them finishes, and what is there is not done
-again when the command is repeated after an interruption. `--watch` shows the text coming into focus in the terminal,
-in colours of confidence (plain lines on standard error where that is none). `--trace` shows how the texts were written:
-a page with all prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order).
-`--chat` is a conversation, a line of standard input a turn, through the tokenizer's chat template; it ends with /exit
-or Ctrl-D.
+Without --checkpoint a small model that comes with the package writes. Settings that are not given are those of the
+checkpoint's config. Several `--prompt` are decoded together. `--output=json` prints one line per prompt, with its text,
+tokens, network evaluations (nfe) and seconds. `--input` reads lines such as {"prompt": "…"}; `--results` appends a line
+as each of them finishes, and what is there is not done again when the command is repeated after an interruption.
+
+`--watch` shows the text coming into focus in the terminal, in colours of confidence (plain lines on standard error
+where that is none). `--trace` shows how the texts were written: a page with all prompts side by side (.html), or a
+picture of a single one (.gif of the steps, .png of the order). `--compare` writes the same prompts once more with other
+settings of the decoder, for the page. `--chat` is a conversation, a line of standard input a turn, through the
+tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
 
 import contextlib
+import difflib
+import functools
 import itertools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -59,10 +66,6 @@ SETTINGS = [
     flags.DEFINE_integer("batch_size", None, "prompts that are decoded at the same time"),
     flags.DEFINE_integer("seed", None, "seed of the sampling"),
 ]
-# Settings that only do something beside another one.
-NEEDS = {"threshold": ("reveal", ("threshold",)), "factor": ("reveal", ("factor",)),
-         "entropy_bound": ("reveal", ("entropy_bound",)), "steps_per_block": ("reveal", ("top_k",)),
-         "cache_refresh": ("cache", ("prefix", "dual"))}
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
 RESULTS = flags.DEFINE_string("results", "", "JSONL file that results are appended to as they finish")
@@ -71,6 +74,8 @@ STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 WATCH = flags.DEFINE_bool("watch", False, "show in the terminal how a single prompt is written, step by step")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 TRACE = flags.DEFINE_string("trace", "", "file to show the order of writing in: .html, .gif or .png")
+COMPARE = flags.DEFINE_multi_string("compare", [], "with --trace=….html: the same prompts once more, with "
+                                    "the settings KEY=VALUE,…, beside the first; may be repeated")
 CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
@@ -97,15 +102,21 @@ def main(argv: list[str]) -> int | None:
         raise InputError("--watch: is for a single prompt, without --results, --stream and --output=json")
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
+    if COMPARE.value and not TRACE.value.endswith(".html"):
+        raise InputError("--compare: is for --trace=….html, the page that shows strategies side by side")
+    changes = {text: parse_settings(text) for text in COMPARE.value}
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
-    lm = model_flags.load()
+    lm = model_flags.load("demo")
     settings = given_settings()
     check_effect(lm, settings)
+    compared = [{**settings, **change} for change in changes.values()]
+    for text, change in changes.items():
+        check_compared(lm, text, change, settings)
     try:
         if RESULTS.value:
             write_results(lm, prompts, done, settings)
         else:
-            print_results(lm, prompts, settings)
+            print_results(lm, prompts, settings, compared)
     except KeyboardInterrupt:
         kept = f"finished prompts are in {RESULTS.value}; the same command does the rest"
         print(f"interrupted{': ' + kept if RESULTS.value else ''}", file=sys.stderr)
@@ -113,8 +124,9 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str, Any]) -> None:
-    """Decodes all prompts and prints them, in their order."""
+def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str, Any],
+                  compared: list[dict[str, Any]]) -> None:
+    """Decodes all prompts and prints them, in their order; what is compared is shown by `--trace` alone."""
     if STREAM.value:
         printer = Printer()
         printer.finish(lm.generate(prompts, stop=STOP.value, on_block=printer, **settings)[0].text)
@@ -133,7 +145,7 @@ def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str,
         result = results[index]
         print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
     if TRACE.value:
-        write_trace(lm, prompts, [results[index] for index in range(len(prompts))], settings)
+        write_trace(lm, prompts, [results[index] for index in range(len(prompts))], settings, compared)
 
 
 def check_trace(path: pathlib.Path, num_prompts: int) -> None:
@@ -149,15 +161,58 @@ def check_trace(path: pathlib.Path, num_prompts: int) -> None:
 
 
 def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Generation],
-                settings: dict[str, Any]) -> None:
-    """Writes `--trace`, one network evaluation for each step."""
+                settings: dict[str, Any], compared: list[dict[str, Any]]) -> None:
+    """Writes `--trace`, one network evaluation for each step; strategies of a prompt stand beside each other."""
     path = pathlib.Path(TRACE.value)
-    traces = [tracing.make_trace(lm, result, title=prompt, infill=INFILL.value, row=row, **settings)
-              for row, (prompt, result) in enumerate(zip(prompts, results, strict=True))]
+    strategies = [settings, *compared]
+    words = tracing.differences([lm.decode_settings(each) for each in strategies]) if compared else [""]
+    write = lm.infill if INFILL.value else functools.partial(lm.generate, stop=STOP.value)
+    by_strategy = [results, *(write(prompts, **each) for each in compared)]
+    traces = [tracing.make_trace(lm, by_strategy[number][row], title=prompt, strategy=words[number],
+                                 infill=INFILL.value, row=row, **each)
+              for row, prompt in enumerate(prompts) for number, each in enumerate(strategies)]
     if path.suffix == ".html":
         tracing.write_page(path, traces)
     else:
         tracing.write_picture(path, traces[0])
+    compare = "" if compared or path.suffix != ".html" else "; --compare=confidence=random shows a second strategy"
+    cli.hint(f"wrote {path}{compare}")
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """The settings of one `--compare`, by name. Raises InputError if a key is unknown or a value is none of it."""
+    known = {flag.name: flags.FLAGS[flag.name] for flag in SETTINGS}
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.strip().partition("=")
+        if not equals or not key:
+            raise InputError(f"--compare={text}: settings are given as KEY=VALUE, with commas between them")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"--compare={text}: {key} is no setting of the decoder; {hint}")
+        if INFILL.value and key in api.NOT_FOR_INFILLING:
+            raise InputError(f"--compare={text}: {key} is not for --infill")
+        try:
+            parsed = known[key].parser.parse(value)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--compare={text}: {key}: {error}") from error
+        # Lists of ids: a key that is repeated, as on the command line.
+        changes[key] = (*changes.get(key, ()), parsed) if isinstance(known[key], flags.MultiFlag) else parsed
+    return changes
+
+
+def check_compared(lm: api.LanguageModel, text: str, change: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises InputError if the settings of a `--compare` are wrong, do nothing or change nothing."""
+    merged = {**settings, **change}
+    try:
+        same = lm.decode_settings(merged) == lm.decode_settings(settings)
+        check_effect(lm, merged, change)
+        lm.as_completed([], infill=INFILL.value, **merged)  # checks the rest, such as the names of strategies
+    except InputError as error:
+        raise InputError(f"--compare={text}: {error}") from error
+    if same:
+        raise InputError(f"--compare={text}: changes nothing")
 
 
 def given_settings() -> dict[str, Any]:
@@ -166,11 +221,11 @@ def given_settings() -> dict[str, Any]:
             for flag in SETTINGS if flag.value is not None}
 
 
-def check_effect(lm: api.LanguageModel, settings: dict[str, Any]) -> None:
-    """Raises InputError for a flag that would do nothing."""
+def check_effect(lm: api.LanguageModel, settings: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Raises InputError for a setting that would do nothing: one of `names`, by default of all that are given."""
     decode = lm.decode_settings(settings)
-    for name, (other, values) in NEEDS.items():
-        if name in settings and getattr(decode, other) not in values:
+    for name, (other, values) in tracing.NEEDS.items():
+        if name in (settings if names is None else names) and getattr(decode, other) not in values:
             raise InputError(f"--{name}: does nothing with {other} = {getattr(decode, other)!r}; "
                              f"it is for --{other}={' or '.join(values)}")
 
@@ -200,10 +255,10 @@ def chat() -> None:
 
     A conversation that gets too long loses its oldest turns. From a pipe nothing but the answers is printed.
     """
-    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, WATCH) if flag.value]
+    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, COMPARE, WATCH) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
-    lm = model_flags.load()
+    lm = model_flags.load("demo-chat")
     settings = given_settings()
     check_effect(lm, settings)
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
@@ -244,7 +299,7 @@ def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], set
                                **settings)
     try:
         with open(RESULTS.value, "a", encoding="utf-8") as file:
-            for index, result in tqdm(finished, total=len(rows), unit="prompt"):
+            for index, result in tqdm(finished, total=len(rows), unit="prompt", disable=None):
                 line = json_line(rows[index], prompts[rows[index]], result, time.monotonic() - start)
                 file.write(line + "\n")
                 file.flush()

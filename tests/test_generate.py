@@ -126,7 +126,8 @@ def run(lm, monkeypatch, capsys):
             flag.unparse()
         flags.FLAGS(["generate", "--checkpoint=x", *arguments])
         code = generate.main([])
-        return code, capsys.readouterr().out
+        out, call.err = capsys.readouterr()
+        return code, out
 
     return call
 
@@ -181,6 +182,14 @@ def test_flags_that_would_do_nothing_or_cannot_be_obeyed(run, arguments, message
     with pytest.raises(InputError) as caught:
         run("--prompt=abc", *arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_but_the_answers_reaches_a_pipe(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    for arguments in ([], [f"--results={tmp_path}/r.jsonl"], [f"--trace={tmp_path}/t.html"]):
+        run(f"--input={prompts}", "--max_new_tokens=8", *arguments)
+        assert run.err == ""
 
 
 def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_path):
@@ -239,6 +248,48 @@ def test_a_trace_of_all_prompts_on_one_page(run, lm, tmp_path):
     assert [trace["title"] for trace in traces] == ["abc", "b"]
     texts = [result.text for result in lm.generate(["abc", "b"], max_new_tokens=8)]
     assert all(text in "".join(trace["pieces"]) for text, trace in zip(texts, traces, strict=True))
+
+
+def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
+    path, settings = tmp_path / "t.html", {"max_new_tokens": 8}
+    code, out = run("--prompt=abc", "--prompt=b", f"--trace={path}", "--max_new_tokens=8",
+                    "--compare=confidence=random",
+                    "--compare=reveal=threshold, threshold=0.05,stop_ids=7,stop_ids=8")
+    assert not code and out == run("--prompt=abc", "--prompt=b", "--max_new_tokens=8")[1]
+    traces = json.loads(path.read_text().split("const traces = ")[1].split(";\n")[0])
+    others = [{}, {"confidence": "random"}, {"reveal": "threshold", "threshold": 0.05, "stop_ids": (7, 8)}]
+    assert [trace["title"] for trace in traces] == ["abc"] * 3 + ["b"] * 3
+    assert [trace["strategy"].split(",")[0] for trace in traces] == ["confidence=low_confidence", "confidence=random",
+                                                                     "confidence=low_confidence"] * 2
+    assert "threshold=0.05, stop_ids=(7, 8)" in traces[2]["strategy"] and "threshold" not in traces[1]["strategy"]
+    for number, other in enumerate(others):
+        for row, result in enumerate(lm.generate(["abc", "b"], **settings, **other)):
+            trace = traces[3 * row + number]
+            assert trace["nfe"] == result.nfe and result.text in "".join(trace["pieces"])
+    code, out = run("--prompt=a[[mask:3]]", "--infill", f"--trace={path}", "--compare=temperature=0.9")
+    assert not code and '"strategy":"temperature=0.9"' in path.read_text()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--compare=confidence=random"], "--compare: is for --trace=….html"),
+    (["--trace=t.gif", "--compare=confidence=random"], "--compare: is for --trace=….html"),
+    (["--trace=t.html", "--compare=confidnce=random"], "no setting of the decoder; did you mean confidence?"),
+    (["--trace=t.html", "--compare=prompt=x"], "prompt is no setting of the decoder; known are max_new_tokens, "),
+    (["--trace=t.html", "--compare=random"], "--compare=random: settings are given as KEY=VALUE"),
+    (["--trace=t.html", "--compare="], "--compare=: settings are given as KEY=VALUE"),
+    (["--trace=t.html", "--compare=temperature=warm"], "--compare=temperature=warm: temperature: "),
+    (["--trace=t.html", "--compare=temperature=-1"], "--compare=temperature=-1: config.decode.temperature = -1.0"),
+    (["--trace=t.html", "--compare=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
+    (["--trace=t.html", "--compare=threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'"),
+    (["--trace=t.html", "--compare=temperature=0"], "--compare=temperature=0: changes nothing"),
+    (["--trace=t.html", "--infill", "--compare=max_new_tokens=4"], "max_new_tokens is not for --infill"),
+    (["--chat", "--compare=temperature=1"], "--chat: does not go with --"),
+])
+def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(api.Decoder, "as_completed", lambda self, ids, *_: pytest.fail("decodes") if ids else iter(()))
+    with pytest.raises(InputError) as caught:
+        run("--prompt=abc", *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -11,9 +11,18 @@ from illada_jax.tracing.trace import Trace
 _MARKER = "/*TRACES*/null"
 
 
+def _part(name: str) -> str:
+    return importlib.resources.files("illada_jax.tracing").joinpath(name).read_text(encoding="utf-8")
+
+
 def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
-    """Writes a page that shows the traces side by side, step by step."""
-    template = importlib.resources.files("illada_jax.tracing").joinpath("page.html").read_text(encoding="utf-8")
+    """Writes a page that shows the traces side by side, step by step.
+
+    Args:
+      path: file to write; it holds all that it shows, and fetches nothing.
+      traces: of several prompts, or of one prompt with several strategies (`compare`).
+    """
+    template = _part("page.html").replace("/*STYLE*/", _part("page.css")).replace("/*SCRIPT*/", _part("page.js"))
     data = [{**dataclasses.asdict(trace), "agreement": trace.agreement} for trace in traces]
     for trace in data:
         trace["probability"] = [round(p, 4) for p in trace["probability"]]

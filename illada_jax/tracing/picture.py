@@ -1,5 +1,6 @@
-"""Traces as pictures: an animated GIF, or a PNG with the order of writing as colours."""
+"""Traces as pictures for slides: an animated GIF of the steps, or a PNG with the order of writing as colours."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -7,8 +8,11 @@ from illada_jax.errors import InputError
 from illada_jax.tracing.trace import Trace
 
 _COLUMNS = 64  # characters of a line
-_FRAME_MS, _LAST_FRAME_MS = 120, 2500
-_GIVEN, _MASKED, _NEW = (40, 40, 40), (215, 215, 215), (214, 39, 40)
+_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 22, 38, 28
+_LAST_FRAME_MS = 2500
+# The colours of page.css.
+_PAPER, _INK, _QUIET, _MASK, _OPEN = (255, 255, 255), (31, 35, 40), (102, 108, 116), (237, 235, 230), (213, 210, 202)
+_NEW, _ACCENT = (255, 216, 131), (44, 103, 201)
 SUFFIXES = (".gif", ".png")
 
 
@@ -23,51 +27,104 @@ def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
         raise InputError(f"{path}: the ending must be {' or '.join(SUFFIXES)}")
     try:
         import matplotlib
-        from PIL import Image, ImageDraw, ImageFont
+        from PIL import ImageFont
     except ImportError as error:
         raise InputError(f"{path}: pictures need matplotlib: pip install 'illada_jax[plot]'") from error
-    del Image, ImageDraw
-    mono = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
-    font = ImageFont.truetype(str(mono), 18)
-    colours = matplotlib.colormaps["viridis"]
+    fonts = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    font = ImageFont.truetype(str(fonts / "DejaVuSansMono.ttf"), _FONT_SIZE)
+    small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 17)
     if path.suffix == ".png":
-        _frame(trace, trace.num_steps, font, colours, by_order=True).save(path)
+        _frame(trace, trace.num_steps, font, small, by_order=True).save(path)
         return
-    # Frame s shows what step s - 1 wrote, in colour.
-    frames = [_frame(trace, step, font, colours, by_order=False) for step in range(trace.num_steps + 1)]
-    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
+    # Frame s shows what step s - 1 wrote, marked; in the last one nothing is, for the text is to be read.
+    frames = [_frame(trace, step, font, small, by_order=False) for step in range(trace.num_steps + 1)]
+    # Long texts are written faster: as on the page, about ten seconds in all.
+    step_ms = int(min(400, max(60, 10000 / max(trace.num_steps, 1))))
+    durations = [step_ms] * (len(frames) - 1) + [_LAST_FRAME_MS]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
-def _frame(trace: Trace, step: int, font: Any, colours: Any, by_order: bool) -> Any:
+def _frame(trace: Trace, step: int, font: Any, small: Any, by_order: bool) -> Any:
     """The canvas before `step`."""
     from PIL import Image, ImageDraw
 
-    width, height = font.getlength("m"), 26
+    width = font.getlength("m")
     places, lines = _layout(trace)
-    image = Image.new("RGB", (int(width * _COLUMNS) + 24, height * (lines + 1) + 24), "white")
+    image = Image.new("RGB", (int(width * _COLUMNS) + 2 * _MARGIN, _LINE_HEIGHT * lines + 2 * _MARGIN + 44), _PAPER)
     draw = ImageDraw.Draw(image)
-    visible = trace.visible[step] if step < trace.num_steps else len(trace.pieces)
+    steps = trace.num_steps
+    visible = trace.visible[step] if step < steps else len(trace.pieces)
     for column, runs in enumerate(places[:visible]):
         at = trace.written_at[column]
-        if at < 0:
-            colour = _GIVEN
-        elif at >= step:
-            colour = _MASKED
+        masked, given = at >= step, at < 0
+        if given:
+            back = None
+        elif masked:
+            back = _OPEN if step < steps and column in trace.candidates[step] else _MASK
         elif by_order:
-            colour = tuple(int(255 * c) for c in colours(0.9 * at / max(trace.num_steps - 1, 1))[:3])
+            back = shade(at / max(steps - 1, 1))
         else:
-            colour = _NEW if at == step - 1 else (31, 90, 180)
+            back = _NEW if at == step - 1 and step < steps else None
+        behind = trace.end is not None and column >= trace.end
         for line, start, text in runs:
-            corner = (12 + width * start, 12 + height * line)
-            if 0 <= step <= at:
-                draw.rectangle((*corner, corner[0] + width * len(text) - 2, corner[1] + height - 4), fill=colour)
-            else:
-                draw.text(corner, text, fill=colour, font=font)
-    nfe = f"step {step} of {trace.num_steps}" + (f"   {trace.title}" if trace.title else "")
-    nfe += "" if trace.agreement is None else f"   cache agrees with exact: {trace.agreement:.0%}"
-    draw.text((12, 12 + height * lines), nfe, fill=(130, 130, 130), font=font)
+            x, y = _MARGIN + width * start, _MARGIN + _LINE_HEIGHT * line
+            if back:
+                gap = 1 if masked and not given else 0
+                draw.rounded_rectangle((x + gap, y, x + width * len(text) - 1 - gap, y + _LINE_HEIGHT - 7), 4, back)
+            if given or not masked:
+                draw.text((x, y + 2), text, fill=_QUIET if given or behind else _INK, font=font)
+    _footer(draw, trace, step, small, by_order, image.width, image.height - _MARGIN - 22)
     return image
+
+
+def _footer(draw: Any, trace: Trace, step: int, font: Any, by_order: bool, width: int, y: int) -> None:
+    """What strategy it is, and how far it is: a bar of the steps, or the key of the colours."""
+    words = [f"{trace.nfe} evaluations"] if trace.nfe else []
+    words += [] if trace.agreement is None else [f"cache agrees with exact: {trace.agreement:.0%}"]
+    words = " · ".join([*words, trace.strategy or trace.title])
+    left, right = _MARGIN, width - _MARGIN
+    if by_order:
+        cells, size = 12, 14
+        start = right - int(font.getlength("last")) - 8 - cells * size
+        draw.text((right, y), "last", fill=_QUIET, font=font, anchor="ra")
+        draw.text((start - 8, y), "first", fill=_QUIET, font=font, anchor="ra")
+        for cell in range(cells):
+            x = start + cell * size
+            draw.rectangle((x, y + 3, x + size - 1, y + 16), shade(cell / (cells - 1)))
+        room = start - 8 - font.getlength("first") - 16 - left
+    else:
+        count = f"step {step} of {trace.num_steps}"
+        draw.text((right, y), count, fill=_QUIET, font=font, anchor="ra")
+        room = right - font.getlength(count) - 16 - left
+        draw.rectangle((left, y - 12, right, y - 10), _MASK)
+        if step:
+            draw.rectangle((left, y - 12, left + (right - left) * step / trace.num_steps, y - 10), _ACCENT)
+    words = words.replace("\n", " ")
+    if font.getlength(words) > room:
+        while words and font.getlength(words + "…") > room:
+            words = words[:-1]
+        words += "…"
+    draw.text((left, y), words, fill=_QUIET, font=font)
+
+
+def shade(share: float) -> tuple[int, int, int]:
+    """The colour of the order in page.css: OKLCH(0.95 … 0.74, 0.1, 95° … 290°) as sRGB.
+
+    >>> shade(0.0), shade(1.0)
+    ((255, 238, 160), (170, 160, 230))
+    """
+    lightness, hue = 0.95 - 0.21 * share, math.radians(95 + 195 * share)
+    a, b = 0.1 * math.cos(hue), 0.1 * math.sin(hue)
+    # Björn Ottosson, "A perceptual color space for image processing" (2020).
+    l3 = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    m3 = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    s3 = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    linear = (4.0767416621 * l3 - 3.3077115913 * m3 + 0.2309699292 * s3,
+              -1.2684380046 * l3 + 2.6097574011 * m3 - 0.3413193965 * s3,
+              -0.0041960863 * l3 - 0.7034186147 * m3 + 1.7076147010 * s3)
+    clipped = [min(max(value, 0.0), 1.0) for value in linear]
+    red, green, blue = (12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055 for x in clipped)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _layout(trace: Trace) -> tuple[list[list[tuple[int, int, str]]], int]:
@@ -78,6 +135,8 @@ def _layout(trace: Trace) -> tuple[list[list[tuple[int, int, str]]], int]:
         for number, part in enumerate(piece.split("\n")):
             if number:
                 line, at = line + 1, 0
+            if at and at + len(part.rstrip()) > _COLUMNS >= len(part):  # a token is not torn where it can be helped
+                line, at, part = line + 1, 0, part.removeprefix(" ")
             while part:
                 if at >= _COLUMNS:
                     line, at = line + 1, 0

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -11,8 +12,8 @@ from rich.text import Text
 from illada_jax.tracing.trace import display
 
 _SECONDS_PER_STEP = 0.08
-_MASK = "░░"
-_UNSURE, _SURE = np.array([205, 60, 50]), np.array([60, 110, 220])
+_MASK = "▁"
+_UNSURE, _SURE = np.array([200, 110, 40]), np.array([70, 130, 225])  # legible on black and on white
 
 
 class Watcher:
@@ -49,6 +50,7 @@ class Watcher:
     def __exit__(self, *_: Any) -> None:
         if self._moves:
             self._live.stop()
+            self._console.print()  # the text itself follows, on standard output
 
     def __call__(self, index: int, generation: Any) -> None:
         """Shows the steps that are new in `generation`."""
@@ -59,19 +61,23 @@ class Watcher:
                                 soft_wrap=True)
             return
         for now in range(self._shown + 1, steps + 1):
-            self._live.update(frame(generation, self._tokenizer, now, self._block_length), refresh=True)
+            drawn = frame(generation, self._tokenizer, now, self._block_length, not self._console.no_color)
+            self._live.update(drawn, refresh=True)
             time.sleep(self._seconds)
         self._shown = steps
 
 
-def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0) -> Text:
-    """The canvas after `now` steps: written tokens coloured by confidence, the newest reversed, masks as blocks.
+def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key: bool = True) -> Text:
+    """The canvas after `now` steps: written tokens coloured by confidence, the newest reversed, masks as lines to fill.
+
+    Where it is known what will be written, its lines are as long: the text does not move as it comes into focus.
 
     Args:
       generation: an `api.Generation`, finished or on its way.
       tokenizer: of the model.
       now: steps that have been taken.
       block_length: borders are drawn before every so many new columns; 0 draws none.
+      key: say what the colours mean.
     """
     step = np.asarray(generation.canvas_step)
     canvas = np.asarray(generation.canvas)
@@ -87,14 +93,22 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0) -> T
         if given[column]:
             text.append(display(tokenizer, id_), "bold")
         elif not 0 <= step[column] < now:
-            text.append(_MASK, "dim")
+            text.append(_lines(display(tokenizer, id_) if id_ != tokenizer.mask_id else "mask"), "dim")
         else:
             style = "dim" if column not in confidence else colour(confidence[column])
             text.append(display(tokenizer, id_), f"{style} reverse" if step[column] == now - 1 else style)
     steps = max(step.max(initial=-1) + 1, 1)
-    text.append(f"\nstep {now}, {now * generation.nfe // steps} evaluations; sure ", "dim")
-    text.append("■", colour(0.0)).append(" … ", "dim").append("■", colour(-5.0)).append(" unsure", "dim")
+    text.append(f"\nstep {now}, {now * generation.nfe // steps} evaluations", "dim")
+    if key:
+        text.append("; ", "dim").append("sure", colour(0.0)).append(" … ", "dim").append("unsure", colour(-5.0))
     return text
+
+
+def _lines(piece: str) -> str:
+    """The piece with a line for each character, spaces kept where they are: lines wrap where the text will."""
+    if not piece.strip():
+        return piece.replace(" ", _MASK).replace("\n", f"{_MASK}\n")
+    return "".join(c if c.isspace() else _MASK * cell_len(c) for c in piece)
 
 
 def colour(log_prob: float) -> str:

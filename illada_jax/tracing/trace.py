@@ -6,6 +6,7 @@ are computed again by the same network on these states, so that decoding itself 
 
 import functools
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from illada_jax.decoding import SpecialIds
+from illada_jax.decoding.confidence import log_probs
 from illada_jax.decoding.contract import LogitsFn
 from illada_jax.decoding.decoder import make_rules
-from illada_jax.decoding.sampling import suppress
+from illada_jax.decoding.sampling import guide, suppress
 from illada_jax.errors import InputError
 from illada_jax.model import make_init_cache
+from illada_jax.tracing.strategies import describe, differences
 
 
 class Candidate(NamedTuple):
@@ -44,6 +47,10 @@ class Trace:
       candidates: for each step, the most probable tokens of the columns that are still masked in the active block, by
         column.
       agrees: for each column, whether decoding without a cache has the same token there; empty if there was no cache.
+      strategy: the settings that it was written with, in words.
+      nfe: network evaluations that it took.
+      end: the column behind the answer, of EOS or of what was written after a stop string; None if the answer goes to
+        the end of the canvas.
     """
 
     title: str
@@ -54,6 +61,9 @@ class Trace:
     visible: list[int]
     candidates: list[dict[int, list[Candidate]]]
     agrees: list[bool] = field(default_factory=list)
+    strategy: str = ""
+    nfe: int = 0
+    end: int | None = None
 
     @property
     def num_steps(self) -> int:
@@ -67,8 +77,8 @@ class Trace:
         return sum(written) / len(written) if written else None
 
 
-def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = False, num_candidates: int = 5,
-               row: int = 0, **settings: Any) -> Trace:
+def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "", infill: bool = False,
+               num_candidates: int = 5, row: int = 0, **settings: Any) -> Trace:
     """The trace of a result, one network evaluation for each of its steps.
 
     A cache approximates: if one was used, the row is decoded once more without it, to say how far they agree.
@@ -77,6 +87,7 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
       lm: the `api.LanguageModel` that wrote it.
       generation: the `api.Generation`.
       title: see Trace.
+      strategy: see Trace; by default the settings that decide the order of writing.
       infill: it was made by `lm.infill`.
       num_candidates: tokens that are kept for each masked column and step.
       row: the number that the row drew by.
@@ -108,8 +119,9 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
         state = np.where(masked, ids.mask, canvas)
         want = np.resize(active, min(decode.block_length, len(to_write)))
         best_Q5, log_probs_Q5, chosen_Q = _look(
-            lm.logits_fn, state[None], (np.arange(len(canvas)) < end).astype(np.int32)[None], want[None],
-            canvas[want][None], never, ids.vocab_size, num_candidates)
+            lm.logits_fn, state[None], np.where(written_at < 0, ids.mask, state)[None],
+            (np.arange(len(canvas)) < end).astype(np.int32)[None], want[None], canvas[want][None], never,
+            ids.vocab_size, num_candidates, decode.cfg_scale)
         probs_Q5 = np.exp(log_probs_Q5)
         candidates.append({int(column): [Candidate(display(lm.tokenizer, int(i)), float(p))
                                          for i, p in zip(best_5, probs_5, strict=True)]
@@ -119,8 +131,42 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", infill: bool = Fals
                 probability[column] = np.exp(log_prob)
         visible.append(end)
     agrees = [] if decode.cache == "none" else _agrees(lm, canvas, written_at, infill, row, settings)
+    start = 0 if infill else int(np.argmax(written_at >= 0))
+    end = start + len(generation.tokens)
     return Trace(title, [display(lm.tokenizer, int(i)) for i in canvas], written_at.tolist(), block.tolist(),
-                 probability.tolist(), visible, candidates, agrees)
+                 probability.tolist(), visible, candidates, agrees, strategy or describe(decode), generation.nfe,
+                 end if end < len(canvas) else None)
+
+
+def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, infill: bool = False,
+            num_candidates: int = 5, row: int = 0, **settings: Any) -> list[Trace]:
+    """One prompt written with several strategies, for `write_page`.
+
+    Args:
+      lm: an `api.LanguageModel`.
+      prompt: text or ids.
+      strategies: for each trace, the fields of DecodeConfig that differ from `settings`.
+      infill: the prompt has gaps, which are filled.
+      num_candidates: tokens that are kept for each masked column and step.
+      row: the number that the row draws by, the same for all.
+      **settings: fields of DecodeConfig that all have.
+
+    Raises:
+      InputError: the prompt or a setting is wrong; nothing was written.
+
+    >>> import illada_jax
+    >>> lm = illada_jax.load("demo")
+    >>> traces = compare(lm, "The with statement", [{}, {"confidence": "random"}], max_new_tokens=8)
+    >>> [trace.strategy for trace in traces]
+    ['confidence=low_confidence', 'confidence=random']
+    """
+    all_settings = [{**settings, **strategy} for strategy in strategies]
+    words = differences([lm.decode_settings(each) for each in all_settings])
+    write = lm.infill if infill else lm.generate
+    title = prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
+    return [make_trace(lm, write([prompt], rows=[row], **each)[0], title=title, strategy=strategy, infill=infill,
+                       num_candidates=num_candidates, row=row, **each)
+            for each, strategy in zip(all_settings, words, strict=True)]
 
 
 def _agrees(lm: Any, canvas: np.ndarray, written_at: np.ndarray, infill: bool, row: int,
@@ -135,13 +181,15 @@ def _agrees(lm: Any, canvas: np.ndarray, written_at: np.ndarray, infill: bool, r
     return [token == other for token, other in itertools.zip_longest(canvas.tolist(), result.canvas)][: len(canvas)]
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _look(logits_fn: LogitsFn, tokens_BT, segments_BT, want_BQ, chosen_BQ, never: tuple[int, ...], vocab_size: int,
-          count: int):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _look(logits_fn: LogitsFn, tokens_BT, blind_BT, segments_BT, want_BQ, chosen_BQ, never: tuple[int, ...],
+          vocab_size: int, count: int, cfg_scale: float):
     """For the wanted columns: the best ids, their log-probabilities, and the log-probability of the chosen id."""
     positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
     logits_BQV, _ = logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, None)
-    log_probs_BQV = jax.nn.log_softmax(suppress(logits_BQV, never, vocab_size))
+    if cfg_scale:
+        logits_BQV = guide(logits_BQV, logits_fn(blind_BT, positions_BT, segments_BT, want_BQ, None)[0], cfg_scale)
+    log_probs_BQV = log_probs(suppress(logits_BQV, never, vocab_size))
     best_BQn, ids_BQn = jax.lax.top_k(log_probs_BQV, count)
     chosen_BQ1 = jnp.take_along_axis(log_probs_BQV, chosen_BQ[:, :, None], axis=-1)
     return ids_BQn[0], best_BQn[0], chosen_BQ1[0, :, 0]

@@ -27,12 +27,12 @@ def generation(**changes) -> api.Generation:
 
 
 @pytest.mark.parametrize(("now", "drawn"), [
-    (0, "ab│░░░░│░░░░"), (1, "ab│░░d│░░░░"), (2, "ab│░░d│<eos>░░"), (3, "ab│cd│<eos>░░"), (4, "ab│cd│<eos>x"),
+    (0, "ab│▁▁│<mask>▁"), (1, "ab│▁d│<mask>▁"), (2, "ab│▁d│<eos>▁"), (3, "ab│cd│<eos>▁"), (4, "ab│cd│<eos>x"),
 ])
 def test_a_frame_shows_what_was_written_by_then(now, drawn):
     text = frame(generation(), TOKENIZER, now, block_length=2)
     eos = TOKENIZER.id_to_piece(EOS)
-    assert text.plain.split("\n")[0] == drawn.replace("<eos>", eos)
+    assert text.plain.split("\n")[0] == drawn.replace("<eos>", eos).replace("<mask>", "▁" * len(eos))
     assert f"step {now}, {now} evaluations" in text.plain
     newest = [text.plain[span.start : span.end] for span in text.spans if "reverse" in str(span.style)]
     assert newest == [{1: "d", 2: eos, 3: "c", 4: "x"}[now]] if now else not newest
@@ -51,8 +51,31 @@ def test_infilling_has_no_borders_and_keeps_its_columns():
     filled = generation(text="acbd", tokens=[A, C, B, D], confidence=[0.0, -1.0, 0.0, -2.0], canvas=[A, C, B, D],
                         canvas_step=[-1, 1, -1, 0], reveal_step=[-1, 1, -1, 0], nfe=2, stopped_by="filled")
     text = frame(filled, TOKENIZER, 1)
-    assert text.plain.startswith("a░░bd\n")
+    assert text.plain.startswith("a▁bd\n")
     assert colour(-2.0) in str([span.style for span in text.spans if text.plain[span.start : span.end] == "d"])
+
+
+def test_lines_to_fill_are_as_long_as_what_fills_them():
+    """So that nothing moves: at every step the text wraps where it will in the end."""
+    ids = TOKENIZER.encode("ab c\nd xy")
+    row = generation(tokens=ids[1:], confidence=[-1.0] * (len(ids) - 1), canvas=ids,
+                     canvas_step=[-1, *range(len(ids) - 1)])
+    last = frame(row, TOKENIZER, len(ids)).plain.rpartition("\nstep")[0]
+    assert last == "ab c\nd xy"
+    first = frame(row, TOKENIZER, 0).plain.rpartition("\nstep")[0]
+    assert first == "a▁▁▁▁\n▁▁▁▁"  # a byte is a token here: its space is to be filled, too
+    unknown = generation(canvas=[A, B, MASK, MASK], canvas_step=[-1, -1, -1, -1], tokens=[], confidence=[])
+    assert frame(unknown, TOKENIZER, 0).plain.startswith("ab▁▁▁▁▁▁▁▁\n")
+
+
+def test_without_colours_there_are_none_and_no_key_to_them():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color", "NO_COLOR": "1"})
+    with Watcher(TOKENIZER, 8, False, console, seconds_per_step=0) as watcher:
+        watcher(0, generation())
+    drawn = out.getvalue()
+    assert "cd" in drawn.replace("\x1b[0m", "").replace("\x1b[7m", "") and "evaluations" in drawn
+    assert "38;" not in drawn and "unsure" not in drawn
 
 
 @pytest.fixture(scope="module")

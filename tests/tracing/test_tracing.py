@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from illada_jax import api
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
 from illada_jax.data.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
-from illada_jax.tracing import Trace, make_trace, write_page, write_picture
+from illada_jax.tracing import Trace, compare, make_trace, write_page, write_picture
 from illada_jax.tracing.trace import Candidate, display
 from tests.util import random_params
 
@@ -103,6 +102,38 @@ TRACE = Trace(title="</script><b>", pieces=["a", "</script>", "\n", "long " * 30
                           {3: [Candidate("</b>", 1.0)]}])
 
 
+def test_strategies_of_one_prompt_are_what_decoding_them_gives(lm):
+    strategies = [{}, {"confidence": "random"}, {"reveal": "threshold", "threshold": 0.05}]
+    traces = compare(lm, "abc", strategies, max_new_tokens=8, row=3)
+    assert [trace.strategy for trace in traces] == [
+        "confidence=low_confidence, reveal=top_k, steps_per_block=4", "confidence=random, reveal=top_k, "
+        "steps_per_block=4", "confidence=low_confidence, reveal=threshold, threshold=0.05"]
+    for trace, strategy in zip(traces, strategies, strict=True):
+        result = lm.generate(["abc"], rows=[3], max_new_tokens=8, **strategy)[0]
+        assert (trace.title, trace.nfe) == ("abc", result.nfe)
+        assert [at for at in trace.written_at if at >= 0] == [step for step in result.canvas_step if step >= 0]
+    assert traces[0].written_at != traces[1].written_at and traces[2].nfe < traces[0].nfe
+    filled = compare(lm, "a[[mask:3]]b", strategies[:2], infill=True)
+    assert all(trace.pieces[0] == "a" and trace.pieces[-1] == "b" for trace in filled)
+    alone = compare(lm, "abc", [{"confidence": "margin"}])[0]
+    assert alone.strategy == "confidence=margin, reveal=top_k, steps_per_block=4, block_length=4"
+    with pytest.raises(InputError, match="confidnce: unknown key"):
+        compare(lm, "abc", [{}, {"confidnce": "random"}])
+
+
+def test_what_stands_behind_the_answer_is_told_apart(lm):
+    """EOS is written into the middle of a fixed canvas: the answer ends before it."""
+    eos, settings = TOKENIZER.eos_id, {"length": "fixed", "block_length": 12, "suppressed_ids": (*range(128, 256),)}
+    free = lm.generate(["abc"], **settings)[0]
+    stop = free.canvas[9]
+    result = lm.generate(["abc"], stop_ids=(stop,), **settings)[0]
+    trace = make_trace(lm, result, stop_ids=(stop,), **settings)
+    assert stop != eos and trace.end == 3 + len(result.tokens) < len(result.canvas)
+    assert "".join(trace.pieces[3 : trace.end]) == result.text
+    whole = lm.infill(["a[[mask:3]]b"])[0]
+    assert make_trace(lm, whole, infill=True).end is None
+
+
 def test_a_page_holds_the_traces_and_no_text_of_the_model_ends_its_script(tmp_path):
     write_page(tmp_path / "p.html", [TRACE, TRACE])
     page = (tmp_path / "p.html").read_text()
@@ -131,30 +162,3 @@ def test_bad_input(lm, tmp_path):
     generation.canvas_step[:] = [-1] * len(generation.canvas_step)
     with pytest.raises(InputError, match="nothing was written"):
         make_trace(lm, generation)
-
-
-def test_the_page_in_a_browser(tmp_path):
-    """Its slider moves, the text of the last state is the output, the candidates show, nothing fails."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    browser_path = shutil.which("chromium")
-    if not browser_path:
-        pytest.skip("needs Chromium")
-    write_page(tmp_path / "p.html", [TRACE])
-    messages = []
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.goto((tmp_path / "p.html").as_uri())
-        assert page.inner_text("#shown") == "step 0 of 3"
-        assert page.locator(".masked").count() == 3 and page.locator(".masked:visible").count() == 2
-        page.locator("#step").press("ArrowRight")
-        assert page.inner_text("#shown") == "step 1 of 3" and page.locator(".masked:visible").count() == 1
-        page.locator(".token >> nth=1").hover()
-        assert "0.500" in page.inner_text("#tip")
-        page.locator("#play").click()
-        page.wait_for_function("document.getElementById('shown').textContent === 'step 3 of 3'")
-        assert page.locator(".canvas").text_content() == "".join(TRACE.pieces)
-        browser.close()
-    assert not messages

@@ -1,0 +1,73 @@
+"""Commands behave as a shell expects: help, version, exit codes, pipes that close, quiet where nobody reads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from illada_jax import __version__, api
+from illada_jax.__main__ import COMMANDS
+from illada_jax.errors import InputError
+
+SCRIPT = "from illada_jax import cli; cli.run(lambda argv: print({}))"
+
+
+def shell(*arguments, **options):
+    """Runs `illada ARGUMENTS`."""
+    return subprocess.run([sys.executable, "-m", "illada_jax", *arguments], capture_output=True, text=True, timeout=300,
+                          **options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_and_is_no_failure(name):
+    shown = shell("help", name)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"\n    python -m illada_jax.{COMMANDS[name][0]} " in shown.stdout and "flags:" in shown.stdout
+
+
+def test_the_console_command():
+    assert shell("--version").stdout == f"illada_jax {__version__}\n"
+    for arguments in ((), ("--help",), ("-h",), ("help",)):
+        shown = shell(*arguments)
+        assert shown.returncode == 0 and all(f"\n  {name} " in shown.stdout for name in COMMANDS)
+        assert "\n  illada generate --prompt=" in shown.stdout
+    wrong = shell("genrate")
+    assert wrong.returncode == 2 and wrong.stdout == "" and "did you mean generate?" in wrong.stderr
+
+
+def test_completion_is_what_bash_takes():
+    lines = shell("--completion").stdout + "compgen -W \"$(complete -p illada | cut -d\\' -f2)\" g\n"
+    assert subprocess.run(["bash", "-c", lines], capture_output=True, text=True).stdout == "generate\n"
+
+
+@pytest.mark.parametrize("what", ["'x' * 10**6", "'x'"])
+def test_a_closed_pipe_is_no_traceback(what):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run([sys.executable, "-c", SCRIPT.format(what)], stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_hints_are_for_terminals_only(monkeypatch, capsys):
+    from illada_jax import cli
+
+    cli.hint("next")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.hint("next")
+    assert capsys.readouterr() == ("", "(next)\n")
+
+
+@pytest.mark.parametrize("path", ["workdirs/no-such-run", "nowhere"])
+def test_a_model_that_is_not_there_says_what_to_type(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"python -m illada_jax\.main --config=.*`demo`"):
+        api.load(path)
+
+
+def test_a_config_that_is_not_there_is_named():
+    wrong = shell("train", "--config=experiments/quikstart.py")
+    assert wrong.returncode == 2 and wrong.stderr == (
+        "error: --config=experiments/quikstart.py: no such file; one is experiments/quickstart.py\n")
