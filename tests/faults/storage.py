@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: one line that says so, nothing lost, and the same command goes on afterwards.
+"""A disk that is full, read-only, slow or fails: one line says so, nothing is lost, the same command then goes on.
 
 Run as a program it does so in a mount namespace of its own, where it may mount a small file system; what it has found
 it prints as JSON. It takes the directory with the text, and how many sizes of the free space to try.
@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,30 @@ def limited_files(place: pathlib.Path, count: int) -> list[tuple[str, str]]:
         code, output = programs.run([*limited, *programs.train_command(place, workdir, *SHORT)])
         found.append((f"files larger than {kilobytes} KiB cannot be written", _refused(code, output)
                       or _goes_on(place, workdir)))
+    return found
+
+
+def unreliable(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
+    """(Fault, what is wrong or nothing) with system calls that fail or are slow; None where strace may not trace.
+
+    Arrays of a checkpoint are written with writev, made sure of with fsync and put in place with rename.
+    """
+    works = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=rename:error=EIO", "true"]
+    if not shutil.which("strace") or subprocess.run(works, capture_output=True).returncode != 0:
+        return None
+    found = []
+    faults = [(f"{call}: I/O error at call {when}", f"inject={call}:error=EIO:when={when}")
+              for when in [1, 40, "10+50", 150, "3+100", 90, "100+9", 250][:count]
+              for call in ("writev", "fsync,fdatasync", "rename")]
+    faults.append(("every write 20 ms late", "inject=write,writev,fsync,fdatasync,rename:delay_enter=20000"))
+    for number, (fault, injection) in enumerate(faults):
+        workdir = place / f"unreliable-{number}"
+        traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", injection, "-e", "status=none"]
+        code, output = programs.run([*traced, *programs.train_command(place, workdir, *SHORT)])
+        wrong = "" if code == 0 else _refused(code, output)
+        if "late" in fault and code != 0:
+            wrong = f"exit code {code}: {output[-2000:]}"
+        found.append((fault, wrong or _goes_on(place, workdir)))
     return found
 
 
