@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -298,3 +299,26 @@ def test_registered_in_the_harness(places, expected_choice):
             harness.IlladaJax.create_from_arg_string(arguments)
     points = {point.name: point.value for point in importlib.metadata.entry_points(group="lm_eval.models")}
     assert points.get("illada_jax") == "illada_jax.harness:IlladaJax"
+
+
+def test_what_a_fine_tuned_model_has_not_seen_becomes_a_task(tmp_path):
+    """Trained for two steps: the answers are wrong, and every one of them is asked for."""
+    root = pathlib.Path(__file__).parents[1]
+    workdir, tasks_dir, output = (str(tmp_path / name) for name in ("sft", "tasks", "output"))
+
+    def command(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    command("-m", "illada_jax.main", "--config=experiments/sft_quickstart.py", f"--workdir={workdir}",
+            "--config.data.sources=('tasks:reverse:300',)", f"--config.data.cache_dir={tmp_path / 'cache'}",
+            "--config.train.epochs=0", "--config.eval.every_epochs=0", "--config.train.steps=2",
+            "--config.eval.evaluators=()",
+            "--config.optimizer.warmup_steps=1", "--config.model.num_layers=1", "--config.model.scan_unroll=1")
+    assert "own_answers" in command("experiments/tasks/own.py", f"--checkpoint={workdir}", f"--target={tasks_dir}")
+    items = [json.loads(line) for line in (tmp_path / "tasks/own_answers.jsonl").read_text().splitlines()]
+    assert all(item["context"] == f"reverse {item['target'][::-1]}=" for item in items) and len(items) > 2
+    command("-m", "illada_jax.evaluate", f"--checkpoint={workdir}", f"--include_path={tasks_dir}",
+            "--tasks=own_answers", "--limit=3", f"--output_dir={output}")
+    assert results(tmp_path / "output")["results"]["own_answers"]["exact_match,none"] == 0

@@ -2,12 +2,14 @@
 
   python experiments/tasks/own.py --checkpoint=workdirs/quickstart --target=tasks
   python experiments/tasks/own.py --checkpoint=workdirs/sudoku --target=tasks
+  python experiments/tasks/own.py --checkpoint=workdirs/sft_quickstart --target=tasks
   python -m illada_jax.evaluate --include_path=tasks --tasks=own_text --checkpoint=workdirs/quickstart --output_dir=…
 
 Of a model of text `own_text`: which of four passages of six words goes on a held-out document? One is its own, the
 others stand in the same place of other held-out documents.
 Of a model of sudoku `own_sudoku`: which of four grids solves a held-out puzzle? The wrong ones have two of the empty
 cells of one row swapped. And `own_sudoku_solve`: write the grid.
+Of a model fine-tuned on prompts and responses `own_answers`: write the answer to a held-out prompt.
 """
 
 import itertools
@@ -22,6 +24,7 @@ from absl import flags
 from illada_jax import api, cli
 from illada_jax.config import Config
 from illada_jax.data.corpus import open_corpus
+from illada_jax.data.example_store import open_examples
 from illada_jax.errors import InputError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a training run of this repository", required=True)
@@ -35,9 +38,12 @@ Item = dict[str, object]
 def main(argv: list[str]) -> None:
     """Writes the tasks that fit the checkpoint's data."""
     del argv
-    documents = heldout_documents(api.load(CHECKPOINT.value).config)
+    lm = api.load(CHECKPOINT.value)
     draw = random.Random(0)
-    if all(len(document) == 33 and document[16] == "=" for document in documents):
+    documents = [] if lm.config.sft.format != "none" else heldout_documents(lm.config)
+    if not documents:
+        items = {"own_answers": answer_items(lm)}
+    elif all(len(document) == 33 and document[16] == "=" for document in documents):
         items = {"own_sudoku": [sudoku_item(document, draw) for document in documents]}
         items["own_sudoku_solve"] = [{"context": document[:17], "target": document[17:]} for document in documents]
     else:
@@ -51,18 +57,28 @@ def main(argv: list[str]) -> None:
 
 
 def heldout_documents(config: Config) -> list[str]:
-    """The texts that the run holds out.
-
-    Raises:
-      InputError: it holds out nothing, or was fine-tuned on examples.
-    """
-    if config.sft.format != "none":
-        raise InputError(f"--checkpoint={CHECKPOINT.value}: was fine-tuned on examples; a model of text or sudoku is "
-                         "wanted")
+    """The texts that the run holds out. Raises InputError if there are none."""
     corpus = open_corpus(config.data)
     if not corpus.heldout.num_documents:
         raise InputError(f"--checkpoint={CHECKPOINT.value}: nothing was held out")
     return [corpus.tokenizer.decode(corpus.heldout.document(index)) for index in range(corpus.heldout.num_documents)]
+
+
+def answer_items(lm: api.LanguageModel) -> list[Item]:
+    """The prompts that the run holds out, with their answers.
+
+    Raises:
+      InputError: there are none, or they are conversations, which are no plain text.
+    """
+    heldout = open_examples(lm.config, lm.tokenizer, progress=False).heldout
+    questions = [heldout.question(index) for index in range(heldout.num_documents)]
+    if not questions:
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: nothing was held out")
+    decode = lm.tokenizer.decode
+    if any(lm.tokenizer.encode(decode(question.prompt)) != question.prompt for question in questions):
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: was fine-tuned on conversations; a model of text, "
+                         "sudoku or prompts and responses is wanted")
+    return [{"context": decode(question.prompt), "target": decode(question.answer)} for question in questions]
 
 
 def text_items(documents: list[str], draw: random.Random) -> list[Item]:
