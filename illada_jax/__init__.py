@@ -1,8 +1,35 @@
 """illada_jax: masked diffusion language models (iLLaDA, LLaDA) in JAX.
 
-import illada_jax
-lm = illada_jax.load("workdirs/quickstart")
-print(lm.generate(["The with statement"], max_new_tokens=32)[0].text)
+>>> import illada_jax
+>>> lm = illada_jax.load("demo")
+>>> answer = lm.generate(["The with statement"], max_new_tokens=8)[0]
+>>> answer.stopped_by in ("eos", "length"), answer.nfe <= 8
+(True, True)
+
+`demo` is a small model in the package; a workdir, a directory of official weights or a Hub id stand in its place.
+`illada_jax.api` is what Python users import, and the commands are `illada_jax.main` (training), `illada_jax.generate`,
+`illada_jax.evaluate`, `illada_jax.prepare`, `illada_jax.convert`, `illada_jax.aot` and `illada_jax.plot`.
+
+## The rooms
+
+| room | from | to |
+|---|---|---|
+| `illada_jax.data` | text, conversations | batches of tokens |
+| `illada_jax.model` | tokens | logits |
+| `illada_jax.diffusion` | batches | what is masked, and the loss |
+| `illada_jax.parallel` | arrays | arrays over many chips |
+| `illada_jax.training` | a config | checkpoints |
+| `illada_jax.decoding` | a prompt | an answer |
+| `illada_jax.scoring` | candidates | numbers |
+| `illada_jax.interop` | official weights | a model, and back |
+| `illada_jax.planning` | a config | memory and time on chips that are not there |
+| `illada_jax.tracing` | an answer | a picture of how it was written |
+
+Every room's page says where to begin. `illada_jax.config` has all settings.
+
+## Glossary
+
+.. include:: glossary.md
 """
 
 from typing import Any

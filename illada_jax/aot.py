@@ -1,11 +1,11 @@
 """Compiles the training step, the decoder or the scorer for TPUs that need not be there: what fits, how fast it can be.
 
-  python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5p:4x4x4
-  python -m illada_jax.aot --config=experiments/pretrain_8b.py:v5p-128 --topology=v5p:4x4x4 --num_slices=2 --search
-  python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5e:2x2 --mode=decode \
-      --config.mesh.fsdp=1 --config.mesh.tensor=4 --canvas=4096
-  python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5e:1x1 --mode=decode --quantize=int8
-  python -m illada_jax.aot --compare=tpu/cases.json --json=tpu/report.json --markdown=tpu/REPORT.md
+    python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5p:4x4x4
+    python -m illada_jax.aot --config=experiments/pretrain_8b.py:v5p-128 --topology=v5p:4x4x4 --num_slices=2 --search
+    python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5e:2x2 --mode=decode \\
+        --config.mesh.fsdp=1 --config.mesh.tensor=4 --canvas=4096
+    python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5e:1x1 --mode=decode --quantize=int8
+    python -m illada_jax.aot --compare=tpu/cases.json --json=tpu/report.json --markdown=tpu/REPORT.md
 
 Needs `pip install 'illada_jax[tpu]'`, a processor, 3 GiB of memory and one to two minutes for each program; no TPU, no
 corpus, no tokenizer. `--compare` reads a list of {"name", "config", "topology"} with, if wanted, "num_slices", "mode",

@@ -1,8 +1,13 @@
 """For people who use a model: load one, continue text, fill gaps, look at logits.
 
-import illada_jax
-lm = illada_jax.load("workdirs/quickstart")
-print(lm.generate(["The with statement"], max_new_tokens=32)[0].text)
+>>> import illada_jax
+>>> lm = illada_jax.load("demo")
+>>> filled = lm.infill(["Return a list of [[mask:4]] in the file."])[0]
+>>> filled.text.startswith("Return a list of "), filled.stopped_by
+(True, 'filled')
+
+`LanguageModel.generate` continues texts, `LanguageModel.chat` answers conversations; for how a text was written see
+`illada_jax.tracing`.
 """
 
 import bisect
@@ -63,7 +68,7 @@ def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mes
 
     Args:
       path: a workdir (its newest checkpoint), one checkpoint in it, a Hugging Face directory with the weights of LLaDA
-        or iLLaDA, or a Hub id of such weights.
+        or iLLaDA, a Hub id of such weights, or `demo` or `demo-chat`, which are part of the package.
       dtype: type of params and compute.
       mesh: devices to spread params and batches over; None takes the first device.
       quantize: `int8` rounds the matrices to eight bits (embeddings and norms stay), for half the memory of bfloat16.
@@ -176,6 +181,12 @@ class LanguageModel:
 
         Raises:
           InputError: a candidate or a setting is wrong; the message names it.
+
+        >>> import illada_jax
+        >>> lm = illada_jax.load("demo")
+        >>> likely, unlikely = lm.score("Return a list", [" of", "zzzz"], method="confidence")
+        >>> likely.value > unlikely.value
+        True
         """
         if isinstance(candidates, str):
             raise InputError("candidates: a list of candidates is wanted, not one text")
@@ -225,6 +236,12 @@ class LanguageModel:
 
         Args:
           tokens_BL: int ids, all rows of one length; MASK (`tokenizer.mask_id`) where the model is to predict.
+
+        >>> import illada_jax
+        >>> lm = illada_jax.load("demo")
+        >>> ids = [*lm.tokenizer.encode("Return a"), lm.tokenizer.mask_id]
+        >>> lm.logits([ids]).shape == (1, len(ids), lm.config.model.vocab_size)
+        True
         """
         tokens_BL = np.asarray(tokens_BL)
         if tokens_BL.ndim != 2 or not np.issubdtype(tokens_BL.dtype, np.integer):

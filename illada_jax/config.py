@@ -594,7 +594,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(section: Any, key: str, changes: dict[str, Any]) -> Any:
-    """A section with some fields changed, checked like a config. `key` is its name in error messages."""
+    """A section with some fields changed, checked like a config. `key` is its name in error messages.
+
+    >>> override(DecodeConfig(), "decode", {"temperature": 0.5}).temperature
+    0.5
+    >>> override(DecodeConfig(), "decode", {"temperature": -1.0})
+    Traceback (most recent call last):
+    illada_jax.errors.ConfigError: config.decode.temperature = -1.0: must be 0 or more
+    """
     return _build(type(section), {**to_dict(section), **changes}, f"{key}.")
 
 

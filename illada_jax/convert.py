@@ -1,14 +1,15 @@
 """Converts models: official weights to a workdir, a workdir to the official layout, either one to eight bits.
 
-  python -m illada_jax.convert --source=LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
-  python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
-  python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
+    python -m illada_jax.convert --source=LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
+    python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
+    python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
 
 What the source is decides the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a
 workdir that generate, evaluate and `--config.init.checkpoint` take; a workdir becomes a Hugging Face directory, or a
 smaller workdir with `--quantize=int8`. The target appears when it is whole. JAX_PLATFORMS=cpu converts in host memory.
 """
 
+import shlex
 import sys
 
 from absl import flags
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int | None:
     try:
         print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value,
                          _SHARD_GIGABYTES.value, _FAMILY.value, id_flags.special_ids()).run())
+        cli.hint(f"next: python -m illada_jax.generate --checkpoint={shlex.quote(_TARGET.value)} --prompt=…")
     except KeyboardInterrupt:
         print(f"interrupted: {_TARGET.value} was not written", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,9 +1,9 @@
 """Evaluates a model on tasks of lm-evaluation-harness (extra: eval), with every knob recorded.
 
-  python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=local_arc_easy --limit=100
-  python -m illada_jax.evaluate --checkpoint=GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset=illada-base/hellaswag
-  python -m illada_jax.evaluate --checkpoint=… --preset=illada-instruct/math --set=max_new_tokens=512
-  python -m illada_jax.evaluate --list_presets
+    python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=local_arc_easy --limit=100
+    python -m illada_jax.evaluate --checkpoint=GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset=illada-base/hellaswag
+    python -m illada_jax.evaluate --checkpoint=… --preset=illada-instruct/math --set=max_new_tokens=512
+    python -m illada_jax.evaluate --list_presets
 
 A preset is the settings behind one published number: its task, examples, scorer and sampler. Flags go before it, and
 `--set` before its settings; `--set=help` lists them. `--output_dir` gets `results.json`, with the manifest of the run,
@@ -25,6 +25,7 @@ from absl import flags
 from etils import epath
 
 from illada_jax import api, cli, model_flags, process_flags
+from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
 from illada_jax.errors import InputError
 from illada_jax.parallel import hosts
@@ -154,7 +155,7 @@ def claim(directory: epath.Path, manifest: dict[str, Any]) -> None:
     """
     path = directory / "manifest.json"
     if path.exists():
-        different = manifests.differences(json.loads(path.read_text()), manifest)
+        different = config_lib.differences(json.loads(path.read_text()), manifest)
         if different:
             raise InputError(f"--output_dir={directory}: holds another evaluation ({'; '.join(different[:3])}); "
                              "choose another directory")

@@ -1,6 +1,6 @@
 """What runs during training: the bound on held-out text, and what the model writes.
 
-The one room that knows training, decoding and scoring. An evaluator is a function (params, step) → {name: number or
+The one place where training and decoding meet. An evaluator is a function (params, step) → {name: number or
 text} that `main` builds from `config.eval` and hands to the loop.
 """
 
@@ -22,18 +22,17 @@ from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.example_store import Examples
 from illada_jax.data.scorers import make_scorer
-from illada_jax.decoding import Decoded, Decoder, SpecialIds
+from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import use_mesh
+from illada_jax.training.loop import Evaluator
 
 _TABLE_ROWS = 6
-
-Evaluator = Callable[[Any, int], dict[str, float | str]]
-
 
 def make_evaluators(
     names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
@@ -41,12 +40,28 @@ def make_evaluators(
     """Builds the evaluators called `names`.
 
     Raises:
-      ConfigError: there is no such evaluator.
+      ConfigError: there is no such evaluator, or `config.decode` is no good.
     """
-    for name in names:
+    check(config, corpus.tokenizer)
+    return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
+
+
+def check(config: Config, tokenizer: Tokenizer | None) -> None:
+    """What evaluators would find wrong with the config when a run is under way.
+
+    Args:
+      config: the resolved config.
+      tokenizer: that of the run; without it ids are not checked.
+
+    Raises:
+      ConfigError: an unknown evaluator, or `config.decode` is no good.
+    """
+    for name in (*config.eval.evaluators, *config.eval.final):
         if name not in EVALUATORS:
             raise ConfigError(f"config.eval: unknown evaluator {name!r}; known: {', '.join(EVALUATORS)}")
-    return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
+    if tokenizer is not None:
+        check_settings(config.decode, SpecialIds.of(tokenizer), config.model.max_length,
+                       model.make_init_cache(config.model))
 
 
 def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:

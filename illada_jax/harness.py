@@ -1,6 +1,6 @@
 """lm-evaluation-harness with this model registered as `illada_jax` (extra: eval).
 
-  python -m illada_jax.harness --model illada_jax --model_args checkpoint=workdirs/sudoku --tasks arc_easy
+    python -m illada_jax.harness --model illada_jax --model_args checkpoint=workdirs/sudoku --tasks arc_easy
 
 It is the harness's own command line. Versions of the harness after 0.4.13 find the model by its entry point, so that
 `lm_eval --model illada_jax …` works too. `--model_args` takes `checkpoint`, `dtype`, `quantize` and every setting of

@@ -1,8 +1,7 @@
 """Trains a masked diffusion language model: pre-training and fine-tuning, on one device or on a pod.
 
-Example:
-  python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
-  python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
+    python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
+    python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
 
 The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`. Exit
 codes: 0 done, 2 bad input or bad numbers (config.faults), 75 told to stop and saved, or another host is gone (run the
@@ -21,7 +20,7 @@ from ml_collections import config_flags
 from illada_jax import cli, plan, process_flags, report
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError, StorageError
-from illada_jax.evaluators import make_evaluators
+from illada_jax.evaluators import check, make_evaluators
 from illada_jax.experiment import open_data
 from illada_jax.interop import open_source
 from illada_jax.parallel import hosts
@@ -50,6 +49,8 @@ def read_config() -> tuple[Config, str]:
     if _CONFIG.value is None:
         raise InputError("--config is required, for example --config=experiments/quickstart.py")
     path = flags.FLAGS["config"].config_filename
+    if not pathlib.Path(path.split(":")[0]).is_file():
+        raise InputError(f"--config={path}: no such file; one is experiments/quickstart.py")
     try:
         return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
     except OSError as error:  # ml_collections keeps what went wrong until the config is used
@@ -71,9 +72,11 @@ def dry_run(config: Config) -> None:
     except InputError as error:
         if config.model.vocab_size == 0:
             raise ConfigError("config.model.vocab_size = 0: without a corpus, give its value") from error
+        check(config, None)
         print(plan.describe(config))
         print(f"corpus            missing: {error}")
         return
+    check(resolved, corpus.tokenizer)
     print(plan.describe(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
     rows = range(min(config.data.batch_size, _SHOWN_ROWS))

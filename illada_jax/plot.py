@@ -1,7 +1,7 @@
 """Draws what training runs recorded: one panel a quantity, the runs laid over each other.
 
-  python -m illada_jax.plot workdirs/quickstart
-  python -m illada_jax.plot workdirs/run1 workdirs/run2 --figure=runs.svg
+    python -m illada_jax.plot workdirs/quickstart
+    python -m illada_jax.plot workdirs/run1 workdirs/run2 --figure=runs.svg
 
 Loss, bound on held-out text, accuracy over the masking probability, learning rate, tokens per second; what no run
 recorded has no panel. Needs `pip install 'illada_jax[plot]'`.

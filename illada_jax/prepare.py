@@ -1,18 +1,18 @@
 """Turns text into token shards for training, and trains a tokenizer when asked.
 
-Example:
-  python -m illada_jax.prepare --source=text:books/ --target=corpora/books --tokenizer=sentencepiece --vocab_size=8192
-  python -m illada_jax.prepare --source='jsonl:web/*.jsonl.zst#content' --target=corpora/web --tokenizer=tokenizer.json
+    python -m illada_jax.prepare --source=text:books/ --target=corpora/books --tokenizer=sentencepiece --vocab_size=8192
+    python -m illada_jax.prepare --source='jsonl:web/*.jsonl.gz#content' --target=corpora/web --tokenizer=tokenizer.json
 
 Then train on it with --config.data.sources="('prepared:corpora/books',)". Kinds of sources: text, jsonl, python_docs,
 python_source, sudoku. A preparation that was stopped goes on when the same command is typed again.
 
 On a cluster (pip install 'illada_jax[prepare]'), with sources and target on a disk or mounted bucket that every worker
 sees under the same path, and this package in the workers' image; the shards are the same as made here:
-  python -m illada_jax.prepare … --runner=DataflowRunner --beam_options='--project=P --region=R
-      --temp_location=gs://B/tmp --sdk_container_image=IMAGE'
-  python -m illada_jax.prepare … --runner=FlinkRunner --beam_options='--flink_master=HOST:8081'
-  python -m illada_jax.prepare … --runner=SparkRunner --beam_options='--spark_master_url=spark://HOST:7077'
+
+    python -m illada_jax.prepare … --runner=DataflowRunner --beam_options='--project=P --region=R
+        --temp_location=gs://B/tmp --sdk_container_image=IMAGE'
+    python -m illada_jax.prepare … --runner=FlinkRunner --beam_options='--flink_master=HOST:8081'
+    python -m illada_jax.prepare … --runner=SparkRunner --beam_options='--spark_master_url=spark://HOST:7077'
 """
 
 import os

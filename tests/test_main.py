@@ -149,3 +149,15 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
     assert result.returncode == 2
     for part in ("does not fit", "--dry_run", "illada_jax.aot --config", "experiments/quickstart.py", "tpu/README.md"):
         assert part in result.stderr
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--config.decode.reveal=typo", "config.decode.reveal = 'typo': must be one of"),
+    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 lies outside the vocabulary of"),
+    ("--config.decode.block_length=1000", "must"),
+])
+def test_a_mistake_in_how_it_will_be_decoded_is_found_before_training(place, tmp_path, flag, message):
+    for dry in ([], ["--dry_run"]):
+        result = run(command(place, f"--workdir={tmp_path / 'run'}", flag, *dry))
+        assert result.returncode == 2 and message in result.stderr, result.stderr[-2000:]
+        assert not (tmp_path / "run").exists()

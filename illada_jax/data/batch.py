@@ -1,4 +1,4 @@
-"""The one struct that data hands to training. Numpy only: jax enters in `pipeline`."""
+"""The one struct that data hands to training. Numpy only: `data` knows no jax."""
 
 from typing import NamedTuple
 

@@ -26,6 +26,7 @@ from illada_jax.data.chat import Conversation, encode_conversation
 from illada_jax.data.corpus import cache_directory, rename_finished
 from illada_jax.data.examples import Bad, Example, ExamplePart
 from illada_jax.data.preparing import check_lossless
+from illada_jax.data.sources import split_hash
 from illada_jax.data.tasks import in_processes
 from illada_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import InputError
@@ -229,7 +230,7 @@ def _encode_part(job: _Job) -> tuple["_Tally", dict[str, int]]:
         tally.total += 1
         split = "train"
         if isinstance(item, Example):
-            split = "heldout" if _split_hash(item.group) < below else "train"
+            split = "heldout" if split_hash(item.group) < below else "train"
             item = encode(item, tokenizer)
         for piece in [item] if isinstance(item, Bad) else _fit(item, job.config, tally):
             if isinstance(piece, Bad):
@@ -257,10 +258,6 @@ def _read(parts: list[tuple[int, ExamplePart]]) -> Iterator[tuple[int, Example |
     for source, part in parts:
         for item in part.read():
             yield source, item
-
-
-def _split_hash(group: str) -> int:
-    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ def num_windows(num_tokens: int, length: int) -> int:
 
 
 def window_bounds(index: int, num_tokens: int, length: int) -> tuple[int, int]:
-    """The tokens [start, stop) of window `index`."""
+    """The tokens [start, stop) of window `index`.
+
+    >>> [window_bounds(index, num_tokens=10, length=4) for index in range(num_windows(10, 4))]
+    [(0, 4), (4, 8), (8, 10)]
+    """
     return index * length, min((index + 1) * length, num_tokens)
 
 

@@ -40,7 +40,12 @@ class Document:
     @property
     def split_hash(self) -> int:
         """A uniform 64-bit number that decides about the held-out split."""
-        return int.from_bytes(hashlib.blake2b((self.group or self.text).encode(), digest_size=8).digest(), "big")
+        return split_hash(self.group or self.text)
+
+
+def split_hash(text: str) -> int:
+    """A uniform 64-bit number that depends on a text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)

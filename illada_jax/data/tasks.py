@@ -203,5 +203,6 @@ def _die_with_parent() -> None:
 
 
 def progress_bar(shown: bool, total: int, what: str) -> tqdm.tqdm:
-    """A bar in bytes, on stderr."""
-    return tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown, file=sys.stderr)
+    """A bar in bytes, on stderr, if that is a terminal."""
+    quiet = None if shown else True
+    return tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, file=sys.stderr)

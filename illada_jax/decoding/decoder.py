@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES
@@ -129,6 +128,18 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     )
 
 
+def check_settings(settings: DecodeConfig, ids: SpecialIds, max_length: int, init_cache: InitCache | None) -> None:
+    """Whether a Decoder would take them; for arguments see `Decoder`.
+
+    Raises:
+      ConfigError: what `make_rules` refuses, or a block longer than the context.
+    """
+    if settings.block_length > max_length:
+        raise ConfigError(f"config.decode.block_length = {settings.block_length}: must not exceed the context of "
+                          f"{max_length} tokens")
+    make_rules(settings, ids, init_cache=init_cache)
+
+
 class Decoder:
     """Decodes prompts of any length with one network.
 
@@ -149,10 +160,7 @@ class Decoder:
           mesh: devices to spread the rows over; the params of logits_fn lie on them.
           buckets: canvas lengths to compile, ascending; by default `canvas_buckets(max_length)`.
         """
-        if settings.block_length > max_length:
-            raise ConfigError(f"config.decode.block_length = {settings.block_length}: must not exceed the context "
-                              f"of {max_length} tokens")
-        make_rules(settings, ids, init_cache=init_cache)
+        check_settings(settings, ids, max_length, init_cache)
         self.logits_fn = logits_fn
         self.settings = settings
         self.ids = ids
@@ -163,14 +171,13 @@ class Decoder:
         self.buckets = tuple(b for b in buckets or canvas_buckets(max_length) if b >= settings.block_length)
 
     def generate(self, prompts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
-                 on_block: OnBlock | None = None, progress: bool = False) -> list[Decoded]:
+                 on_block: OnBlock | None = None) -> list[Decoded]:
         """Continues prompts; one result for each, in their order. For the arguments see `as_completed`."""
-        return _in_order(self.as_completed(prompts, rows=rows, on_block=on_block), len(prompts), progress)
+        return _in_order(self.as_completed(prompts, rows=rows, on_block=on_block), len(prompts))
 
-    def infill(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
-               progress: bool = False) -> list[Decoded]:
+    def infill(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Decoded]:
         """Fills gaps; one result for each text, in their order. For the arguments see `as_completed`."""
-        return _in_order(self.as_completed(texts, infill=True, rows=rows), len(texts), progress)
+        return _in_order(self.as_completed(texts, infill=True, rows=rows), len(texts))
 
     def as_completed(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
                      on_block: OnBlock | None = None) -> Iterator[tuple[int, Decoded]]:
@@ -315,8 +322,8 @@ class Decoder:
         )
 
 
-def _in_order(finished: Iterator[tuple[int, Decoded]], count: int, progress: bool) -> list[Decoded]:
-    results = dict(tqdm(finished, total=count, unit="row", disable=not progress))
+def _in_order(finished: Iterator[tuple[int, Decoded]], count: int) -> list[Decoded]:
+    results = dict(finished)
     return [results[index] for index in range(count)]
 
 

@@ -47,6 +47,9 @@ def parse_gaps(text: str) -> GappedText:
 
     Raises:
       InputError: there is no gap, or something that begins like one but is none.
+
+    >>> parse_gaps("The cat [[mask:3]] the mat.")
+    GappedText(pieces=['The cat ', ' the mat.'], lengths=[3])
     """
     parts = GAP.split(text)
     pieces, lengths = parts[0::2], [int(n) for n in parts[1::2]]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from illada_jax.decoding.confidence import Confidence, chosen_log_prob, entropy
 from illada_jax.decoding.contract import LogitsFn
 from illada_jax.decoding.reveal import Reveal, reveal_mask
-from illada_jax.decoding.sampling import guess, suppress
+from illada_jax.decoding.sampling import guess, guide, suppress
 from illada_jax.decoding.thinking import ThinkingBoost
 
 
@@ -207,7 +207,7 @@ def look(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Any, step: jax.
 
 def guided(logits_fn: LogitsFn, carry: Carry, tokens_BT: jax.Array, columns_BT: jax.Array, segments_BT: jax.Array,
            want_BQ: jax.Array, cache: Any, rules: Rules) -> tuple[jax.Array, Any]:
-    """The network's logits; with guidance logits_u + (w + 1)·(logits_c - logits_u), u blind to what was given."""
+    """The network's logits, guided where that is wanted."""
     if not rules.cfg_scale:
         return logits_fn(tokens_BT, columns_BT, segments_BT, want_BQ, cache)
     given_BT = jnp.take_along_axis(carry.reveal_step_BL, columns_BT, axis=1, mode="clip") < 0
@@ -219,9 +219,7 @@ def guided(logits_fn: LogitsFn, carry: Carry, tokens_BT: jax.Array, columns_BT: 
     logits, cache = logits_fn(jnp.concatenate([tokens_BT, blind_BT]), twice(columns_BT), twice(segments_BT),
                               twice(want_BQ), cache)
     seeing_BQV, blind_BQV = jnp.split(logits, 2)
-    # Equal logits stay as they are, also where both are -inf.
-    guided_BQV = blind_BQV + (rules.cfg_scale + 1) * (seeing_BQV - blind_BQV)
-    return jnp.where(seeing_BQV == blind_BQV, seeing_BQV, guided_BQV), cache
+    return guide(seeing_BQV, blind_BQV, rules.cfg_scale), cache
 
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,

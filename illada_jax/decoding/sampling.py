@@ -28,6 +28,13 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
 
 
+def guide(seeing_BQV: jax.Array, blind_BQV: jax.Array, scale: float) -> jax.Array:
+    """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA)."""
+    # Equal logits stay as they are, also where both are -inf.
+    guided_BQV = blind_BQV + (scale + 1) * (seeing_BQV - blind_BQV)
+    return jnp.where(seeing_BQV == blind_BQV, seeing_BQV, guided_BQV)
+
+
 def suppress(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
     # As a table: a tokenizer may leave hundreds of ids unused.

@@ -53,6 +53,9 @@ def stratified_ranks(batch_size: int) -> np.ndarray:
 
     Returns:
       int32 [B].
+
+    >>> stratified_ranks(8).tolist()  # the halves of every half are apart
+    [0, 4, 2, 6, 1, 5, 3, 7]
     """
     bits = max(1, (batch_size - 1).bit_length())
     reversed_B = [int(f"{row:0{bits}b}"[::-1], 2) for row in range(batch_size)]

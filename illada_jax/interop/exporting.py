@@ -57,7 +57,8 @@ def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype:
     tensors = {entry.name: Tensor(None, entry.shape, dtype) for entry in wanted}
     with whole_directory(target) as directory:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", delay=1) as progress:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False,
+                  disable=None) as progress:
             write_tensors(directory, tensors, _values(saved, wanted, dtype), shard_bytes, progress.update)
         for name, content in saved.tokenizer.files().items():
             (directory / name).write_bytes(content)

@@ -47,7 +47,7 @@ def import_params(directory: TensorDirectory, family: Family, config: ModelConfi
     places = traverse_util.flatten_dict(param_shardings(config, mesh, quantized), sep="/")
     params: dict[str, Any] = {}
     size = sum(tensor.nbytes for tensor in directory.tensors.values())
-    with tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1) as progress:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=None) as progress:
         for entry in wanted:
             place, tensor = places[entry.path], directory.tensors[entry.name]
             x = _read(directory, entry, place)

@@ -214,7 +214,7 @@ class Transformer(nn.Module):
             self.head_DV = self.param("head", _init(_init_std(c), "embed", "vocab"), (c.d_model, c.vocab_size))
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """Logits of all positions, float32 [B, T, V]: for initialisation and for people who look inside."""
+        """Logits of all positions, float32 [B, T, V]: for initialisation."""
         return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:

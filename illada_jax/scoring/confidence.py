@@ -15,7 +15,7 @@ from illada_jax.scoring.look import Looker, Seen, View
 
 
 @dataclass
-class Reveal:
+class Reading:
     """A candidate on its way from masks to itself.
 
     Attributes:
@@ -33,7 +33,7 @@ class Reveal:
     greedy: bool = True
 
 
-def finish(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int = 1) -> None:
+def finish(looker: Looker, reveals: Sequence[Reading], tokens_per_step: int = 1) -> None:
     """Reveals everything, all candidates in step.
 
     Args:
@@ -46,7 +46,7 @@ def finish(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int = 1) 
         _advance(looker, hidden, tokens_per_step)
 
 
-def race(looker: Looker, groups: Sequence[Sequence[Reveal]], divisors: Sequence[Sequence[float]],
+def race(looker: Looker, groups: Sequence[Sequence[Reading]], divisors: Sequence[Sequence[float]],
          tokens_per_step: int = 1) -> list[int]:
     """Finds the best candidate of each group, exactly, without finishing those that cannot win.
 
@@ -77,9 +77,9 @@ def race(looker: Looker, groups: Sequence[Sequence[Reveal]], divisors: Sequence[
     return leaders
 
 
-def _beside(leader: Reveal, group: Sequence[Reveal]) -> list[Reveal]:
+def _beside(leader: Reading, group: Sequence[Reading]) -> list[Reading]:
     """Those of a group that look like the leader now: they share its evaluation."""
-    def visible(reveal: Reveal) -> bytes:
+    def visible(reveal: Reading) -> bytes:
         tokens_L = reveal.tokens_L.copy()
         tokens_L[reveal.hidden_Q] = -1
         return tokens_L.tobytes()
@@ -87,14 +87,14 @@ def _beside(leader: Reveal, group: Sequence[Reveal]) -> list[Reveal]:
     return [reveal for reveal in group if visible(reveal) == visible(leader)]
 
 
-def _advance(looker: Looker, reveals: Sequence[Reveal], tokens_per_step: int) -> None:
+def _advance(looker: Looker, reveals: Sequence[Reading], tokens_per_step: int) -> None:
     """One evaluation and one step of each."""
     seen = looker([View(reveal.tokens_L, reveal.hidden_Q, reveal.context_length) for reveal in reveals])
     for reveal, what in zip(reveals, seen, strict=True):
         _step(reveal, what, tokens_per_step)
 
 
-def _step(reveal: Reveal, seen: Seen, tokens_per_step: int) -> None:
+def _step(reveal: Reading, seen: Seen, tokens_per_step: int) -> None:
     # Of equal ones the leftmost is revealed first.
     order = np.argsort(-seen.log_probs_Q, kind="stable")
     now, later = order[:tokens_per_step], order[tokens_per_step:]

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from illada_jax.decoding.contract import LogitsFn, SpecialIds
+from illada_jax.decoding.sampling import guide
 from illada_jax.parallel.mesh import use_mesh
 from illada_jax.parallel.sharding import batch_sharding
 
@@ -176,7 +177,7 @@ def look(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, contex
     logits_BQV = logits(tokens_BL)
     if cfg_scale:
         blind_BQV = logits(jnp.where(positions_BL < contexts_B[:, None], mask_id, tokens_BL))
-        logits_BQV = blind_BQV + (cfg_scale + 1) * (logits_BQV - blind_BQV)
+        logits_BQV = guide(logits_BQV, blind_BQV, cfg_scale)
     return log_probs_of(logits_BQV, targets_BQC)
 
 

@@ -53,18 +53,6 @@ def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     return digest(json.dumps(manifest, sort_keys=True))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two manifests, by key."""
-    found = []
-    for key in sorted({*old, *new}):
-        one, other = old.get(key), new.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            found.append(f"{prefix}{key}: {one!r} → {other!r}")
-    return found
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

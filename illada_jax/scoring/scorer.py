@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from illada_jax.decoding.contract import LogitsFn, SpecialIds
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.scoring.confidence import Reveal, finish, race
+from illada_jax.scoring.confidence import Reading, finish, race
 from illada_jax.scoring.look import Looker
 from illada_jax.scoring.monte_carlo import Candidate, estimate
 
@@ -154,5 +154,5 @@ class Scorer:
         return Candidate(np.array(tokens, np.int32), len(before), len(before) + len(candidate))
 
 
-def _reveal(row: Candidate) -> Reveal:
-    return Reveal(row.tokens_L, np.arange(row.start, row.stop), row.start)
+def _reveal(row: Candidate) -> Reading:
+    return Reading(row.tokens_L, np.arange(row.start, row.stop), row.start)

@@ -81,7 +81,8 @@ class Work:
         chunks = self._chunks(requests)
         done: dict[int, Answers] = {}
         rank, processes = jax.process_index(), jax.process_count()
-        with tqdm(total=len(requests), unit="request", desc=kind, disable=not self._progress or rank > 0) as bar:
+        quiet = None if self._progress and rank == 0 else True  # None: where standard error is no terminal
+        with tqdm(total=len(requests), unit="request", desc=kind, disable=quiet) as bar:
             for number, indices in enumerate(chunks):
                 if number % processes == rank:
                     done[number] = self._chunk_answers(kind, number, indices, requests, compute)

@@ -187,7 +187,9 @@ def open_model(path: str | epath.Path) -> SavedModel:
             raise InputError(f"{path}: no checkpoint has been saved yet")
         path = path / "checkpoints" / str(max(steps))
     if not (path / "params").is_dir() or not (path / "meta").is_dir():
-        raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP")
+        way = "" if path.exists() else ("; `python -m illada_jax.main --config=experiments/quickstart.py` trains one, "
+                                        "`demo` is one in the package")
+        raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP{way}")
     with named_damage(path, lambda: way_out(path)):
         meta, tokenizer = _read_json(path, "meta"), _read_json(path, "tokenizer")
         check_seal(meta, tokenizer)

@@ -51,7 +51,7 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; jit it with `state_shardings` so that it is born sharded."""
+    """The state before the first step; jit it with the shardings of `abstract_state` so that it is born sharded."""
     params = model.init_params(config.model, key_for(config.seed, Purpose.PARAMS))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), fresh_average(config, params))
 
