@@ -38,6 +38,7 @@ from illada_jax.training.saved_model import (
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
+_REASON_LENGTH = 200  # characters of what a library says, from the end: there stands the cause
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -103,7 +104,9 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[-200:]
+            text = " ".join(str(error).split())
+            text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
+            reason = (isinstance(error, OSError) and error.strerror) or text
             whole = ocp.utils.checkpoint_steps(self._manager.directory)
             newest = f"the newest whole one is that of step {max(whole)}" if whole else "there is no whole one"
             raise StorageError(f"{self._manager.directory}: a checkpoint cannot be written: {reason}; {newest}. When "
