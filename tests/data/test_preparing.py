@@ -211,6 +211,7 @@ def data_config(texts, tmp_path, **values):
 
 def test_small_corpora_prepare_themselves_once(texts, tmp_path, monkeypatch, capfd):
     data = data_config(texts, tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     first = open_corpus(data)
     assert "tokenizing: 100%" in capfd.readouterr().err
     monkeypatch.setattr(preparing, "prepare", None)
