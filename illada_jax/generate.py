@@ -6,8 +6,8 @@
     python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
     python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
     python -m illada_jax.generate --prompt="Return the" --trace=out.html
-    python -m illada_jax.generate --prompt="Return the" --trace=out.html --compare=confidence=random
-    python -m illada_jax.generate --prompt="Return the" --trace=out.html --compare=reveal=threshold,threshold=0.6
+    python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=confidence=random
+    python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=reveal=threshold,threshold=0.6
     python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
 Without --checkpoint a small model that comes with the package writes. Settings that are not given are those of the
@@ -17,7 +17,7 @@ as each of them finishes, and what is there is not done again when the command i
 
 `--watch` shows the text coming into focus in the terminal, in colours of confidence (plain lines on standard error
 where that is none). `--trace` shows how the texts were written: a page with all prompts side by side (.html), or a
-picture of a single one (.gif of the steps, .png of the order). `--compare` writes the same prompts once more with other
+picture of a single one (.gif of the steps, .png of the order). `--beside` writes the same prompts once more with other
 settings of the decoder, for the page. `--chat` is a conversation, a line of standard input a turn, through the
 tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
@@ -74,7 +74,7 @@ STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 WATCH = flags.DEFINE_bool("watch", False, "show in the terminal how a single prompt is written, step by step")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 TRACE = flags.DEFINE_string("trace", "", "file to show the order of writing in: .html, .gif or .png")
-COMPARE = flags.DEFINE_multi_string("compare", [], "with --trace=….html: the same prompts once more, with "
+BESIDE = flags.DEFINE_multi_string("beside", [], "with --trace=….html: the same prompts once more, with "
                                     "the settings KEY=VALUE,…, beside the first; may be repeated")
 CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, and so on")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
@@ -102,9 +102,9 @@ def main(argv: list[str]) -> int | None:
         raise InputError("--watch: is for a single prompt, without --results, --stream and --output=json")
     if TRACE.value:
         check_trace(pathlib.Path(TRACE.value), len(prompts))
-    if COMPARE.value and not TRACE.value.endswith(".html"):
-        raise InputError("--compare: is for --trace=….html, the page that shows strategies side by side")
-    changes = {text: parse_settings(text) for text in COMPARE.value}
+    if BESIDE.value and not TRACE.value.endswith(".html"):
+        raise InputError("--beside: is for --trace=….html, the page that shows strategies side by side")
+    changes = {text: parse_settings(text) for text in BESIDE.value}
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = model_flags.load("demo")
     settings = given_settings()
@@ -175,44 +175,44 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
         tracing.write_page(path, traces)
     else:
         tracing.write_picture(path, traces[0])
-    compare = "" if compared or path.suffix != ".html" else "; --compare=confidence=random shows a second strategy"
+    compare = "" if compared or path.suffix != ".html" else "; --beside=confidence=random shows a second strategy"
     cli.hint(f"wrote {path}{compare}")
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """The settings of one `--compare`, by name. Raises InputError if a key is unknown or a value is none of it."""
+    """The settings of one `--beside`, by name. Raises InputError if a key is unknown or a value is none of it."""
     known = {flag.name: flags.FLAGS[flag.name] for flag in SETTINGS}
     changes: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = part.strip().partition("=")
         if not equals or not key:
-            raise InputError(f"--compare={text}: settings are given as KEY=VALUE, with commas between them")
+            raise InputError(f"--beside={text}: settings are given as KEY=VALUE, with commas between them")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"--compare={text}: {key} is no setting of the decoder; {hint}")
+            raise InputError(f"--beside={text}: {key} is no setting of the decoder; {hint}")
         if INFILL.value and key in api.NOT_FOR_INFILLING:
-            raise InputError(f"--compare={text}: {key} is not for --infill")
+            raise InputError(f"--beside={text}: {key} is not for --infill")
         try:
             parsed = known[key].parser.parse(value)
         except (ValueError, TypeError) as error:
-            raise InputError(f"--compare={text}: {key}: {error}") from error
+            raise InputError(f"--beside={text}: {key}: {error}") from error
         # Lists of ids: a key that is repeated, as on the command line.
         changes[key] = (*changes.get(key, ()), parsed) if isinstance(known[key], flags.MultiFlag) else parsed
     return changes
 
 
 def check_compared(lm: api.LanguageModel, text: str, change: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises InputError if the settings of a `--compare` are wrong, do nothing or change nothing."""
+    """Raises InputError if the settings of a `--beside` are wrong, do nothing or change nothing."""
     merged = {**settings, **change}
     try:
         same = lm.decode_settings(merged) == lm.decode_settings(settings)
         check_effect(lm, merged, change)
         lm.as_completed([], infill=INFILL.value, **merged)  # checks the rest, such as the names of strategies
     except InputError as error:
-        raise InputError(f"--compare={text}: {error}") from error
+        raise InputError(f"--beside={text}: {error}") from error
     if same:
-        raise InputError(f"--compare={text}: changes nothing")
+        raise InputError(f"--beside={text}: changes nothing")
 
 
 def given_settings() -> dict[str, Any]:
@@ -255,7 +255,7 @@ def chat() -> None:
 
     A conversation that gets too long loses its oldest turns. From a pipe nothing but the answers is printed.
     """
-    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, COMPARE, WATCH) if flag.value]
+    others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, BESIDE, WATCH) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
     lm = model_flags.load("demo-chat")

@@ -253,8 +253,8 @@ def test_a_trace_of_all_prompts_on_one_page(run, lm, tmp_path):
 def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
     path, settings = tmp_path / "t.html", {"max_new_tokens": 8}
     code, out = run("--prompt=abc", "--prompt=b", f"--trace={path}", "--max_new_tokens=8",
-                    "--compare=confidence=random",
-                    "--compare=reveal=threshold, threshold=0.05,stop_ids=7,stop_ids=8")
+                    "--beside=confidence=random",
+                    "--beside=reveal=threshold, threshold=0.05,stop_ids=7,stop_ids=8")
     assert not code and out == run("--prompt=abc", "--prompt=b", "--max_new_tokens=8")[1]
     traces = json.loads(path.read_text().split("const traces = ")[1].split(";\n")[0])
     others = [{}, {"confidence": "random"}, {"reveal": "threshold", "threshold": 0.05, "stop_ids": (7, 8)}]
@@ -266,24 +266,24 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
         for row, result in enumerate(lm.generate(["abc", "b"], **settings, **other)):
             trace = traces[3 * row + number]
             assert trace["nfe"] == result.nfe and result.text in "".join(trace["pieces"])
-    code, out = run("--prompt=a[[mask:3]]", "--infill", f"--trace={path}", "--compare=temperature=0.9")
+    code, out = run("--prompt=a[[mask:3]]", "--infill", f"--trace={path}", "--beside=temperature=0.9")
     assert not code and '"strategy":"temperature=0.9"' in path.read_text()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--compare=confidence=random"], "--compare: is for --trace=….html"),
-    (["--trace=t.gif", "--compare=confidence=random"], "--compare: is for --trace=….html"),
-    (["--trace=t.html", "--compare=confidnce=random"], "no setting of the decoder; did you mean confidence?"),
-    (["--trace=t.html", "--compare=prompt=x"], "prompt is no setting of the decoder; known are max_new_tokens, "),
-    (["--trace=t.html", "--compare=random"], "--compare=random: settings are given as KEY=VALUE"),
-    (["--trace=t.html", "--compare="], "--compare=: settings are given as KEY=VALUE"),
-    (["--trace=t.html", "--compare=temperature=warm"], "--compare=temperature=warm: temperature: "),
-    (["--trace=t.html", "--compare=temperature=-1"], "--compare=temperature=-1: config.decode.temperature = -1.0"),
-    (["--trace=t.html", "--compare=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
-    (["--trace=t.html", "--compare=threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'"),
-    (["--trace=t.html", "--compare=temperature=0"], "--compare=temperature=0: changes nothing"),
-    (["--trace=t.html", "--infill", "--compare=max_new_tokens=4"], "max_new_tokens is not for --infill"),
-    (["--chat", "--compare=temperature=1"], "--chat: does not go with --"),
+    (["--beside=confidence=random"], "--beside: is for --trace=….html"),
+    (["--trace=t.gif", "--beside=confidence=random"], "--beside: is for --trace=….html"),
+    (["--trace=t.html", "--beside=confidnce=random"], "no setting of the decoder; did you mean confidence?"),
+    (["--trace=t.html", "--beside=prompt=x"], "prompt is no setting of the decoder; known are max_new_tokens, "),
+    (["--trace=t.html", "--beside=random"], "--beside=random: settings are given as KEY=VALUE"),
+    (["--trace=t.html", "--beside="], "--beside=: settings are given as KEY=VALUE"),
+    (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: temperature: "),
+    (["--trace=t.html", "--beside=temperature=-1"], "--beside=temperature=-1: config.decode.temperature = -1.0"),
+    (["--trace=t.html", "--beside=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
+    (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'"),
+    (["--trace=t.html", "--beside=temperature=0"], "--beside=temperature=0: changes nothing"),
+    (["--trace=t.html", "--infill", "--beside=max_new_tokens=4"], "max_new_tokens is not for --infill"),
+    (["--chat", "--beside=temperature=1"], "--chat: does not go with --"),
 ])
 def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch, arguments, message):
     monkeypatch.setattr(api.Decoder, "as_completed", lambda self, ids, *_: pytest.fail("decodes") if ids else iter(()))
