@@ -93,7 +93,7 @@ def _pytest(table: Table, fault: str, files: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "--hypothesis-show-statistics", *files],
                             cwd=programs.ROOT, env=environment, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
-    examples = sum(map(int, re.findall(r"(\d+) passing examples", result.stdout)))
+    examples = sum(map(int, re.findall(r"(\d+) passing", result.stdout)))
     wrong = [] if result.returncode == 0 else [result.stdout[-3000:]]
     table.add(fault, f"{passed.group(1) if passed else 0} tests" + (f", {examples:,} examples" if examples else ""),
               wrong, "refused by name, or without effect")
