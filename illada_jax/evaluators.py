@@ -42,11 +42,11 @@ def make_evaluators(
     Raises:
       ConfigError: there is no such evaluator, or `config.decode` is no good.
     """
-    check(config, corpus.tokenizer)
+    check_evaluation(config, corpus.tokenizer)
     return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
 
 
-def check(config: Config, tokenizer: Tokenizer | None) -> None:
+def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
     """What evaluators would find wrong with the config when a run is under way.
 
     Args:

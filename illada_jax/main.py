@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from illada_jax import cli, plan, process_flags, report
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError, StorageError
-from illada_jax.evaluators import check, make_evaluators
+from illada_jax.evaluators import check_evaluation, make_evaluators
 from illada_jax.experiment import open_data
 from illada_jax.interop import open_source
 from illada_jax.parallel import hosts
@@ -72,11 +72,11 @@ def dry_run(config: Config) -> None:
     except InputError as error:
         if config.model.vocab_size == 0:
             raise ConfigError("config.model.vocab_size = 0: without a corpus, give its value") from error
-        check(config, None)
+        check_evaluation(config, None)
         print(plan.describe(config))
         print(f"corpus            missing: {error}")
         return
-    check(resolved, corpus.tokenizer)
+    check_evaluation(resolved, corpus.tokenizer)
     print(plan.describe(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
     rows = range(min(config.data.batch_size, _SHOWN_ROWS))

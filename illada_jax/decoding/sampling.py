@@ -29,8 +29,19 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
 
 
 def guide(seeing_BQV: jax.Array, blind_BQV: jax.Array, scale: float) -> jax.Array:
-    """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA)."""
-    # Equal logits stay as they are, also where both are -inf.
+    """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA).
+
+    Args:
+      seeing_BQV: float32, of the network that sees what was given.
+      blind_BQV: float32, of the same with what was given masked.
+      scale: w.
+
+    Returns:
+      float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
+
+    >>> guide(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
+    [[[2.0, -inf]]]
+    """
     guided_BQV = blind_BQV + (scale + 1) * (seeing_BQV - blind_BQV)
     return jnp.where(seeing_BQV == blind_BQV, seeing_BQV, guided_BQV)
 

@@ -81,7 +81,7 @@ def inject(place: pathlib.Path, quick: bool) -> Table:
     if unreliable is None:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
     for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(place, 1 if quick else 3):
-        table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2; then the same command finishes")
+        table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or unharmed; the same command finishes")
     for fault, files in IN_PROCESS.items():
         if not quick:  # the suite has run them
             _pytest(table, fault, files)

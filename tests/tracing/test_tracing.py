@@ -47,6 +47,14 @@ def test_a_trace_replays_what_the_decoder_did(lm):
     np.testing.assert_allclose(np.log(trace.probability[3:]), generation.confidence, rtol=1e-3)
 
 
+def test_a_guided_trace_shows_the_probabilities_that_wrote_the_text(lm):
+    settings = {"cfg_scale": 1.5, "suppressed_ids": (*range(128, 256), TOKENIZER.eos_id)}
+    generation = lm.generate(["abc"], **settings)[0]
+    trace = make_trace(lm, generation, **settings)
+    check(trace, lm, generation)
+    np.testing.assert_allclose(np.log(trace.probability[3:]), generation.confidence, rtol=1e-3)
+
+
 def test_a_fixed_canvas_is_visible_from_the_start(lm):
     generation = lm.generate(["abc"], length="fixed")[0]
     trace = make_trace(lm, generation, length="fixed")
