@@ -20,7 +20,7 @@ setup(
     # Read by versions of lm-eval after 0.4.13: `lm_eval --model illada_jax`.
     entry_points={
         "console_scripts": ["illada = illada_jax.__main__:main"],
-        "lm_eval.models": ["illada_jax = illada_jax.harness:IlladaJax"],
+        "lm_eval.models": ["illada_jax = illada_jax.evaluation.lm_eval_cli:IlladaJax"],
     },
     install_requires=[
         "absl-py",

@@ -66,6 +66,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.decode.steps_per_block = 32
     c.eval.every_epochs = 3.0
     c.eval.evaluators = ("exact_match",)
-    c.eval.scorer = "numeric"
+    c.eval.answer_metric = "numeric"
     c.eval.rows = 256
     return c

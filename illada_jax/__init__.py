@@ -21,6 +21,7 @@
 | `illada_jax.training` | a config | checkpoints |
 | `illada_jax.decoding` | a prompt | an answer |
 | `illada_jax.scoring` | candidates | numbers |
+| `illada_jax.evaluation` | a model and tasks | results with every setting recorded |
 | `illada_jax.interop` | official weights | a model, and back |
 | `illada_jax.planning` | a config | memory and time on chips that are not there |
 | `illada_jax.tracing` | an answer | a picture of how it was written |

@@ -25,10 +25,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from illada_jax import cli, model_flags
+from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.parallel.fingerprint import digest
+from illada_jax.parallel.fingerprints import digest
 from illada_jax.planning import chips
 from illada_jax.planning.plan import Options, make_plan
 from illada_jax.planning.programs import DoesNotFit
@@ -39,7 +39,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "chips and shape of a slice, su
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "slices, joined by the data centre network")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "decode", "score"], "the program that is compiled")
 CANVAS = flags.DEFINE_integer("canvas", 0, "columns of decoding and scoring; 0: the context of the model", 0)
-flags.declare_key_flag(model_flags.QUANTIZE.name)
+QUANTIZE = cli.quantize_flag()
 SEARCH = flags.DEFINE_bool("search", False, "also find the most rows that fit on a device (three or more compilations)")
 EFFICIENCY = flags.DEFINE_float("kernel_efficiency", 0.7, "share of the peak that attention kernels reach", 0.01, 1.0)
 PRICE = flags.DEFINE_float("price", 0.0, "price per chip and hour; adds a line with the cost", 0.0)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         config = from_config_dict(CONFIG.value)
     except OSError as error:
         raise InputError(f"--config: {' '.join(str(error).split())}") from error
-    options = _options(MODE.value, CANVAS.value, model_flags.QUANTIZE.value)
+    options = _options(MODE.value, CANVAS.value, QUANTIZE.value)
     plan = make_plan(config, chips.get_topology(TOPOLOGY.value, NUM_SLICES.value), options)
     print(as_text(plan))
     if JSON.value:

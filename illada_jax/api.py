@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from illada_jax.config import Config, DecodeConfig, override
-from illada_jax.data.chat import Message, chat_format, encode_chat
+from illada_jax.data.tokenizers.chat import Message, chat_format, encode_chat
 from illada_jax.decoding import Decoded, Decoder, LogitsFn, SpecialIds
 from illada_jax.decoding.gaps import GappedText, parse_gaps
 from illada_jax.errors import InputError
@@ -32,7 +32,7 @@ from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
 # Settings that decide where an answer ends: gaps have their ends.
-NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "boost", "boost_power", "boost_ids")
+NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "end_of_thinking_boost", "end_of_thinking_power", "end_of_thinking_ids")
 NORMALISATIONS = ("none", "tokens", "characters", "bytes")
 
 

@@ -1,13 +1,19 @@
-"""What every command shares: absl flags in, one-line errors and exit codes out."""
+"""Shared by all commands: absl flags in, one-line errors and exit codes out, and the flags that several of them have."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags, logging
 
 from illada_jax.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from illada_jax import api
+
+flags.disclaim_key_flags()  # shared flags belong to the --help of the command that asks for them
 
 EXIT_BAD_INPUT = 2
 EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -49,6 +55,82 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         app.run(caught, flags_parser=_parse)
     except InputError as error:
         sys.exit(_fail(error))
+
+
+class ModelFlags(NamedTuple):
+    """Flags of every command that loads a model.
+
+    Attributes:
+      checkpoint, dtype, quantize, mesh: see the help of each.
+      special_ids: integer flags by the name of the special token.
+    """
+
+    checkpoint: flags.Flag
+    dtype: flags.Flag
+    quantize: flags.Flag
+    mesh: flags.Flag
+    special_ids: dict[str, flags.Flag]
+
+    def load(self, default: str = "") -> "api.LanguageModel":
+        """Loads the model that the flags name, or else `default`. Raises InputError if there is neither."""
+        # Imported here: `prepare` shares this file, needs no JAX, and starts in a tenth of the time without it.
+        import jax
+
+        from illada_jax import api
+        from illada_jax.parallel.mesh import parse_mesh
+
+        checkpoint = self.checkpoint.value or default
+        if not checkpoint:
+            raise InputError("--checkpoint is required, for example --checkpoint=workdirs/quickstart")
+        if not self.checkpoint.value:
+            hint(f"the small model {default}; --checkpoint=… takes another")
+        # With several processes the first device of all is another host's.
+        mesh = parse_mesh(self.mesh.value or ("data=1" if jax.process_count() > 1 else ""))
+        return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids))
+
+
+def model_flags() -> ModelFlags:
+    """Adds the flags of a model to the calling command."""
+    checkpoint = _shared("checkpoint", lambda name: flags.DEFINE_string(
+        name, None, "a workdir, one checkpoint in it, a Hugging Face directory or Hub id, demo or demo-chat"))
+    dtype = _shared("dtype", lambda name: flags.DEFINE_enum(
+        name, "float32", ["float32", "bfloat16"], "type of params and compute"))
+    mesh = _shared("mesh", lambda name: flags.DEFINE_string(
+        name, "", "devices of this host that share the work, such as fsdp=4,tensor=2; default: the first one"))
+    return ModelFlags(checkpoint, dtype, quantize_flag(), mesh, special_id_flags())
+
+
+def quantize_flag() -> flags.Flag:
+    """Adds --quantize to the calling command."""
+    return _shared("quantize", lambda name: flags.DEFINE_enum(
+        name, "none", ["none", "int8"], "round the matrices to eight bits"))
+
+
+def special_id_flags() -> dict[str, flags.Flag]:
+    """Adds --mask_id, --bos_id, … of a Hugging Face directory to the calling command."""
+    return {token: _shared(f"{token}_id", lambda name, token=token: flags.DEFINE_integer(
+        name, None, f"id of {token.upper()} in a Hugging Face directory; overrides its config and tokenizer"))
+        for token in ("mask", "bos", "eos", "pad", "eot")}
+
+
+def given_ids(special_ids: dict[str, flags.Flag]) -> dict[str, int]:
+    """The special ids that were given, by name."""
+    return {token: flag.value for token, flag in special_ids.items() if flag.value is not None}
+
+
+def processes_flag() -> flags.Flag:
+    """Adds --processes to the calling command."""
+    return _shared("processes", lambda name: flags.DEFINE_string(
+        name, "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE"))
+
+
+def _shared(name: str, define: Callable[[str], object]) -> flags.Flag:
+    """A flag that several commands have: defined once, as one process may import several commands."""
+    if name in flags.FLAGS:
+        flags.declare_key_flag(name)
+    else:
+        define(name)
+    return flags.FLAGS[name]
 
 
 def hint(text: str) -> None:

@@ -117,9 +117,9 @@ class DataConfig:
     """Text and how it becomes batches.
 
     Attributes:
-      sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources.py` lists the kinds.
+      sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources/registry.py` lists the kinds.
         `prepared:DIR` is what `python -m illada_jax.prepare` wrote. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`,
-        see `illada_jax/data/examples.py`.
+        see `illada_jax/data/sources/examples.py`.
       weights: shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by
         their number of tokens.
       tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
@@ -386,7 +386,7 @@ class FaultConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated while training, see `illada_jax/evaluators.py`.
+    """What is evaluated while training, see `illada_jax/evaluation/evaluators.py`.
 
     Attributes:
       every: steps between evaluations; the last step is always evaluated.
@@ -402,7 +402,7 @@ class EvalConfig:
       prompts: prompts of `samples`, in turn; an empty string starts from nothing.
       separator: `exact_match` takes a held-out document up to and with it as the prompt, the rest as the answer.
         Fine-tuning examples know their answers.
-      scorer: how `exact_match` compares, see `illada_jax/data/scorers.py`: `exact`, `numeric` (the last number) or
+      answer_metric: how `exact_match` compares, see `illada_jax/evaluation/answer_metrics.py`: `exact`, `numeric` (the last number) or
         `package.module:function`, called as function(prompt, answer, reference).
     """
 
@@ -418,7 +418,7 @@ class EvalConfig:
     gap_length: int = 3
     prompts: tuple[str, ...] = ("",)
     separator: str = "="
-    scorer: str = "exact"
+    answer_metric: str = "exact"
 
     def __post_init__(self):
         _positive("eval", self, "every", "batch_size", "draws", "rows", "gaps", "gap_length")
@@ -437,7 +437,7 @@ class DecodeConfig:
         with a warning, or `error`.
       length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are there from the start).
       block_length: tokens of a block.
-      steps_per_block: steps per block with reveal = top_k; block_length writes one token per step.
+      steps_per_block: steps per block with reveal = schedule; block_length writes one token per step.
       reveal: how many positions a step reveals, a name in `decoding/reveal.py`.
       threshold: of the reveal strategy of that name, in (0, 1].
       factor: of the reveal strategy of that name.
@@ -452,9 +452,9 @@ class DecodeConfig:
       confidence_eos_eot_inf: EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public
         code, at a temperature above 0 this holds for EoT only.
       eot_id: id of EoT (end of turn); -1 where there is none.
-      boost: end-of-thinking boost (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
-      boost_power: 3 in the paper, 1 for HumanEval.
-      boost_ids: ids of the end-of-thinking string; empty takes the tokenizer's for `</think>`.
+      end_of_thinking_boost: push towards `</think>` (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
+      end_of_thinking_power: 3 in the paper, 1 for HumanEval.
+      end_of_thinking_ids: ids of the end-of-thinking string; empty takes the tokenizer's for `</think>`.
       cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of
         all that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
       cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
@@ -467,7 +467,7 @@ class DecodeConfig:
     length: Literal["variable", "fixed"] = "variable"
     block_length: int = 32
     steps_per_block: int = 32
-    reveal: str = "top_k"
+    reveal: str = "schedule"
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
@@ -480,9 +480,9 @@ class DecodeConfig:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     eot_id: int = -1
-    boost: float = 0.0
-    boost_power: float = 3.0
-    boost_ids: tuple[int, ...] = ()
+    end_of_thinking_boost: float = 0.0
+    end_of_thinking_power: float = 3.0
+    end_of_thinking_ids: tuple[int, ...] = ()
     cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh: int = 0
     batch_size: int = 8
@@ -490,9 +490,9 @@ class DecodeConfig:
 
     def __post_init__(self):
         _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "factor", "batch_size")
-        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "boost", "boost_power",
+        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "end_of_thinking_boost", "end_of_thinking_power",
                       "cache_refresh", "seed")
-        for name in ("temperature", "cfg_scale", "boost", "boost_power"):
+        for name in ("temperature", "cfg_scale", "end_of_thinking_boost", "end_of_thinking_power"):
             _require(math.isfinite(getattr(self, name)), f"decode.{name}", getattr(self, name), "must be finite")
         _require(self.seed < 2**32, "decode.seed", self.seed, "must be less than 2**32")
         _require(self.eot_id >= -1, "decode.eot_id", self.eot_id, "must be an id, or -1 where there is none")

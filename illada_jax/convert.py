@@ -14,12 +14,12 @@ import sys
 
 from absl import flags
 
-from illada_jax import cli, id_flags
+from illada_jax import cli
 from illada_jax.interop.conversion import DEFAULT_SHARD_GIGABYTES, Conversion
 from illada_jax.interop.families import FAMILIES
 from illada_jax.interop.tensors import DTYPES
 
-flags.adopt_module_key_flags(id_flags)
+_SPECIAL_IDS = cli.special_id_flags()
 _SOURCE = flags.DEFINE_string("source", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
                               required=True)
 _TARGET = flags.DEFINE_string("target", None, "the directory to write; must not exist, or be empty", required=True)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int | None:
     del argv
     try:
         print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value,
-                         _SHARD_GIGABYTES.value, _FAMILY.value, id_flags.special_ids()).run())
+                         _SHARD_GIGABYTES.value, _FAMILY.value, cli.given_ids(_SPECIAL_IDS)).run())
         cli.hint(f"next: python -m illada_jax.generate --checkpoint={shlex.quote(_TARGET.value)} --prompt=…")
     except KeyboardInterrupt:
         print(f"interrupted: {_TARGET.value} was not written", file=sys.stderr)

@@ -24,18 +24,18 @@ import jax
 from absl import flags
 from etils import epath
 
-from illada_jax import api, cli, model_flags, process_flags
+from illada_jax import api, cli
 from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
 from illada_jax.errors import InputError
+from illada_jax.evaluation import manifest as manifests
+from illada_jax.evaluation import presets, programs, sandbox, settings
+from illada_jax.evaluation.work import Work
 from illada_jax.parallel import hosts
-from illada_jax.scoring import manifest as manifests
-from illada_jax.scoring import presets, programs, sandbox, settings
 from illada_jax.scoring.scorer import ScoreConfig
-from illada_jax.scoring.work import Work
 
-flags.adopt_module_key_flags(model_flags)
-flags.adopt_module_key_flags(process_flags)
+MODEL = cli.model_flags()
+PROCESSES = cli.processes_flag()
 TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval, or of --include_path")
 PRESET = flags.DEFINE_string("preset", "", "settings of a published number, see --list_presets")
 LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int | None:
     if runs_programs and not ALLOW_CODE.value:
         raise InputError(f"task {runs_programs[0]}: runs generated programs; --allow_code_execution lets it, in a "
                          "sandbox")
-    hosts.join(process_flags.PROCESSES.value)
-    lm = model_flags.load()
-    manifest = manifests.make_manifest(lm, model_flags.CHECKPOINT.value, knobs, evaluation)
+    hosts.join(PROCESSES.value)
+    lm = MODEL.load()
+    manifest = manifests.make_manifest(lm, MODEL.checkpoint.value, knobs, evaluation)
     directory = epath.Path(OUTPUT_DIR.value) if OUTPUT_DIR.value else None
     if directory is not None and jax.process_index() == 0:
         claim(directory, manifest)
@@ -111,7 +111,7 @@ def plan() -> tuple[settings.Settings, dict[str, Any]]:
     return settings.make_settings(values), {
         "tasks": tasks, "preset": PRESET.value, "num_fewshot": shots, "limit": LIMIT.value, "apply_chat_template": chat,
         "fewshot_as_multiturn": chat and FEWSHOT_AS_MULTITURN.value, "system_instruction": SYSTEM_INSTRUCTION.value,
-        "fewshot_seed": FEWSHOT_SEED.value, "dtype": model_flags.DTYPE.value, "quantize": model_flags.QUANTIZE.value,
+        "fewshot_seed": FEWSHOT_SEED.value, "dtype": MODEL.dtype.value, "quantize": MODEL.quantize.value,
         "published": preset.target if preset else None, "metric": preset.metric if preset else None,
     }
 
@@ -170,7 +170,7 @@ def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: An
     import lm_eval
     from lm_eval import evaluator
 
-    from illada_jax.scoring.adapter import HarnessModel
+    from illada_jax.evaluation.lm_eval_model import HarnessModel
 
     adapter = HarnessModel(lm, knobs, work)
     describe = evaluator.add_env_info

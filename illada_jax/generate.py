@@ -36,17 +36,17 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from illada_jax import api, cli, model_flags, tracing
+from illada_jax import api, cli, tracing
 from illada_jax.errors import InputError
 
-flags.adopt_module_key_flags(model_flags)
+MODEL = cli.model_flags()
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
     flags.DEFINE_enum("over_budget", None, ["cut", "error"], "what happens to a budget beyond the context"),
     flags.DEFINE_enum("length", None, ["variable", "fixed"], "append blocks until EOS, or show all masks at once"),
     flags.DEFINE_integer("block_length", None, "tokens of a block"),
     flags.DEFINE_integer("steps_per_block", None, "steps that a block takes; block_length writes one token per step"),
-    flags.DEFINE_string("reveal", None, "how many positions a step reveals: top_k, threshold, factor, entropy_bound"),
+    flags.DEFINE_string("reveal", None, "how many positions a step reveals: schedule, threshold, factor, entropy_bound"),
     flags.DEFINE_float("threshold", None, "of --reveal=threshold"),
     flags.DEFINE_float("factor", None, "of --reveal=factor"),
     flags.DEFINE_float("entropy_bound", None, "of --reveal=entropy_bound, in nats"),
@@ -54,9 +54,9 @@ SETTINGS = [
     flags.DEFINE_float("temperature", None, "of the sampling; 0 is greedy"),
     flags.DEFINE_float("top_p", None, "sample from the most probable tokens of this mass"),
     flags.DEFINE_float("cfg_scale", None, "classifier-free guidance; 0 is none"),
-    flags.DEFINE_float("boost", None, "push towards </think> near the end of the budget; 0 is off, the paper uses 100"),
-    flags.DEFINE_float("boost_power", None, "how late that push sets in: 3 in the paper"),
-    flags.DEFINE_multi_integer("boost_ids", None, "ids of another end-of-thinking string, in their order"),
+    flags.DEFINE_float("end_of_thinking_boost", None, "push towards </think> near the end of the budget; 0 is off, the paper uses 100"),
+    flags.DEFINE_float("end_of_thinking_power", None, "how late that push sets in: 3 in the paper"),
+    flags.DEFINE_multi_integer("end_of_thinking_ids", None, "ids of another end-of-thinking string, in their order"),
     flags.DEFINE_multi_integer("suppressed_ids", None, "ids that are never written"),
     flags.DEFINE_multi_integer("stop_ids", None, "ids that end an answer, besides EOS"),
     flags.DEFINE_bool("logits_eos_inf", None, "never write EOS"),
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int | None:
         raise InputError("--beside: is for --trace=….html, the page that shows strategies side by side")
     changes = {text: parse_settings(text) for text in BESIDE.value}
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
-    lm = model_flags.load("demo")
+    lm = MODEL.load("demo")
     settings = given_settings()
     check_effect(lm, settings)
     compared = [{**settings, **change} for change in changes.values()]
@@ -258,7 +258,7 @@ def chat() -> None:
     others = [flag.name for flag in (PROMPT, INPUT, RESULTS, INFILL, STREAM, TRACE, BESIDE, WATCH) if flag.value]
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: does not go with --{(others or ['output=json'])[0]}")
-    lm = model_flags.load("demo-chat")
+    lm = MODEL.load("demo-chat")
     settings = given_settings()
     check_effect(lm, settings)
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []

@@ -17,21 +17,21 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from illada_jax import cli, plan, process_flags, report
+from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError, StorageError
-from illada_jax.evaluators import check_evaluation, make_evaluators
-from illada_jax.experiment import open_data
+from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
 from illada_jax.interop import open_source
 from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training import run as run_setup
 from illada_jax.training.loop import train
 from illada_jax.training.profiler import Profiler, parse_steps
 
 EXIT_RESUMABLE = 75
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, by --dry_run
 
-flags.adopt_module_key_flags(process_flags)
+_PROCESSES = cli.processes_flag()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default: workdirs/NAME_OF_CONFIG")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check everything, print the plan, train nothing; needs no corpus")
@@ -66,18 +66,18 @@ def dry_run(config: Config) -> None:
     try:
         # A Hub id would be fetched; a plan is to need nothing.
         local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
-        resolved, corpus, batches = open_data(config, open_source(config.init.checkpoint) if local else None)
+        resolved, corpus, batches = run_setup.open_data(config, open_source(config.init.checkpoint) if local else None)
     except ConfigError:
         raise
     except InputError as error:
         if config.model.vocab_size == 0:
             raise ConfigError("config.model.vocab_size = 0: without a corpus, give its value") from error
         check_evaluation(config, None)
-        print(plan.describe(config))
+        print(run_setup.describe_plan(config))
         print(f"corpus            missing: {error}")
         return
     check_evaluation(resolved, corpus.tokenizer)
-    print(plan.describe(resolved))
+    print(run_setup.describe_plan(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
     rows = range(min(config.data.batch_size, _SHOWN_ROWS))
     print(f"first batch       the beginnings of {len(rows)} of {config.data.batch_size:,} rows")
@@ -95,34 +95,34 @@ def main(_: list[str]) -> int:
     profiler = Profiler(workdir, parse_steps(_PROFILE.value))
     if _COMPILED.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
-    hosts.join(process_flags.PROCESSES.value)
+    hosts.join(_PROCESSES.value)
     try:
         return run(config, workdir, profiler)
     except hosts.HostLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return hosts.leave(EXIT_RESUMABLE)
+        return hosts.hard_exit(EXIT_RESUMABLE)
     except Exception as error:
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
         if isinstance(error, StorageError):  # which the others may not have
             print(f"error: {error}", file=sys.stderr, flush=True)
-            return hosts.leave(cli.EXIT_BAD_INPUT)
+            return hosts.hard_exit(cli.EXIT_BAD_INPUT)
         traceback.print_exc()
-        return hosts.leave(1)  # an ordinary exit would wait for the others, and they for this process
+        return hosts.hard_exit(1)  # an ordinary exit would wait for the others, and they for this process
 
 
 def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
     """Trains and reports; on every process of the run. Returns the exit code."""
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
-        plan.check_fits(config, mesh)
+        run_setup.check_memory(config, mesh)
     initial = open_source(config.init.checkpoint) if config.init.checkpoint else None
-    config, corpus, pipeline = hosts.together(lambda: open_data(config, initial))
-    evaluators, final = (hosts.together(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
+    config, corpus, pipeline = hosts.run_on_all_hosts(lambda: run_setup.open_data(config, initial))
+    evaluators, final = (hosts.run_on_all_hosts(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
                          for names in (config.eval.evaluators, config.eval.final))
-    plan.check_fits(config, mesh)
+    run_setup.check_memory(config, mesh)
     if hosts.is_first():
-        report.print_start(config, workdir, mesh, corpus)
+        run_setup.print_start(config, workdir, mesh, corpus)
     outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value), profiler,
                     initial)
     if outcome.status == "preempted":
@@ -133,7 +133,7 @@ def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
     for evaluator in final.values():
         results |= evaluator(outcome.state.best_params, outcome.step)
     if hosts.is_first():
-        report.print_end(config, outcome, results, workdir, corpus)
+        run_setup.print_end(config, outcome, results, workdir, corpus)
     return 0
 
 

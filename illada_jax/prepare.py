@@ -22,8 +22,8 @@ import shlex
 from absl import flags
 
 from illada_jax import cli
-from illada_jax.data import preparing
-from illada_jax.data.tasks import Engine, LocalEngine
+from illada_jax.data.preparing import corpora as preparing
+from illada_jax.data.preparing.jobs import Engine, LocalEngine
 from illada_jax.errors import InputError
 
 _SOURCE = flags.DEFINE_multi_string("source", None, "what to read, KIND or KIND:PATH[#FIELD]; may be given repeatedly")
@@ -72,7 +72,7 @@ def _engine() -> Engine:
             raise InputError("--beam_options needs a --runner other than local")
         return LocalEngine(_PROCESSES.value or os.cpu_count() or 1)
     try:
-        from illada_jax.data import beam
+        from illada_jax.data.preparing import beam
     except ImportError as error:
         raise InputError(f"--runner={_RUNNER.value}: Apache Beam is not installed; type: "
                          "pip install 'illada_jax[prepare]'") from error

@@ -68,7 +68,7 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
     never |= {ids.eos, ids.pad} if infill else set()
     stop = set() if infill else {ids.eos, *settings.stop_ids}
     if infill:
-        settings = dataclasses.replace(settings, boost=0.0)
+        settings = dataclasses.replace(settings, end_of_thinking_boost=0.0)
     row_key = jax.random.fold_in(jax.random.key(settings.seed), row)
 
     while True:
@@ -91,7 +91,7 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         if not masked:
             return
         logits = guided_logits(network, trace, settings, ids)
-        if settings.boost:
+        if settings.end_of_thinking_boost:
             boost(logits, trace, masked[0], settings)
         logits[:, ids.vocab_size :] = -np.inf
         logits[:, sorted(never)] = -np.inf
@@ -133,13 +133,13 @@ def guided_logits(network, trace: Trace, settings, ids):
 
 def boost(logits, trace: Trace, column: int, settings) -> None:
     """Pushes the next token of the end-of-thinking string at the first masked column of the block."""
-    ending, generated = list(settings.boost_ids), trace.canvas[trace.prompt_length :]
+    ending, generated = list(settings.end_of_thinking_ids), trace.canvas[trace.prompt_length :]
     if any(generated[start : start + len(ending)] == ending for start in range(len(generated))):
         return
     before = trace.canvas[trace.prompt_length : column]
     begun = max(n for n in range(len(ending)) if n == 0 or before[-n:] == ending[:n])
     progress = min(1.0, (column - trace.prompt_length + 1) / (trace.limit - trace.prompt_length))
-    logits[column, ending[begun]] += settings.boost * progress**settings.boost_power
+    logits[column, ending[begun]] += settings.end_of_thinking_boost * progress**settings.end_of_thinking_power
 
 
 def demoted(logits, settings, ids):
@@ -227,7 +227,7 @@ def entropy_of(log_p):
     return -sum(np.exp(value) * value for value in log_p if value > -np.inf)
 
 
-def top_k(trace, settings, guesses, total: int, step: int) -> int:
+def fixed_schedule(trace, settings, guesses, total: int, step: int) -> int:
     base, extra = divmod(total, settings.steps_per_block)
     return base + 1 if step < extra else base
 
@@ -260,4 +260,4 @@ def prefix(trace, guesses, room, strict: bool) -> int:
 
 
 CONFIDENCES = {"low_confidence": low_confidence, "margin": margin, "entropy": negative_entropy, "random": random}
-REVEALS = {"top_k": top_k, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+REVEALS = {"schedule": fixed_schedule, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}

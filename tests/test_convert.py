@@ -12,12 +12,12 @@ import pytest
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, ModelConfig
-from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import importing
 from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.conversion import Conversion
-from illada_jax.model.quantized import Int8
+from illada_jax.model.int8 import Int8
 from illada_jax.parallel.mesh import parse_mesh
 from illada_jax.training.saved_model import Loaded, check_initial, open_model, save_model
 from tests.interop.util import checkpoint

@@ -9,7 +9,7 @@ from absl import flags
 
 from illada_jax import api, generate, model
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
 from tests.util import random_params
 
@@ -43,10 +43,10 @@ def test_settings_override_the_checkpoint(lm):
 
 def test_the_boost_writes_end_of_thinking(lm):
     """The push is towards the tokenizer's own ids, and strong enough at once to write them one after the other."""
-    result = lm.generate(["abc"], max_new_tokens=16, block_length=16, boost=1e6, boost_power=0.0)[0]
+    result = lm.generate(["abc"], max_new_tokens=16, block_length=16, end_of_thinking_boost=1e6, end_of_thinking_power=0.0)[0]
     assert "</think>" in result.text and "</think>" not in lm.generate(["abc"])[0].text
-    assert result == lm.generate(["abc"], max_new_tokens=16, block_length=16, boost=1e6, boost_power=0.0,
-                                 boost_ids=tuple(TOKENIZER.encode("</think>")))[0]
+    assert result == lm.generate(["abc"], max_new_tokens=16, block_length=16, end_of_thinking_boost=1e6, end_of_thinking_power=0.0,
+                                 end_of_thinking_ids=tuple(TOKENIZER.encode("</think>")))[0]
 
 
 def test_given_text_survives_infilling(lm):
@@ -99,7 +99,7 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate(["abc"], stop=[""]), "a stop string must not be empty"),
     (lambda lm: lm.generate(["abc"], max_new_token=4), "config.decode.max_new_token: unknown key; known here: max_new"),
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
-    (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'top_k', 'threshold', 'factor', 'entropy_bound'"),
+    (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'schedule', 'threshold', 'factor', 'entropy_bound'"),
     (lambda lm: lm.generate(["a" * 128]), "leave no room in the context of 128"),
     (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "gaps are filled by infilling only"),
     (lambda lm: lm.infill(["abc"]), "'abc': no gap to fill"),
@@ -155,7 +155,7 @@ def test_watching_prints_the_same_text(run, lm, capsys):
 
 
 def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
-    # --eot_id belongs to the model that is loaded (illada_jax/id_flags.py).
+    # --eot_id belongs to the model that is loaded (illada_jax/cli.py).
     flags_ = {flag.name for flag in generate.SETTINGS} | {"eot_id"}
     assert flags_ == {field.name for field in dataclasses.fields(DecodeConfig)}
     suppressed = [f"--suppressed_ids={i}" for i in range(TOKENIZER.vocab_size) if not 68 <= i < 72]
@@ -167,7 +167,7 @@ def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'; it is for --reveal=threshold"),
+    (["--threshold=0.5"], "--threshold: does nothing with reveal = 'schedule'; it is for --reveal=threshold"),
     (["--reveal=factor", "--steps_per_block=2"], "--steps_per_block: does nothing with reveal = 'factor'"),
     (["--cache_refresh=2"], "--cache_refresh: does nothing with cache = 'none'; it is for --cache=prefix or dual"),
     (["--stream", "--infill"], "--stream: is for a single prompt"),
@@ -280,7 +280,7 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
     (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: temperature: "),
     (["--trace=t.html", "--beside=temperature=-1"], "--beside=temperature=-1: config.decode.temperature = -1.0"),
     (["--trace=t.html", "--beside=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
-    (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: does nothing with reveal = 'top_k'"),
+    (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: does nothing with reveal = 'schedule'"),
     (["--trace=t.html", "--beside=temperature=0"], "--beside=temperature=0: changes nothing"),
     (["--trace=t.html", "--infill", "--beside=max_new_tokens=4"], "max_new_tokens is not for --infill"),
     (["--chat", "--beside=temperature=1"], "--chat: does not go with --"),

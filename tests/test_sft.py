@@ -11,11 +11,11 @@ import jax
 import pytest
 from etils import epath
 
-from illada_jax import api, config, experiment
-from illada_jax.data.chat import encode_chat
-from illada_jax.data.tokenizer import train_sentencepiece
+from illada_jax import api, config
+from illada_jax.data.tokenizers.chat import encode_chat
+from illada_jax.data.tokenizers.tokenizer import train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.evaluators import make_evaluators
+from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
 
@@ -58,7 +58,7 @@ def opened(place, **changes):
     spec.loader.exec_module(module)
     values = module.get_config()
     values.update_from_flattened_dict(tiny(place, **changes))
-    return experiment.open_data(config.from_config_dict(values))
+    return run_setup.open_data(config.from_config_dict(values))
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_bad_settings(place, changes, message):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(place):
-    got = run_main(place, place / "bad", **{"eval.scorer": "similar"})
-    assert got.returncode == 2 and "config.eval.scorer = 'similar': must be one of 'exact', 'numeric'" in got.stderr
+    got = run_main(place, place / "bad", **{"eval.answer_metric": "similar"})
+    assert got.returncode == 2 and "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
     assert "Traceback" not in got.stderr and not (place / "bad").exists()
 
 
@@ -176,4 +176,4 @@ def test_epochs_decide_steps_and_schedule(tmp_path):
     assert settled.train.steps == 150  # 12 · 100 / 8
     assert (settled.decay_start, settled.decay_steps, settled.eval.every) == (135, 15, 38)
     with pytest.raises(ConfigError, match="must be 0 where"):
-        experiment.resolve_epochs(settled, 150)
+        run_setup.resolve_epochs(settled, 150)

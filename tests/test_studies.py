@@ -11,7 +11,7 @@ import pytest
 from illada_jax import api
 from illada_jax.data.example_store import answer_spans
 from illada_jax.errors import InputError
-from tests.scoring import harness_toys as toys
+from tests.evaluation import lm_eval_toys as toys
 
 STUDIES = pathlib.Path(__file__).parent.parent / "experiments" / "studies"
 

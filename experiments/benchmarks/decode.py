@@ -160,10 +160,10 @@ def budget_table() -> None:
               f"{len(timed.result[0].tokens):7}", flush=True)
 
 
-def _ends_at(logits_fn, end, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+def _ends_at(logits_fn, end, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
     """The network, with EOS written at column `end` and behind it, and nowhere else."""
-    logits_BQV, cache = logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, cache)
-    return logits_BQV.at[:, :, 2].set(jnp.where(want_BQ >= end, 1e9, -1e9)), cache
+    logits_BQV, cache = logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache)
+    return logits_BQV.at[:, :, 2].set(jnp.where(query_columns_BQ >= end, 1e9, -1e9)), cache
 
 
 def _network(max_length: int) -> ModelConfig:
@@ -200,9 +200,9 @@ def quality_table(checkpoint: str) -> None:
                           network.max_length, model.make_init_cache(network))
         return (decoder.infill if infill else decoder.generate)(prompts)
 
-    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="top_k", confidence="low_confidence",
+    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="schedule", confidence="low_confidence",
                                        steps_per_block=lm.config.decode.block_length)
-    variants = {"top_k, 1 a step": {}, "top_k, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
+    variants = {"schedule, 1 a step": {}, "schedule, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
                 "threshold 0.9": {"reveal": "threshold", "threshold": 0.9},
                 "threshold 0.6": {"reveal": "threshold", "threshold": 0.6},
                 "factor 1": {"reveal": "factor", "factor": 1.0},

@@ -21,9 +21,9 @@ from absl import flags
 from illada_jax import api, cli, model
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.errors import InputError
-from illada_jax.evaluators import bits_per_byte
-from illada_jax.experiment import open_data
+from illada_jax.evaluation.evaluators import bits_per_byte
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training.run import open_data
 
 flags.adopt_module_key_flags(decode)
 
@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
     config, corpus, batches = open_data(lm.config)
     bound = bits_per_byte(config, corpus, batches, make_mesh(config.mesh))
     prompts, score, infill = decode.held_out_task(lm, corpus)
-    settings = dataclasses.replace(config.decode, temperature=0.0, reveal="top_k", confidence="low_confidence",
+    settings = dataclasses.replace(config.decode, temperature=0.0, reveal="schedule", confidence="low_confidence",
                                    steps_per_block=config.decode.block_length)
     bits, scores, written = {}, {}, {}
     for name, each in models.items():

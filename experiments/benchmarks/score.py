@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
         variants[f"sums, {count} a step"] = (several, lambda several=several: several.score(pairs))
     for name, (used, run) in variants.items():
         run()  # compiles
-        used.looker.evaluations = 0
-        print_line(name, timed(run), used.looker.evaluations, len(pairs), published)
+        used.evaluator.evaluations = 0
+        print_line(name, timed(run), used.evaluator.evaluations, len(pairs), published)
     print_bound(config, pairs, published)
 
 

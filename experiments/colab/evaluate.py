@@ -178,7 +178,7 @@ for name, method in METHODS.items():
         scores[name] = np.array([score.value for score in scorer.score(flat)]).reshape(-1, CHOICES)
         chosen = scores[name].argmax(axis=1)
     right[name] = chosen == answers
-    cost[name] = scorer.looker.evaluations / len(items)
+    cost[name] = scorer.evaluator.evaluations / len(items)
     print(f"{name:22} {right[name].mean():.3f} ± {right[name].std(ddof=1) / np.sqrt(len(items)):.3f}   "
           f"{cost[name]:6.1f} evaluations a question")
 

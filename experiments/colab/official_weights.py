@@ -144,7 +144,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax import traverse_util
 
-from illada_jax.model.quantized import Int8
+from illada_jax.model.int8 import Int8
 
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -221,7 +221,7 @@ import tempfile
 from IPython.display import HTML, Image, display
 
 from illada_jax import tracing
-from illada_jax.data.chat import encode_chat
+from illada_jax.data.tokenizers.chat import encode_chat
 
 question = [{"role": "user", "content": "What does os.path.join do?"}]
 settings = {**SETTINGS, "max_new_tokens": 64}

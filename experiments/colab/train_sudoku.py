@@ -123,9 +123,9 @@ config = config_lib.from_config_dict(c)
 
 # %%
 from illada_jax.api import LanguageModel
-from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
+from illada_jax.training.run import open_data
 
 mesh = make_mesh(config.mesh)
 config, corpus, batches = open_data(config)

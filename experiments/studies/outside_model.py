@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 
 from illada_jax.decoding import SpecialIds
 from illada_jax.scoring import ScoreConfig, Scorer
-from illada_jax.scoring.look import Looker, View
+from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 
 MODEL = "models/transformers/albert_heads_8_uspto_all_1310k"
 LAYERS, HEADS, MAX_LENGTH, EPS = 12, 8, 512, 1e-12
@@ -61,7 +61,7 @@ REACTIONS = (
 )
 
 
-def logits_fn(params, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+def logits_fn(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
     """ALBERT: one layer twelve times, norms behind the residual sums; see `decoding.contract.LogitsFn`."""
     def linear(x, name):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"][None, None]
@@ -87,7 +87,7 @@ def logits_fn(params, tokens_BT, positions_BT, segments_BT, want_BQ, cache):
         return norm(x_BTD + linear(hidden_BTF, f"{layer}.ffn_output"), f"{layer}.full_layer_layer_norm")
 
     x_BTD = jax.lax.fori_loop(0, LAYERS, once, x_BTD)
-    x_BQD = jnp.take_along_axis(x_BTD, want_BQ[:, :, None], axis=1)
+    x_BQD = jnp.take_along_axis(x_BTD, query_columns_BQ[:, :, None], axis=1)
     x_BQE = norm(jax.nn.gelu(linear(x_BQD, "predictions.dense"), approximate=False), "predictions.LayerNorm")
     return linear(x_BQE, "predictions.decoder"), cache
 
@@ -120,13 +120,13 @@ def corruptions(product: list[int], common: list[int], rng: np.random.Generator)
     return tuple([group[i] for i in rng.permutation(len(group))[:CORRUPTIONS]] for group in (replaced, swapped))
 
 
-def pseudo_likelihood(looker: Looker, pairs: list[tuple[list[int], list[int]]], ids: SpecialIds) -> list[float]:
+def pseudo_likelihood(evaluator: LogProbEvaluator, pairs: list[tuple[list[int], list[int]]], ids: SpecialIds) -> list[float]:
     """Σ log p(a piece | all others), each hidden alone."""
     views = []
     for context, candidate in pairs:
         row = np.array([ids.bos, *context, *candidate, ids.eos], np.int32)
-        views += [View(row, np.array([at]), 1 + len(context)) for at in range(1 + len(context), len(row) - 1)]
-    seen = iter(looker(views))
+        views += [Query(row, np.array([at]), 1 + len(context)) for at in range(1 + len(context), len(row) - 1)]
+    seen = iter(evaluator(views))
     return [sum(float(next(seen).log_probs_Q[0]) for _ in candidate) for _, candidate in pairs]
 
 
@@ -143,16 +143,16 @@ def main() -> None:
         groups = corruptions(product, common, rng)
         pairs += [(context, candidate) for candidate in (product, *groups[0], *groups[1])]
         kinds.append([len(group) for group in groups])
-    looker = Looker(network, ids, MAX_LENGTH, batch_size=64)
+    evaluator = LogProbEvaluator(network, ids, MAX_LENGTH, batch_size=64)
     common_settings = {"bos": True, "eos": True, "batch_size": 64}
     scorers = {
         "confidence": Scorer(network, ScoreConfig(**common_settings), ids, MAX_LENGTH),
         "Monte-Carlo, 1": Scorer(network, ScoreConfig("monte_carlo", 1, **common_settings), ids, MAX_LENGTH),
         "Monte-Carlo, 16": Scorer(network, ScoreConfig("monte_carlo", 16, **common_settings), ids, MAX_LENGTH)}
-    values = {"pseudo-likelihood": pseudo_likelihood(looker, pairs, ids)}
+    values = {"pseudo-likelihood": pseudo_likelihood(evaluator, pairs, ids)}
     values |= {name: [score.value for score in scorer.score(pairs)] for name, scorer in scorers.items()}
-    counts = {"pseudo-likelihood": looker.evaluations}
-    counts |= {name: scorer.looker.evaluations for name, scorer in scorers.items()}
+    counts = {"pseudo-likelihood": evaluator.evaluations}
+    counts |= {name: scorer.evaluator.evaluations for name, scorer in scorers.items()}
     print(f"{len(REACTIONS)} reactions; the true product above a corruption of it\n")
     print("| score | one piece replaced | neighbours swapped | best of all | evaluations a candidate |")
     print("|---|---|---|---|---|")

@@ -49,10 +49,10 @@ def evaluate(lm: api.LanguageModel, items: Sequence[dict[str, Any]], method: str
         return [int(np.argmax([next(scores).value / length for length in row])) for row in lengths]
 
     choose()  # compiles
-    scorer.looker.evaluations, start = 0, time.process_time()
+    scorer.evaluator.evaluations, start = 0, time.process_time()
     chosen = choose()
     return {"chosen": chosen, "seconds": (time.process_time() - start) / len(items),
-            "evaluations": scorer.looker.evaluations / len(items)}
+            "evaluations": scorer.evaluator.evaluations / len(items)}
 
 
 def read_items(path: str, limit: int) -> list[dict[str, Any]]:

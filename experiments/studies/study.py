@@ -31,11 +31,11 @@ from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batches import Batches
 from illada_jax.data.example_store import Question
-from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
-from illada_jax.experiment import open_data
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
+from illada_jax.training.run import open_data
 from illada_jax.training.saved_model import load_inference
 
 SEEDS = (0, 1, 2)

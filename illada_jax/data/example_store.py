@@ -20,15 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from illada_jax.config import Config
-from illada_jax.data import examples as reading
 from illada_jax.data import shards
-from illada_jax.data.chat import Conversation, encode_conversation
 from illada_jax.data.corpus import cache_directory, rename_finished
-from illada_jax.data.examples import Bad, Example, ExamplePart
-from illada_jax.data.preparing import check_lossless
-from illada_jax.data.sources import split_hash
-from illada_jax.data.tasks import in_processes
-from illada_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.data.preparing.corpora import check_lossless
+from illada_jax.data.preparing.jobs import in_processes
+from illada_jax.data.sources import examples as reading
+from illada_jax.data.sources.examples import Example, ExamplePart, RejectedExample
+from illada_jax.data.sources.registry import split_hash
+from illada_jax.data.tokenizers.chat import Conversation, encode_conversation
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
 _FORMAT_VERSION = 1
@@ -190,7 +190,7 @@ def _write(config: Config, parts: list[tuple[int, ExamplePart]], tokenizer: Toke
             for number, (source, part) in enumerate(parts)]
     size = sum(path.stat().st_size for _, part in parts for path in part.files)
     num_processes = min(len(jobs), os.cpu_count() or 1) if size > _WORTH_PROCESSES else 1
-    tally = _Tally()
+    tally = DropCounter()
     made = {}
     with tqdm(total=len(jobs), unit="part", desc="encoding", disable=None if progress else True) as bar:
         for job, found in in_processes(_encode_part, jobs, num_processes):
@@ -220,10 +220,10 @@ class _Job(NamedTuple):
     tokenizer: pathlib.Path
 
 
-def _encode_part(job: _Job) -> tuple["_Tally", dict[str, int]]:
+def _encode_part(job: _Job) -> tuple["DropCounter", dict[str, int]]:
     """Writes the examples of a part; what was left out, and the UTF-8 bytes of each split."""
     tokenizer = load_tokenizer(job.tokenizer)
-    tally = _Tally()
+    tally = DropCounter()
     below = job.config.data.heldout_fraction * 2**64
     writers = {split: _Writer(job.directory / split) for split in _SPLITS}
     for item in job.part.read():
@@ -232,8 +232,8 @@ def _encode_part(job: _Job) -> tuple["_Tally", dict[str, int]]:
         if isinstance(item, Example):
             split = "heldout" if split_hash(item.group) < below else "train"
             item = encode(item, tokenizer)
-        for piece in [item] if isinstance(item, Bad) else _fit(item, job.config, tally):
-            if isinstance(piece, Bad):
+        for piece in [item] if isinstance(item, RejectedExample) else _fit(item, job.config, tally):
+            if isinstance(piece, RejectedExample):
                 tally.add(piece)
             else:
                 text = tokenizer.decode(piece.conversation.ids)
@@ -254,7 +254,7 @@ def _join(directories: list[pathlib.Path], target: pathlib.Path) -> None:
     np.save(target / "sources.npy", np.concatenate([np.load(directory / "sources.npy") for directory in directories]))
 
 
-def _read(parts: list[tuple[int, ExamplePart]]) -> Iterator[tuple[int, Example | Bad]]:
+def _read(parts: list[tuple[int, ExamplePart]]) -> Iterator[tuple[int, Example | RejectedExample]]:
     for source, part in parts:
         for item in part.read():
             yield source, item
@@ -268,26 +268,26 @@ class Encoded:
     conversation: Conversation
 
 
-def encode(example: Example, tokenizer: Tokenizer) -> Encoded | Bad:
+def encode(example: Example, tokenizer: Tokenizer) -> Encoded | RejectedExample:
     """The tokens of an example: a conversation through the chat template, a pair as prompt + response + one EOS."""
     if example.messages:
         try:
             return Encoded(example.where, encode_conversation(tokenizer, example.messages))
         except InputError as error:
-            return Bad(example.where, "chat template", str(error))
+            return RejectedExample(example.where, "chat template", str(error))
     prompt, response = tokenizer.encode(example.prompt), [*tokenizer.encode(example.response), tokenizer.eos_id]
     return Encoded(example.where, Conversation(prompt + response, [False] * len(prompt) + [True] * len(response)))
 
 
-def _fit(encoded: Encoded | Bad, config: Config, tally: "_Tally") -> Iterable[Encoded | Bad]:
+def _fit(encoded: Encoded | RejectedExample, config: Config, tally: "DropCounter") -> Iterable[Encoded | RejectedExample]:
     """Deals with an example that is longer than a window or a row."""
-    if isinstance(encoded, Bad):
+    if isinstance(encoded, RejectedExample):
         return [encoded]
     ids, is_answer = encoded.conversation
     limit, rule = config.data.length, config.sft.over_length
     if len(ids) <= limit:
         return [encoded]
-    too_long = Bad(encoded.where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens")
+    too_long = RejectedExample(encoded.where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens")
     if rule == "drop":
         return [too_long]
     tally.add(too_long, "split" if rule == "split" else "truncated")
@@ -296,7 +296,7 @@ def _fit(encoded: Encoded | Bad, config: Config, tally: "_Tally") -> Iterable[En
     pieces = [Conversation(ids[i : i + limit], is_answer[i : i + limit]) for i in range(0, len(ids), limit)]
     return [
         Encoded(encoded.where, piece) if any(piece.is_answer) or config.sft.format == "illada"
-        else Bad(encoded.where, "a piece of a long example without any answer")
+        else RejectedExample(encoded.where, "a piece of a long example without any answer")
         for piece in (pieces[:1] if rule == "truncate" else pieces)
     ]
 
@@ -329,7 +329,7 @@ class _Writer:
         return self._num_bytes
 
 
-class _Tally:
+class DropCounter:
     """Counts what was left out, and what was cut, by reason."""
 
     def __init__(self):
@@ -337,12 +337,12 @@ class _Tally:
         self._places: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
 
-    def add(self, bad: Bad, fate: str = "left out") -> None:
+    def add(self, bad: RejectedExample, fate: str = "left out") -> None:
         self._counts[fate, bad.reason] += 1
         if len(self._places[fate, bad.reason]) < _SHOWN:
             self._places[fate, bad.reason].append(bad.where + (f" ({bad.detail})" if bad.detail else ""))
 
-    def take(self, other: "_Tally") -> None:
+    def take(self, other: "DropCounter") -> None:
         """Adds up what another one, of the part that comes next, has counted."""
         self.total += other.total
         self._counts += other._counts

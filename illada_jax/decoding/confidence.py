@@ -1,6 +1,6 @@
 """How sure the model is of each masked position: the order in which positions are revealed follows it.
 
-A confidence is a frozen dataclass that maps a `Guess` to float32 [B, Q], at most 0, larger is surer. All of them are
+A confidence is a frozen dataclass that maps a `Prediction` to float32 [B, Q], at most 0, larger is surer. All of them are
 logarithms of a number in (0, 1], so that every reveal strategy can be combined with every confidence. To add one, write
 it here and enter it in CONFIDENCES under the name that `config.decode.confidence` will take.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Guess(NamedTuple):
+class Prediction(NamedTuple):
     """What the network says about the active block.
 
     Attributes:
@@ -55,33 +55,33 @@ def log_probs(logits_BQV: jax.Array) -> jax.Array:
     return shifted_BQV - jnp.log1p(others_BQ1)
 
 
-def chosen_log_prob(guess: Guess) -> jax.Array:
+def chosen_log_prob(prediction: Prediction) -> jax.Array:
     """Log p of the token that each position would take, float32 [B, Q]."""
-    return jnp.take_along_axis(guess.log_probs_BQV, guess.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
+    return jnp.take_along_axis(prediction.log_probs_BQV, prediction.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
 
 
-def entropy(guess: Guess) -> jax.Array:
+def entropy(prediction: Prediction) -> jax.Array:
     """Entropy of each position's distribution in nats, float32 [B, Q]."""
-    probs_BQV = jnp.exp(guess.log_probs_BQV)
-    return -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * guess.log_probs_BQV, 0.0), axis=-1)
+    probs_BQV = jnp.exp(prediction.log_probs_BQV)
+    return -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * prediction.log_probs_BQV, 0.0), axis=-1)
 
 
 @dataclass(frozen=True)
 class LowConfidence:
     """Log p(chosen token). LLaDA's `low_confidence` remasking: the least probable stay masked."""
 
-    def __call__(self, guess: Guess) -> jax.Array:
+    def __call__(self, prediction: Prediction) -> jax.Array:
         """Confidence [B, Q]."""
-        return chosen_log_prob(guess)
+        return chosen_log_prob(prediction)
 
 
 @dataclass(frozen=True)
 class Margin:
     """Log of p(best token) - p(second best). `topk_margin` of Dream 7B (2025); Kim et al. (2025)."""
 
-    def __call__(self, guess: Guess) -> jax.Array:
+    def __call__(self, prediction: Prediction) -> jax.Array:
         """Confidence [B, Q]."""
-        best_BQ, second_BQ = jnp.moveaxis(jax.lax.top_k(guess.log_probs_BQV, 2)[0], -1, 0)
+        best_BQ, second_BQ = jnp.moveaxis(jax.lax.top_k(prediction.log_probs_BQV, 2)[0], -1, 0)
         # log(p1 - p2) = log p1 + log(1 - p2/p1), each term in the form that keeps its small values.
         ratio_BQ = second_BQ - best_BQ
         return best_BQ + jnp.where(ratio_BQ > -0.7, jnp.log(-jnp.expm1(ratio_BQ)), jnp.log1p(-jnp.exp(ratio_BQ)))
@@ -91,21 +91,21 @@ class Margin:
 class NegativeEntropy:
     """Minus the entropy: Σ_v p_v log p_v; exp of it is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
 
-    def __call__(self, guess: Guess) -> jax.Array:
+    def __call__(self, prediction: Prediction) -> jax.Array:
         """Confidence [B, Q]."""
-        return -entropy(guess)
+        return -entropy(prediction)
 
 
 @dataclass(frozen=True)
 class Random:
     """Log u with u uniform in [0, 1): a random order. LLaDA's `random` remasking; the order of the training process."""
 
-    def __call__(self, guess: Guess) -> jax.Array:
+    def __call__(self, prediction: Prediction) -> jax.Array:
         """Confidence [B, Q]."""
-        return jnp.log(guess.uniform_BQ)
+        return jnp.log(prediction.uniform_BQ)
 
 
-Confidence = Callable[[Guess], jax.Array]
+Confidence = Callable[[Prediction], jax.Array]
 CONFIDENCES: dict[str, Callable[[], Confidence]] = {
     "low_confidence": LowConfidence,
     "margin": Margin,

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES
-from illada_jax.decoding.contract import LogitsFn, SpecialIds
 from illada_jax.decoding.loop import Carry, Rules, next_length, run_blocks
+from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.decoding.reveal import REVEALS
 from illada_jax.decoding.sampling import row_keys
 from illada_jax.decoding.thinking import ThinkingBoost
@@ -91,7 +91,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     for key, value, known in (("reveal", settings.reveal, REVEALS), ("confidence", settings.confidence, CONFIDENCES)):
         if value not in known:
             raise ConfigError(f"config.decode.{key} = {value!r}: must be one of {', '.join(map(repr, known))}")
-    for key in ("suppressed_ids", "stop_ids", "boost_ids"):
+    for key in ("suppressed_ids", "stop_ids", "end_of_thinking_ids"):
         for id_ in getattr(settings, key):
             if not 0 <= id_ < ids.vocab_size:
                 raise ConfigError(f"config.decode.{key}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
@@ -105,9 +105,9 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError("config.decode.suppressed_ids: leaves no token to choose")
     # LLaDA's public code removes EOS from its noisy logits only: without noise those are the logits themselves.
     last = {settings.eot_id} | ({ids.eos} if not settings.temperature else set())
-    boost = ThinkingBoost(settings.boost, settings.boost_power, settings.boost_ids or ids.end_of_thinking)
-    if settings.boost and not boost.ids:
-        raise ConfigError(f"config.decode.boost = {settings.boost!r}: needs config.decode.boost_ids: there is no "
+    boost = ThinkingBoost(settings.end_of_thinking_boost, settings.end_of_thinking_power, settings.end_of_thinking_ids or ids.end_of_thinking)
+    if settings.end_of_thinking_boost and not boost.ids:
+        raise ConfigError(f"config.decode.end_of_thinking_boost = {settings.end_of_thinking_boost!r}: needs config.decode.end_of_thinking_ids: there is no "
                           "tokenizer to ask for </think>")
     return Rules(
         block_length=settings.block_length,
@@ -121,7 +121,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         suppressed_ids=tuple(sorted(suppressed)),
         last_ids=tuple(sorted(last - {-1})) if settings.confidence_eos_eot_inf else (),
         stop_ids=() if infill else (ids.eos, *settings.stop_ids),
-        boost=boost if settings.boost and not infill else None,
+        boost=boost if settings.end_of_thinking_boost and not infill else None,
         init_cache=init_cache if settings.cache != "none" else None,
         cache_refresh=settings.cache_refresh,
         slice_length=max(settings.block_length, slice_length),

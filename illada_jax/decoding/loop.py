@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from illada_jax.decoding.confidence import Confidence, chosen_log_prob, entropy
-from illada_jax.decoding.contract import LogitsFn
+from illada_jax.decoding.query import LogitsFn
 from illada_jax.decoding.reveal import Reveal, reveal_mask
-from illada_jax.decoding.sampling import guess, guide, suppress
+from illada_jax.decoding.sampling import classifier_free_guidance, mask_logits, predict
 from illada_jax.decoding.thinking import ThinkingBoost
 
 
@@ -196,8 +196,8 @@ def look(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Any, step: jax.
     def part(cache):
         tokens_BT = jnp.take_along_axis(carry.tokens_BL, block.slice_BT, axis=1, mode="clip")
         segments_BT = (block.slice_BT < carry.tokens_BL.shape[1]).astype(jnp.int32)
-        want_BQ = jax.lax.broadcasted_iota(jnp.int32, block.columns_BQ.shape, 1)
-        return guided(logits_fn, carry, tokens_BT, block.slice_BT, segments_BT, want_BQ, cache, rules)
+        query_columns_BQ = jax.lax.broadcasted_iota(jnp.int32, block.columns_BQ.shape, 1)
+        return guided(logits_fn, carry, tokens_BT, block.slice_BT, segments_BT, query_columns_BQ, cache, rules)
 
     if not uses_cache(carry.tokens_BL.shape[1], rules):
         return whole(None)
@@ -206,20 +206,20 @@ def look(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Any, step: jax.
 
 
 def guided(logits_fn: LogitsFn, carry: Carry, tokens_BT: jax.Array, columns_BT: jax.Array, segments_BT: jax.Array,
-           want_BQ: jax.Array, cache: Any, rules: Rules) -> tuple[jax.Array, Any]:
+           query_columns_BQ: jax.Array, cache: Any, rules: Rules) -> tuple[jax.Array, Any]:
     """The network's logits, guided where that is wanted."""
     if not rules.cfg_scale:
-        return logits_fn(tokens_BT, columns_BT, segments_BT, want_BQ, cache)
+        return logits_fn(tokens_BT, columns_BT, segments_BT, query_columns_BQ, cache)
     given_BT = jnp.take_along_axis(carry.reveal_step_BL, columns_BT, axis=1, mode="clip") < 0
-    blind_BT = jnp.where(given_BT & (segments_BT > 0), rules.mask_id, tokens_BT)
+    uncond_BT = jnp.where(given_BT & (segments_BT > 0), rules.mask_id, tokens_BT)
 
     def twice(x):
         return jnp.concatenate([x, x])
 
-    logits, cache = logits_fn(jnp.concatenate([tokens_BT, blind_BT]), twice(columns_BT), twice(segments_BT),
-                              twice(want_BQ), cache)
-    seeing_BQV, blind_BQV = jnp.split(logits, 2)
-    return guide(seeing_BQV, blind_BQV, rules.cfg_scale), cache
+    logits, cache = logits_fn(jnp.concatenate([tokens_BT, uncond_BT]), twice(columns_BT), twice(segments_BT),
+                              twice(query_columns_BQ), cache)
+    cond_BQV, uncond_BQV = jnp.split(logits, 2)
+    return classifier_free_guidance(cond_BQV, uncond_BQV, rules.cfg_scale), cache
 
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,
@@ -229,9 +229,9 @@ def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array,
     if rules.boost:
         logits_BQV = rules.boost(logits_BQV, carry.tokens_BL, carry.prompt_B, carry.limit_B, block.columns_BQ,
                                  masked_BQ)
-    logits_BQV = suppress(logits_BQV, (rules.mask_id, *rules.suppressed_ids), rules.vocab_size)
-    guessed = guess(logits_BQV, rules.temperature, rules.top_p, rules.last_ids, carry.keys_B2, carry.steps_B)
-    reveal_BQ = reveal_mask(rules.reveal, rules.confidence(guessed), masked_BQ, total_B, entropy(guessed), step)
+    logits_BQV = mask_logits(logits_BQV, (rules.mask_id, *rules.suppressed_ids), rules.vocab_size)
+    prediction = predict(logits_BQV, rules.temperature, rules.top_p, rules.last_ids, carry.keys_B2, carry.steps_B)
+    reveal_BQ = reveal_mask(rules.reveal, rules.confidence(prediction), masked_BQ, total_B, entropy(prediction), step)
 
     def put(canvas_BL, values_BQ):
         old_BQ = jnp.take_along_axis(canvas_BL, block.columns_BQ, axis=1)
@@ -239,9 +239,9 @@ def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array,
         return canvas_BL.at[jnp.arange(len(canvas_BL))[:, None], block.columns_BQ].set(new_BQ)
 
     return carry._replace(
-        tokens_BL=put(carry.tokens_BL, guessed.tokens_BQ),
+        tokens_BL=put(carry.tokens_BL, prediction.tokens_BQ),
         reveal_step_BL=put(carry.reveal_step_BL, carry.steps_B[:, None]),
-        log_prob_BL=put(carry.log_prob_BL, chosen_log_prob(guessed)),
+        log_prob_BL=put(carry.log_prob_BL, chosen_log_prob(prediction)),
         steps_B=carry.steps_B + jnp.any(masked_BQ, axis=1),
     )
 

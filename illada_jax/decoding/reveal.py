@@ -36,7 +36,7 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TopK:
+class FixedSchedule:
     """A fixed number per step: total // steps, and one more in the first total % steps steps (LLaDA's schedule)."""
 
     steps: int
@@ -98,7 +98,7 @@ def _leading(ranking: Ranking, accepted_BR: jax.Array) -> jax.Array:
 
 Reveal = Callable[[Ranking], jax.Array]
 REVEALS: dict[str, Callable[[DecodeConfig], Reveal]] = {
-    "top_k": lambda settings: TopK(settings.steps_per_block),
+    "schedule": lambda settings: FixedSchedule(settings.steps_per_block),
     "threshold": lambda settings: Threshold(settings.threshold),
     "factor": lambda settings: Factor(settings.factor),
     "entropy_bound": lambda settings: EntropyBound(settings.entropy_bound),

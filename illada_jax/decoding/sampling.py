@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from illada_jax.decoding.confidence import Guess, argmax, log_probs
+from illada_jax.decoding.confidence import Prediction, argmax, log_probs
 
 
 class Draw(enum.IntEnum):
@@ -28,25 +28,25 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
 
 
-def guide(seeing_BQV: jax.Array, blind_BQV: jax.Array, scale: float) -> jax.Array:
+def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:
     """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA).
 
     Args:
-      seeing_BQV: float32, of the network that sees what was given.
-      blind_BQV: float32, of the same with what was given masked.
+      cond_BQV: float32, of the network that sees what was given.
+      uncond_BQV: float32, of the same with what was given masked.
       scale: w.
 
     Returns:
       float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
 
-    >>> guide(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
+    >>> classifier_free_guidance(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
     [[[2.0, -inf]]]
     """
-    guided_BQV = blind_BQV + (scale + 1) * (seeing_BQV - blind_BQV)
-    return jnp.where(seeing_BQV == blind_BQV, seeing_BQV, guided_BQV)
+    guided_BQV = uncond_BQV + (scale + 1) * (cond_BQV - uncond_BQV)
+    return jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)
 
 
-def suppress(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
+def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
     # As a table: a tokenizer may leave hundreds of ids unused.
     never_V = np.zeros(logits_BQV.shape[-1], bool)
@@ -85,21 +85,21 @@ def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.
     return argmax(logits_BQV)
 
 
-def guess(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,
-          steps_B: jax.Array) -> Guess:
+def predict(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,
+          steps_B: jax.Array) -> Prediction:
     """Chooses a token for each position and keeps what the confidences need.
 
     Args:
-      logits_BQV: float32 logits, after `suppress`.
-      temperature: of the choice; the log-probabilities of the guess are those of the logits as they are.
+      logits_BQV: float32 logits, after `mask_logits`.
+      temperature: of the choice; the log-probabilities of the prediction are those of the logits as they are.
       top_p: of the choice.
       last_ids: ids that may be chosen but have no probability when confidences are computed, so they are written last.
       keys_B2: the rows' key data.
       steps_B: the rows' steps.
     """
     uniform = jax.vmap(lambda key: jax.random.uniform(key, logits_BQV.shape[1:2]))
-    return Guess(
+    return Prediction(
         tokens_BQ=choose(logits_BQV, temperature, top_p, step_keys(keys_B2, Draw.TOKEN, steps_B)),
-        log_probs_BQV=log_probs(suppress(logits_BQV, last_ids)),
+        log_probs_BQV=log_probs(mask_logits(logits_BQV, last_ids)),
         uniform_BQ=uniform(step_keys(keys_B2, Draw.ORDER, steps_B)),
     )

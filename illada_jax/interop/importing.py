@@ -19,7 +19,7 @@ from illada_jax.errors import InputError
 from illada_jax.interop.families import Family
 from illada_jax.interop.layout import Entry, entries, param_shapes
 from illada_jax.interop.tensors import TensorDirectory
-from illada_jax.model.quantized import Int8, quantize
+from illada_jax.model.int8 import Int8, quantize
 from illada_jax.training.saved_model import param_shardings
 
 

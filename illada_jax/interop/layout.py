@@ -16,7 +16,7 @@ from flax import traverse_util
 from illada_jax import model
 from illada_jax.config import ModelConfig
 from illada_jax.interop.families import Family
-from illada_jax.model.quantized import INPUT_AXES
+from illada_jax.model.int8 import INPUT_AXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from illada_jax.errors import InputError
 from illada_jax.interop.checkpoint import is_checkpoint, read_checkpoint
-from illada_jax.training.saved_model import Loaded, Source, load_inference, open_model
+from illada_jax.training.saved_model import LazyModel, Loaded, load_inference, open_model
 
 Quantize = Literal["none", "int8"]
 # Small models that are part of the package, see `illada_jax/demo/README.md`.
@@ -41,7 +41,7 @@ def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "
     return load_inference(open_source(path, special_ids), dtype, mesh, quantize == "int8")
 
 
-def open_source(path: str | epath.Path, special_ids: Mapping[str, int] | None = None) -> Source:
+def open_source(path: str | epath.Path, special_ids: Mapping[str, int] | None = None) -> LazyModel:
     """Opens a model, whatever it is; its params are still to be read. For arguments and errors see `load_model`."""
     directory = find_checkpoint(path)
     if directory is not None:

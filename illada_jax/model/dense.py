@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from illada_jax.model.quantized import Int8
+from illada_jax.model.int8 import Int8
 
 
 def dense(x: jax.Array, w_io: jax.Array | Int8, out_dtype: jnp.dtype) -> jax.Array:

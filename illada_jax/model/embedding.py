@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 
-def look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
     """Rows of the embedding in the compute dtype, [B, T, D].
 
     Over a mesh every device looks its columns up for all rows of its group and the group exchanges them: what moves is

@@ -18,10 +18,10 @@ from illada_jax.config import ModelConfig
 from illada_jax.model.attention import ATTENTION_OUT, attention_fn
 from illada_jax.model.cache import Cache
 from illada_jax.model.dense import dense
-from illada_jax.model.embedding import look_up
+from illada_jax.model.embedding import embed
 
 KeysValues = tuple[jax.Array, jax.Array]
-Rotation = tuple[jax.Array, jax.Array]  # what `rotation` returns
+RopeCosSin = tuple[jax.Array, jax.Array]  # see `rope_cos_sin`
 # Names under which remat policies find what a layer computes.
 PROJECTIONS, FEED_FORWARD = "projections", "feed_forward"
 ACTIVATION_AXES = ("batch", "length", "embed_act")
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
         return (x32_BTD * inverse_rms_BT1 * scale_11D).astype(x_BTD.dtype)
 
 
-def rotation(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
+def rope_cos_sin(positions_BT: jax.Array, width: int, theta: float) -> RopeCosSin:
     """Cosine and sine of the angles by which rotary positions turn heads of this width; float32, [B, T, 1, width/2].
 
     They are the same in every layer: computed once, they are an eighth of what attention costs on a CPU saved.
@@ -66,17 +66,17 @@ def rotation(positions_BT: jax.Array, width: int, theta: float) -> Rotation:
     return jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
 
 
-def rotary(x_BTNH: jax.Array, turned: Rotation) -> jax.Array:
-    """Queries or keys turned by their positions, in the rotate-half layout: dimension i goes together with i + H/2."""
-    cos_BT1h, sin_BT1h = turned
+def apply_rope(x_BTNH: jax.Array, rope: RopeCosSin) -> jax.Array:
+    """Queries or keys rotated by their positions, in the rotate-half layout: dimension i is paired with i + H/2."""
+    cos_BT1h, sin_BT1h = rope
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h],
                            axis=-1).astype(x_BTNH.dtype)
 
 
-def _at(x_BT: jax.Array, want_BQ: jax.Array) -> jax.Array:
+def _at(x_BT: jax.Array, query_columns_BQ: jax.Array) -> jax.Array:
     """The wanted columns of [B, T, ...]."""
-    return jnp.take_along_axis(x_BT, want_BQ.reshape(want_BQ.shape + (1,) * (x_BT.ndim - 2)), axis=1)
+    return jnp.take_along_axis(x_BT, query_columns_BQ.reshape(query_columns_BQ.shape + (1,) * (x_BT.ndim - 2)), axis=1)
 
 
 class Attention(nn.Module):
@@ -86,19 +86,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, turned: Rotation, segments_BT: jax.Array,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array,
         cached_segments_BS: jax.Array | None = None, cached: KeysValues | None = None,
-        want_BQ: jax.Array | None = None,
+        query_columns_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to what is cached of the rest.
 
         Args:
           x_BTD: the normed residual stream.
-          turned: the rotation of its positions.
+          rope: cosines and sines of its positions, see `rope_cos_sin`.
           segments_BT: int32 segments.
           cached_segments_BS: int32 segments of the cached columns, -1 for those that x_BTD computes anew.
           cached: (keys_BSKH, values_BSKH) of this layer, or None.
-          want_BQ: int32 columns of x_BTD that attend; None is all of them.
+          query_columns_BQ: int32 columns of x_BTD that attend; None is all of them.
 
         Returns:
           (what attention adds to the residual stream of the wanted columns; keys and values if x_BTD is a whole canvas
@@ -111,11 +111,11 @@ class Attention(nn.Module):
         v_DKH = self.param("v", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
         o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
                            (c.num_heads, c.head_dim, c.d_model))
-        k_BTKH, v_BTKH = rotary(self._project(x_BTD, k_DKH), turned), self._project(x_BTD, v_DKH)
+        k_BTKH, v_BTKH = apply_rope(self._project(x_BTD, k_DKH), rope), self._project(x_BTD, v_DKH)
         keys_segments_BT = segments_BT
-        if want_BQ is not None:
-            x_BTD, segments_BT, turned = jax.tree.map(lambda x_BT: _at(x_BT, want_BQ), (x_BTD, segments_BT, turned))
-        q_BTNH = rotary(self._project(x_BTD, q_DNH), turned)
+        if query_columns_BQ is not None:
+            x_BTD, segments_BT, rope = jax.tree.map(lambda x_BT: _at(x_BT, query_columns_BQ), (x_BTD, segments_BT, rope))
+        q_BTNH = apply_rope(self._project(x_BTD, q_DNH), rope)
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads_act", None))
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), PROJECTIONS)
         k_BSKH, v_BSKH, segments_BS, fresh = k_BTKH, v_BTKH, keys_segments_BT, None
@@ -161,16 +161,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, turned: Rotation, segments_BT: jax.Array, cached_segments_BS: jax.Array | None = None,
-        cached: KeysValues | None = None, want_BQ: jax.Array | None = None,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached_segments_BS: jax.Array | None = None,
+        cached: KeysValues | None = None, query_columns_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Adds attention and feed-forward to the residual stream x_BTD, or to its wanted columns; see Attention."""
         c = self.config
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, turned, segments_BT, cached_segments_BS,
-                                                            cached, want_BQ)
-        x_BTD = (x_BTD if want_BQ is None else _at(x_BTD, want_BQ)) + attended_BTD
+        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, rope, segments_BT, cached_segments_BS,
+                                                            cached, query_columns_BQ)
+        x_BTD = (x_BTD if query_columns_BQ is None else _at(x_BTD, query_columns_BQ)) + attended_BTD
         normed_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + FeedForward(c, name="mlp")(normed_BTD)
         return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), fresh
@@ -225,12 +225,12 @@ class Transformer(nn.Module):
           positions_BT: int32 positions within each segment.
           segments_BT: int32 segment of each token; 0 is padding.
         """
-        x_BTD, turned = self._enter(tokens_BT, positions_BT)
-        x_BTD, _ = self.layers(x_BTD, turned, segments_BT)
+        x_BTD, rope = self._enter(tokens_BT, positions_BT)
+        x_BTD, _ = self.layers(x_BTD, rope, segments_BT)
         return self.final_norm(x_BTD)
 
-    def wanted(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, want_BQ: jax.Array,
+    def at_columns(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, query_columns_BQ: jax.Array,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states of some columns: what decoding and scoring ask for.
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
           tokens_BT: int32 ids.
           positions_BT: int32 positions within each segment.
           segments_BT: int32 segment of each token; 0 is padding.
-          want_BQ: int32 columns of the slice.
+          query_columns_BQ: int32 columns of the slice.
           cache: None, or a cache of S columns. With T = S it is filled anew; with T < S the tokens are the columns
             `positions_BT` of the canvas, and attend to the others as they were when it was filled.
 
@@ -250,16 +250,16 @@ class Transformer(nn.Module):
           (hidden_BQD, normed, in the compute dtype; the cache).
         """
         c = self.config
-        x_BTD, turned = self._enter(tokens_BT, positions_BT)
+        x_BTD, rope = self._enter(tokens_BT, positions_BT)
         cached_segments_BS = cache and cache.without(positions_BT).segments_BS
         layers, block = self.variables["params"]["layers"], Block(c, parent=None)
 
-        def layer(carry, index, want_BQ=None):
+        def layer(carry, index, query_columns_BQ=None):
             x_BTD, kept = carry
             take = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)  # noqa: E731
             params, cached = jax.tree.map(take, (layers, kept))
-            x_BTD, fresh = block.apply({"params": params}, x_BTD, turned, segments_BT, cached_segments_BS, cached,
-                                       want_BQ)
+            x_BTD, fresh = block.apply({"params": params}, x_BTD, rope, segments_BT, cached_segments_BS, cached,
+                                       query_columns_BQ)
             if fresh is not None:  # in place: a cache that is filled anew is not in memory twice
                 put = lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)  # noqa: E731
                 kept = jax.tree.map(put, kept, fresh)
@@ -268,16 +268,16 @@ class Transformer(nn.Module):
         last = c.num_layers - 1
         carry = x_BTD, cache and (cache.keys_YBSKH, cache.values_YBSKH)
         carry, _ = jax.lax.scan(layer, carry, jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
-        (x_BQD, kept), _ = layer(carry, last, want_BQ)
+        (x_BQD, kept), _ = layer(carry, last, query_columns_BQ)
         if cache is not None and tokens_BT.shape[1] == cache.segments_BS.shape[1]:
             cache = Cache(*kept, segments_BT)
         return self.final_norm(x_BQD), cache
 
-    def _enter(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
-        """The residual stream before the first layer, and the rotation of its positions."""
-        x_BTD = look_up(self.embedding_VD, tokens_BT, self.config.dtype)
+    def _enter(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RopeCosSin]:
+        """The residual stream before the first layer, and the cosines and sines of its positions."""
+        x_BTD = embed(self.embedding_VD, tokens_BT, self.config.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
-        return x_BTD, rotation(positions_BT, self.config.head_dim, self.config.rope_theta)
+        return x_BTD, rope_cos_sin(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def head(self, hidden_BQD: jax.Array) -> jax.Array:
         """Logits of the given hidden states, float32 [B, Q, V]; products are accumulated in float32."""

@@ -54,7 +54,7 @@ def join(how: str) -> None:
         raise InputError(f"--processes={how}: {str(error).splitlines()[0]}") from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
@@ -71,7 +71,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all_hosts(work: Callable[[], T]) -> T:
     """Does the same on all processes; what one of them finds wrong is the error of all, so that none waits for it.
 
     Raises:
@@ -91,13 +91,13 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def from_first(work: Callable[[], Any]) -> Any:
+def broadcast_from_primary(work: Callable[[], Any]) -> Any:
     """What `work` returns on the first process, as JSON has it, on all; the others do not call it.
 
     Raises:
       InputError: of the first process.
     """
-    return gather(together(lambda: work() if is_first() else None))[0]
+    return gather(run_on_all_hosts(lambda: work() if is_primary() else None))[0]
 
 
 def check_same(what: str, value: Any) -> None:
@@ -144,7 +144,7 @@ def send_pulse(count: int, phase: str, step: int, since: float) -> None:
         client.key_value_set(f"{_PULSES}/{jax.process_index()}", json.dumps(pulse), allow_overwrite=True)
 
 
-def suspects() -> dict[int, str]:
+def stragglers() -> dict[int, str]:
     """The processes that hold up the others, with what is known of them; takes some seconds.
 
     They are those whose pulse stands still (stopped, or gone) or, where all are alive, those that are not where most
@@ -204,7 +204,7 @@ def name_lost(error: Exception, saved: str) -> HostLost:
     Raises:
       Exception: `error` itself, where all the others are alive: then it has another cause.
     """
-    gone = {number: text for number, text in suspects().items() if "alive" not in text}
+    gone = {number: text for number, text in stragglers().items() if "alive" not in text}
     if not gone:
         raise error
     return HostLost(f"{describe(gone)}; {saved}; start the same command on all hosts to go on")
@@ -215,8 +215,8 @@ def describe(found: dict[int, str]) -> str:
     return "; ".join(f"process {number} of {jax.process_count()} {text}" for number, text in found.items())
 
 
-def leave(code: int) -> None:
+def hard_exit(code: int) -> None:
     """Ends this process at once: its exit would wait for those that are gone. The first process goes last."""
-    if is_first():  # the others lose their store with it, and would not get to tell what they know
+    if is_primary():  # the others lose their store with it, and would not get to tell what they know
         time.sleep(_SILENT_AFTER / 2)
     os._exit(code)

@@ -22,7 +22,7 @@ from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
 from illada_jax.planning.chips import GIB, Topology
-from illada_jax.scoring.look import look
+from illada_jax.scoring.log_probs import token_log_probs
 from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.saved_model import abstract_params
 from illada_jax.training.step import abstract_state, make_train_step
@@ -181,5 +181,5 @@ def lower_score(config: Config, mesh: Mesh, params: Any, canvas: int, wanted: in
         (rows, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
     logits_fn = model.make_logits_fn(config.model, params)
     with use_mesh(mesh):
-        return look.lower(logits_fn, array(canvas), array(), array(), array(wanted), array(wanted, 1),
+        return token_log_probs.lower(logits_fn, array(canvas), array(), array(), array(wanted), array(wanted, 1),
                           mask_id=config.diffusion.mask_id, cfg_scale=config.decode.cfg_scale)

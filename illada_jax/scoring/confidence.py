@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from illada_jax.scoring.look import Looker, Seen, View
+from illada_jax.scoring.log_probs import LogProbEvaluator, Query, TokenLogProbs
 
 
 @dataclass
-class Reading:
+class PartialCandidate:
     """A candidate on its way from masks to itself.
 
     Attributes:
@@ -33,20 +33,20 @@ class Reading:
     greedy: bool = True
 
 
-def finish(looker: Looker, reveals: Sequence[Reading], tokens_per_step: int = 1) -> None:
+def finish(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int = 1) -> None:
     """Reveals everything, all candidates in step.
 
     Args:
-      looker: the network.
-      reveals: the candidates; they are changed.
+      evaluator: the network.
+      candidates: the candidates; they are changed.
       tokens_per_step: tokens that a step reveals. With one it is the paper's score; more are an approximation, which
         takes as many times fewer evaluations.
     """
-    while hidden := [reveal for reveal in reveals if len(reveal.hidden_Q)]:
-        _advance(looker, hidden, tokens_per_step)
+    while hidden := [candidate for candidate in candidates if len(candidate.hidden_Q)]:
+        _advance(evaluator, hidden, tokens_per_step)
 
 
-def race(looker: Looker, groups: Sequence[Sequence[Reading]], divisors: Sequence[Sequence[float]],
+def best_candidate(evaluator: LogProbEvaluator, groups: Sequence[Sequence[PartialCandidate]], divisors: Sequence[Sequence[float]],
          tokens_per_step: int = 1) -> list[int]:
     """Finds the best candidate of each group, exactly, without finishing those that cannot win.
 
@@ -54,7 +54,7 @@ def race(looker: Looker, groups: Sequence[Sequence[Reading]], divisors: Sequence
     is finished nothing can overtake it.
 
     Args:
-      looker: the network.
+      evaluator: the network.
       groups: candidates of one question each; they are changed.
       divisors: for each candidate, the length that its score is divided by before comparing.
       tokens_per_step: see `finish`.
@@ -63,42 +63,42 @@ def race(looker: Looker, groups: Sequence[Sequence[Reading]], divisors: Sequence
       The index of the best candidate of each group; of equal ones the first.
     """
     def leader(group: int) -> int:
-        bounds = [reveal.value / divisor for reveal, divisor in zip(groups[group], divisors[group], strict=True)]
+        bounds = [candidate.value / divisor for candidate, divisor in zip(groups[group], divisors[group], strict=True)]
         return int(np.argmax(bounds))
 
     # All sums start at 0, so all must take a step.
-    _advance(looker, [reveal for group in groups for reveal in group], tokens_per_step)
+    _advance(evaluator, [candidate for group in groups for candidate in group], tokens_per_step)
     leaders = [leader(group) for group in range(len(groups))]
     while running := [group for group, best in enumerate(leaders) if len(groups[group][best].hidden_Q)]:
-        _advance(looker, [reveal for group in running for reveal in _beside(groups[group][leaders[group]],
+        _advance(evaluator, [candidate for group in running for candidate in _beside(groups[group][leaders[group]],
                                                                             groups[group])], tokens_per_step)
         for group in running:
             leaders[group] = leader(group)
     return leaders
 
 
-def _beside(leader: Reading, group: Sequence[Reading]) -> list[Reading]:
+def _beside(leader: PartialCandidate, group: Sequence[PartialCandidate]) -> list[PartialCandidate]:
     """Those of a group that look like the leader now: they share its evaluation."""
-    def visible(reveal: Reading) -> bytes:
-        tokens_L = reveal.tokens_L.copy()
-        tokens_L[reveal.hidden_Q] = -1
+    def visible(candidate: PartialCandidate) -> bytes:
+        tokens_L = candidate.tokens_L.copy()
+        tokens_L[candidate.hidden_Q] = -1
         return tokens_L.tobytes()
 
-    return [reveal for reveal in group if visible(reveal) == visible(leader)]
+    return [candidate for candidate in group if visible(candidate) == visible(leader)]
 
 
-def _advance(looker: Looker, reveals: Sequence[Reading], tokens_per_step: int) -> None:
+def _advance(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int) -> None:
     """One evaluation and one step of each."""
-    seen = looker([View(reveal.tokens_L, reveal.hidden_Q, reveal.context_length) for reveal in reveals])
-    for reveal, what in zip(reveals, seen, strict=True):
-        _step(reveal, what, tokens_per_step)
+    seen = evaluator([Query(candidate.tokens_L, candidate.hidden_Q, candidate.context_length) for candidate in candidates])
+    for candidate, what in zip(candidates, seen, strict=True):
+        _step(candidate, what, tokens_per_step)
 
 
-def _step(reveal: Reading, seen: Seen, tokens_per_step: int) -> None:
+def _step(candidate: PartialCandidate, seen: TokenLogProbs, tokens_per_step: int) -> None:
     # Of equal ones the leftmost is revealed first.
     order = np.argsort(-seen.log_probs_Q, kind="stable")
     now, later = order[:tokens_per_step], order[tokens_per_step:]
-    reveal.greedy &= bool(np.all(seen.log_probs_Q[now] >= seen.best_Q[now])
+    candidate.greedy &= bool(np.all(seen.log_probs_Q[now] >= seen.best_Q[now])
                           and np.min(seen.log_probs_Q[now]) >= np.max(seen.best_Q[later], initial=-np.inf))
-    reveal.value += float(np.sum(seen.log_probs_Q[now], dtype=np.float64))
-    reveal.hidden_Q = np.delete(reveal.hidden_Q, now)
+    candidate.value += float(np.sum(seen.log_probs_Q[now], dtype=np.float64))
+    candidate.hidden_Q = np.delete(candidate.hidden_Q, now)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from illada_jax.keys import Purpose, key_for
-from illada_jax.scoring.look import Looker, View
+from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 
 # So many replicates give a usable standard error (t quantiles with 7 degrees of freedom); more would stratify less.
 MAX_REPLICATES = 8
@@ -40,13 +40,13 @@ class Candidate(NamedTuple):
     stop: int
 
 
-def estimate(looker: Looker, candidates: Sequence[Candidate], mc_num: int, seed: int) -> list[tuple[float, float]]:
+def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Candidate], mc_num: int, seed: int) -> list[tuple[float, float]]:
     """Log-likelihoods in nats with their standard errors.
 
     Masks depend on (seed, context, draw) alone, so that candidates of one context share them, whoever else is scored.
 
     Args:
-      looker: the network.
+      evaluator: the network.
       candidates: what to score.
       mc_num: draws for each.
       seed: seed of the masks.
@@ -58,12 +58,12 @@ def estimate(looker: Looker, candidates: Sequence[Candidate], mc_num: int, seed:
     results: list[tuple[float, float]] = []
     for part in _parts(candidates, max(1, _VIEWS_AT_ONCE // mc_num)):
         hidden = [hidden_columns(candidate, mc_num, seed) for candidate in part]
-        views = [View(candidate.tokens_L, columns, candidate.start)
+        queries = [Query(candidate.tokens_L, columns, candidate.start)
                  for candidate, draws in zip(part, hidden, strict=True) for columns in draws]
-        seen = iter(looker(views))
+        answers = iter(evaluator(queries))
         for candidate, draws in zip(part, hidden, strict=True):
             length = candidate.stop - candidate.start
-            values_N = np.array([length / len(columns) * np.sum(next(seen).log_probs_Q, dtype=np.float64)
+            values_N = np.array([length / len(columns) * np.sum(next(answers).log_probs_Q, dtype=np.float64)
                                  for columns in draws])
             results.append(_mean_and_stderr(values_N, length))
     return results

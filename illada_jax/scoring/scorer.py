@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from illada_jax.decoding.contract import LogitsFn, SpecialIds
+from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.scoring.confidence import Reading, finish, race
-from illada_jax.scoring.look import Looker
+from illada_jax.scoring.confidence import PartialCandidate, best_candidate, finish
+from illada_jax.scoring.log_probs import LogProbEvaluator
 from illada_jax.scoring.monte_carlo import Candidate, estimate
 
 Method = Literal["confidence", "monte_carlo"]
@@ -77,7 +77,7 @@ class Scorer:
     batch size (in float32; design law 3).
 
     Attributes:
-      looker: it counts the evaluations.
+      evaluator: it counts the evaluations.
     """
 
     def __init__(self, logits_fn: LogitsFn, settings: ScoreConfig, ids: SpecialIds, max_length: int,
@@ -92,7 +92,7 @@ class Scorer:
           mesh: devices to spread the rows over; the params of logits_fn lie on them.
         """
         self.settings = settings
-        self.looker = Looker(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
+        self.evaluator = LogProbEvaluator(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
         self._ids = ids
         self._max_length = max_length
 
@@ -104,11 +104,11 @@ class Scorer:
         """
         rows = [self._row(f"pair {index}", context, candidate) for index, (context, candidate) in enumerate(pairs)]
         if self.settings.method == "monte_carlo":
-            estimates = estimate(self.looker, rows, self.settings.mc_num, self.settings.seed)
+            estimates = estimate(self.evaluator, rows, self.settings.mc_num, self.settings.seed)
             return [Score(value, stderr, row.stop - row.start)
                     for row, (value, stderr) in zip(rows, estimates, strict=True)]
         reveals = [_reveal(row) for row in rows]
-        finish(self.looker, reveals, self.settings.tokens_per_step)
+        finish(self.evaluator, reveals, self.settings.tokens_per_step)
         return [Score(reveal.value, 0.0, row.stop - row.start, reveal.greedy)
                 for row, reveal in zip(rows, reveals, strict=True)]
 
@@ -133,9 +133,9 @@ class Scorer:
         divisors = divisors or [[1.0] * len(group) for group in rows]
         if self.settings.method == "confidence":
             groups = [[_reveal(row) for row in group] for group in rows]
-            return race(self.looker, groups, divisors, self.settings.tokens_per_step)
+            return best_candidate(self.evaluator, groups, divisors, self.settings.tokens_per_step)
         flat = [row for group in rows for row in group]
-        values = iter(estimate(self.looker, flat, self.settings.mc_num, self.settings.seed))
+        values = iter(estimate(self.evaluator, flat, self.settings.mc_num, self.settings.seed))
         return [int(np.argmax([next(values)[0] / divisor for divisor in group])) for group in divisors]
 
     def _row(self, name: str, context: Sequence[int], candidate: Sequence[int]) -> Candidate:
@@ -154,5 +154,5 @@ class Scorer:
         return Candidate(np.array(tokens, np.int32), len(before), len(before) + len(candidate))
 
 
-def _reveal(row: Candidate) -> Reading:
-    return Reading(row.tokens_L, np.arange(row.start, row.stop), row.start)
+def _reveal(row: Candidate) -> PartialCandidate:
+    return PartialCandidate(row.tokens_L, np.arange(row.start, row.stop), row.start)

@@ -7,7 +7,7 @@ from illada_jax.config import DecodeConfig, to_dict
 # Settings that only do something beside another one: (the other, its values).
 NEEDS = {
     "threshold": ("reveal", ("threshold",)), "factor": ("reveal", ("factor",)),
-    "entropy_bound": ("reveal", ("entropy_bound",)), "steps_per_block": ("reveal", ("top_k",)),
+    "entropy_bound": ("reveal", ("entropy_bound",)), "steps_per_block": ("reveal", ("schedule",)),
     "cache_refresh": ("cache", ("prefix", "dual")),
 }
 # What can change a text or the order of writing it, the most telling first.
@@ -19,7 +19,7 @@ def describe(decode: DecodeConfig) -> str:
     """The settings that decide the order of writing, and others where they are not the usual ones.
 
     >>> describe(DecodeConfig())
-    'confidence=low_confidence, reveal=top_k, steps_per_block=32'
+    'confidence=low_confidence, reveal=schedule, steps_per_block=32'
     >>> describe(DecodeConfig(confidence="margin", reveal="threshold", temperature=0.5))
     'confidence=margin, reveal=threshold, threshold=0.9, temperature=0.5'
     """
@@ -37,7 +37,7 @@ def differences(strategies: Sequence[DecodeConfig]) -> list[str]:
     >>> differences([DecodeConfig(), DecodeConfig(confidence="random")])
     ['confidence=low_confidence', 'confidence=random']
     >>> differences([DecodeConfig(), DecodeConfig(reveal="threshold", threshold=0.6)])
-    ['reveal=top_k, steps_per_block=32', 'reveal=threshold, threshold=0.6']
+    ['reveal=schedule, steps_per_block=32', 'reveal=threshold, threshold=0.6']
     """
     names = [*_TOLD, *(name for name in to_dict(DecodeConfig()) if name not in _TOLD)]
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from illada_jax.decoding import SpecialIds
 from illada_jax.decoding.confidence import log_probs
-from illada_jax.decoding.contract import LogitsFn
 from illada_jax.decoding.decoder import make_rules
-from illada_jax.decoding.sampling import guide, suppress
+from illada_jax.decoding.query import LogitsFn
+from illada_jax.decoding.sampling import classifier_free_guidance, mask_logits
 from illada_jax.errors import InputError
 from illada_jax.model import make_init_cache
 from illada_jax.tracing.strategies import describe, differences
@@ -182,14 +182,14 @@ def _agrees(lm: Any, canvas: np.ndarray, written_at: np.ndarray, infill: bool, r
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _look(logits_fn: LogitsFn, tokens_BT, blind_BT, segments_BT, want_BQ, chosen_BQ, never: tuple[int, ...],
+def _look(logits_fn: LogitsFn, tokens_BT, uncond_BT, segments_BT, query_columns_BQ, chosen_BQ, never: tuple[int, ...],
           vocab_size: int, count: int, cfg_scale: float):
     """For the wanted columns: the best ids, their log-probabilities, and the log-probability of the chosen id."""
     positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-    logits_BQV, _ = logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, None)
+    logits_BQV, _ = logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, None)
     if cfg_scale:
-        logits_BQV = guide(logits_BQV, logits_fn(blind_BT, positions_BT, segments_BT, want_BQ, None)[0], cfg_scale)
-    log_probs_BQV = log_probs(suppress(logits_BQV, never, vocab_size))
+        logits_BQV = classifier_free_guidance(logits_BQV, logits_fn(uncond_BT, positions_BT, segments_BT, query_columns_BQ, None)[0], cfg_scale)
+    log_probs_BQV = log_probs(mask_logits(logits_BQV, never, vocab_size))
     best_BQn, ids_BQn = jax.lax.top_k(log_probs_BQV, count)
     chosen_BQ1 = jnp.take_along_axis(log_probs_BQV, chosen_BQ[:, :, None], axis=-1)
     return ids_BQn[0], best_BQn[0], chosen_BQ1[0, :, 0]

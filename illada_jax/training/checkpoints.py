@@ -21,19 +21,19 @@ from orbax.checkpoint import checkpoint_managers
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
-from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError, StorageError
-from illada_jax.parallel.fingerprint import fingerprints, first_difference
+from illada_jax.parallel.fingerprints import fingerprints, first_difference
 from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.faults import FaultCounts
 from illada_jax.training.saved_model import (
     FORMAT_VERSION,
-    Damaged,
+    CorruptCheckpointError,
     absolute_path,
-    check_seal,
+    check_checksum,
     encode_files,
     reading,
-    sealed,
+    with_checksum,
 )
 from illada_jax.training.step import TrainState, fresh_average
 
@@ -131,7 +131,7 @@ class Checkpoints:
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
         items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
         items |= {} if state.ema is None else {"ema": state.ema}
-        meta = sealed({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)
+        meta = with_checksum({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)
         with self._writing():
             self._manager.save(step, metrics=known, args=ocp.args.Composite(
                 meta=ocp.args.JsonSave(meta),
@@ -154,7 +154,7 @@ class Checkpoints:
         while (step := self.latest_step if before is None else self.scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)
-            except Damaged as error:
+            except CorruptCheckpointError as error:
                 place = self._set_aside(step)
                 damaged.append(str(place))
                 print(f"warning: {self._manager.directory / str(step)}: damaged: {error}; moved to {place}",
@@ -171,12 +171,12 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
                 **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()},
             ))
-            check_seal(restored.meta, restored.tokenizer)
+            check_checksum(restored.meta, restored.tokenizer)
         for name in wanted:
             recorded = restored.meta.get("fingerprints", {}).get(name)
             different = first_difference(fingerprints(restored[name]), recorded) if recorded else None
             if different is not None:
-                raise Damaged(f"{name}/{different} is not what was saved")
+                raise CorruptCheckpointError(f"{name}/{different} is not what was saved")
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "

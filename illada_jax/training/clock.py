@@ -88,21 +88,21 @@ def watched(clock: Clock, patience: float) -> Iterator[None]:
             entered, phase, step = clock.entered, clock.phase, clock.step
             if time.perf_counter() - entered < patience or told == entered:
                 continue
-            found = hosts.describe(hosts.suspects()) or "no process stands out"
+            found = hosts.describe(hosts.stragglers()) or "no process stands out"
             if clock.entered != entered:
                 continue
             told = entered
             print(f"error: nothing has happened for {time.perf_counter() - entered:.0f} s in {phase} of step {step:,} "
                   f"(config.train.watchdog_seconds = {patience:g}): {found}", file=sys.stderr, flush=True)
             if phase in ("data", "step"):
-                hosts.leave(EXIT_HUNG)
+                hosts.hard_exit(EXIT_HUNG)
 
     def stay_with_first() -> None:
         if hosts.first_is_gone(over):
             print(f"error: process 0 of {jax.process_count()} is gone, in {clock.phase} of step {clock.step:,} here; "
                   "start the same command on all hosts to go on from the newest checkpoint", file=sys.stderr,
                   flush=True)
-            hosts.leave(EXIT_HUNG)
+            hosts.hard_exit(EXIT_HUNG)
 
     works = [pulse, *([watch] if patience else []), *([] if hosts.is_first() else [stay_with_first])]
     threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]

@@ -107,7 +107,7 @@ class Lease:
                 other = self._read()
                 if other is not None and other["owner"] != self._mine["owner"]:
                     print(f"error: {self._refusal(other)}", file=sys.stderr, flush=True)
-                    hosts.leave(EXIT_TAKEN)
+                    hosts.hard_exit(EXIT_TAKEN)
                 self._mine["renewed"] += 1
                 self._write()
             except OSError as error:  # the storage may come back; whoever takes over is seen then

@@ -22,7 +22,7 @@ from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 from illada_jax.data.batches import Batches
-from illada_jax.data.tokenizer import Tokenizer
+from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
@@ -34,7 +34,7 @@ from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, 
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
 from illada_jax.training.profiler import Profiler
-from illada_jax.training.saved_model import Source, check_initial, open_initial
+from illada_jax.training.saved_model import LazyModel, check_initial, open_initial
 from illada_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -43,7 +43,7 @@ from illada_jax.training.step import (
     init_state,
     is_finite,
     make_train_step,
-    pass_over,
+    skip_steps,
 )
 
 # Evaluators see params and step and return numbers and texts by name.
@@ -110,7 +110,7 @@ def train(
     evaluators: dict[str, Evaluator],
     allowed_changes: tuple[str, ...] = (),
     profiler: Profiler | None = None,
-    initial: Source | None = None,
+    initial: LazyModel | None = None,
 ) -> Outcome:
     """Trains to the end, to train.stop_step, or until told to stop; resumes where the workdir has a checkpoint.
 
@@ -254,7 +254,7 @@ class _Loop:
         if hosts.is_first():
             print(f"step {step}: going on with the state of step {saved}, learning rate × "
                   f"{self._faults.counts.rate:g}", file=sys.stderr, flush=True)
-        return pass_over(state, step - saved), saved
+        return skip_steps(state, step - saved), saved
 
     def _run(self, state: TrainState, start: int, saved: int, told_to_stop: Callable[[int], bool]) -> Outcome:
         """From step `start` on, with a state whose numbers have been saved at step `saved`."""

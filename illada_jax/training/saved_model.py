@@ -1,4 +1,4 @@
-"""Reading a checkpoint without its optimizer: onto any mesh, whole or param by param, rounded to eight bits or not."""
+"""Reads checkpoints without its optimizer: onto any mesh, whole or param by param, rounded to eight bits or not."""
 
 import base64
 import contextlib
@@ -20,18 +20,18 @@ from jax.sharding import Mesh, PartitionSpec
 from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, ModelConfig
-from illada_jax.data.tokenizer import Tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
-from illada_jax.model.quantized import Int8, quantize_matrix, quantize_params, quantized_axes
+from illada_jax.model.int8 import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding
-from illada_jax.parallel.fingerprint import digest, fingerprints, first_difference
+from illada_jax.parallel.fingerprints import digest, fingerprints, first_difference
 from illada_jax.parallel.mesh import check_model_divisible
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 26  # of converted weights on the disk: an array of one chunk is in memory twice while it is read
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint cannot be read, or holds something else than what was saved."""
 
 
@@ -53,7 +53,7 @@ class Loaded:
     step: int
 
 
-class Source(Protocol):
+class LazyModel(Protocol):
     """A model whose params are still to be read: a SavedModel, or an official checkpoint (`interop/checkpoint.py`).
 
     Attributes:
@@ -82,7 +82,7 @@ class SavedModel:
       step: the training step.
       quantized: its matrices are Int8.
       family: whose weights they are, where they were converted (`interop/families.py`), else empty.
-      fingerprints: of the params by path, see `parallel/fingerprint.py`; empty in checkpoints older than they are.
+      fingerprints: of the params by path, see `parallel/fingerprints.py`; empty in checkpoints older than they are.
     """
 
     directory: epath.Path
@@ -125,14 +125,14 @@ class SavedModel:
                 return jax.tree.map(lambda x: x if is_int8(x) else x.astype(dtype), params, is_leaf=is_int8)
             # One at a time, in the type that they were saved in: they may not all fit beside those in another type,
             # and only as they were saved can they be checked.
-            places = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
+            shardings = traverse_util.flatten_dict(param_shardings(self.config.model, mesh, quantized), sep="/")
             params = {}
-            for path, place in places.items():
+            for path, sharding_ in shardings.items():
                 saved = self.restore_param(path, self.dtype, mesh)
                 recorded = {path: self.fingerprints[path]} if path in self.fingerprints else {}
                 self._check({path: fingerprints(saved)[""]} if recorded else {}, recorded)
-                if isinstance(place, Int8):
-                    params[path] = jax.jit(functools.partial(quantize_matrix, path), out_shardings=place)(saved)
+                if isinstance(sharding_, Int8):
+                    params[path] = jax.jit(functools.partial(quantize_matrix, path), out_shardings=sharding_)(saved)
                 else:
                     params[path] = saved.astype(dtype)
             return traverse_util.unflatten_dict(params, sep="/")
@@ -140,7 +140,7 @@ class SavedModel:
     def _check(self, found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
         damaged = first_difference(found, recorded) if recorded else None
         if damaged is not None:
-            raise Damaged(f"{damaged} is not what was saved")
+            raise CorruptCheckpointError(f"{damaged} is not what was saved")
 
     def restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array | Int8:
         """One of the params by path, in `dtype`, on the mesh or the first device; nothing else is read."""
@@ -165,12 +165,12 @@ class SavedModel:
 
 @functools.cache
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
-    """Params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with the places where they go."""
+    """Params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with the shardings where they go."""
     def init() -> Any:
         params = jax.tree.map(lambda x: x.astype(dtype), model.init_params(config, jax.random.key(0)))
         return quantize_params(params) if quantized else params
 
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    return jax.tree.map(lambda x, sharding_: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_),
                         jax.eval_shape(init), param_shardings(config, mesh, quantized))
 
 
@@ -192,7 +192,7 @@ def open_model(path: str | epath.Path) -> SavedModel:
         raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP{way}")
     with named_damage(path, lambda: way_out(path)):
         meta, tokenizer = _read_json(path, "meta"), _read_json(path, "tokenizer")
-        check_seal(meta, tokenizer)
+        check_checksum(meta, tokenizer)
     if meta["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path}: format version {meta['format_version']}; this code reads {FORMAT_VERSION}")
     item = "ema" if (path / "ema").is_dir() else "params"
@@ -200,31 +200,31 @@ def open_model(path: str | epath.Path) -> SavedModel:
                       meta.get("family", ""), meta.get("fingerprints", {}).get(item, {}))
 
 
-def sealed(meta: dict[str, Any], tokenizer_files: dict[str, str], **items: Any) -> dict[str, Any]:
+def with_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str], **items: Any) -> dict[str, Any]:
     """The `meta` of a checkpoint with fingerprints of its arrays by item, and one of its texts."""
     meta = {**meta, "fingerprints": {name: fingerprints(tree) for name, tree in items.items()}}
-    return {**meta, "seal": _seal(meta, tokenizer_files)}
+    return {**meta, "checksum": _checksum(meta, tokenizer_files)}
 
 
-def check_seal(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> None:
-    """Raises Damaged if `meta` or the tokenizer of the checkpoint are not what `sealed` saw."""
-    rest = {key: value for key, value in meta.items() if key != "seal"}
-    if "seal" in meta and meta["seal"] != _seal(rest, tokenizer_files):
-        raise Damaged("its meta or tokenizer is not what was saved")
+def check_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> None:
+    """Raises CorruptCheckpointError if `meta` or the tokenizer of the checkpoint are not what `with_checksum` saw."""
+    rest = {key: value for key, value in meta.items() if key != "checksum"}
+    if "checksum" in meta and meta["checksum"] != _checksum(rest, tokenizer_files):
+        raise CorruptCheckpointError("its meta or tokenizer is not what was saved")
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Turns whatever Orbax raises for files that are missing, cut off or no longer decode into Damaged.
+    """Turns whatever Orbax raises for files that are missing, cut off or no longer decode into CorruptCheckpointError.
 
     For a part of them that is a bare Exception, so that all must be caught; what the devices raise is let through.
     """
     try:
         yield
-    except (Damaged, InputError, jax.errors.JaxRuntimeError):
+    except (CorruptCheckpointError, InputError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise Damaged(" ".join(str(error).split())[:200]) from error
+        raise CorruptCheckpointError(" ".join(str(error).split())[:200]) from error
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ def named_damage(path: epath.Path, advice: Callable[[], str]) -> Iterator[None]:
     try:
         with reading():
             yield
-    except Damaged as error:
+    except CorruptCheckpointError as error:
         raise InputError(f"{path}: damaged: {error}; {advice()}") from error
 
 
@@ -245,11 +245,11 @@ def way_out(path: epath.Path) -> str:
     return f"other checkpoints: {', '.join(str(path.parent / str(step)) for step in steps)}"
 
 
-def _seal(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
+def _checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
     return digest(json.dumps([meta, tokenizer_files], sort_keys=True))
 
 
-def load_inference(source: Source | str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None,
+def load_inference(source: LazyModel | str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None,
                    quantized: bool = False) -> Loaded:
     """Loads params, config and tokenizer; no optimizer.
 
@@ -274,7 +274,7 @@ def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family:
     """Writes a workdir with a checkpoint of params alone. For the arguments see SavedModel."""
     workdir = absolute_path(epath.Path(workdir))
     tokenizer_files = encode_files(loaded.tokenizer.files())
-    meta = sealed({"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config),
+    meta = with_checksum({"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config),
                    "corpus_fingerprint": "", "quantized": quantized, "family": family}, tokenizer_files,
                   params=loaded.params)
     loaded.tokenizer.save(workdir / "tokenizer")
@@ -288,12 +288,12 @@ def save_model(workdir: epath.PathLike, loaded: Loaded, quantized: bool, family:
         manager.wait_until_finished()
 
 
-def open_initial(config: Config) -> Source | None:
+def open_initial(config: Config) -> LazyModel | None:
     """The workdir or checkpoint that `config.init.checkpoint` names, or None. Raises InputError if it is none."""
     return open_model(config.init.checkpoint) if config.init.checkpoint else None
 
 
-def check_initial(source: Source, config: Config, tokenizer: Tokenizer) -> None:
+def check_initial(source: LazyModel, config: Config, tokenizer: Tokenizer) -> None:
     """Checks that a run may start from the params of `source`, which is `config.init.checkpoint`.
 
     Raises:

@@ -37,7 +37,7 @@ class TrainState:
     ema: Any = None
 
     @property
-    def best_params(self) -> Any:
+    def eval_params(self) -> Any:
         """What is evaluated and used: the moving average if there is one, else the params."""
         return self.params if self.ema is None else self.ema
 
@@ -132,7 +132,7 @@ def _is_count(x: jax.Array) -> bool:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def pass_over(state: TrainState, steps: jax.Array) -> TrainState:
+def skip_steps(state: TrainState, steps: jax.Array) -> TrainState:
     """The state as if `steps` more steps had been taken that changed nothing. The state is donated."""
     return jax.tree.map(lambda x: x + steps if _is_count(x) else x, state)
 

@@ -14,9 +14,9 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 
-from illada_jax.data import tasks
-from illada_jax.data.beam import BeamEngine, parse_options
-from illada_jax.data.preparing import Settings, prepare
+from illada_jax.data.preparing import jobs as tasks
+from illada_jax.data.preparing.beam import BeamEngine, parse_options
+from illada_jax.data.preparing.corpora import Settings, prepare
 from illada_jax.errors import InputError
 
 

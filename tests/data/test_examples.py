@@ -8,10 +8,12 @@ import pytest
 import zstandard
 
 from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainConfig
-from illada_jax.data import example_store, scorers, synthetic
+from illada_jax.data import example_store
 from illada_jax.data.example_store import open_examples
-from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.data.sources import synthetic
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
+from illada_jax.evaluation import answer_metrics as scorers
 
 GOOD = {"prompt": "1+1=", "response": "2"}
 EOS = ByteTokenizer().eos_id
@@ -249,12 +251,12 @@ def test_tasks_are_right_and_of_many_lengths():
 
 
 def test_scorers():
-    exact, numeric = scorers.make_scorer("exact"), scorers.make_scorer("numeric")
+    exact, numeric = scorers.make_answer_metric("exact"), scorers.make_answer_metric("numeric")
     assert [exact("", a, "ab") for a in ("ab", " ab\n", "abc")] == [1, 1, 0]
     assert [numeric("", a, "so 1,200.5") for a in ("= 1200.50", "1200.5 or 7", "none", "")] == [1, 0, 0, 0]
     assert numeric("", "no number", "none either") == 0
-    assert scorers.make_scorer("os.path:join")("a", "b", "c") == "a/b/c"
+    assert scorers.make_answer_metric("os.path:join")("a", "b", "c") == "a/b/c"
     for name, message in [("similar", "must be one of 'exact', 'numeric', or"), ("nowhere.at:all", "No module"),
                           ("os.path:sep", "is no function"), ("os:nothing", "nothing")]:
         with pytest.raises(ConfigError, match=message):
-            scorers.make_scorer(name)
+            scorers.make_answer_metric(name)

@@ -10,12 +10,14 @@ import pytest
 
 from illada_jax.config import DataConfig
 from illada_jax.data import corpus as corpus_module
-from illada_jax.data import preparing, shards, tasks
+from illada_jax.data import shards
 from illada_jax.data.corpus import open_corpus
-from illada_jax.data.preparing import Settings, prepare
+from illada_jax.data.preparing import corpora as preparing
+from illada_jax.data.preparing import jobs as tasks
+from illada_jax.data.preparing.corpora import Settings, prepare
+from illada_jax.data.preparing.jobs import LocalEngine
 from illada_jax.data.shards import open_shards
-from illada_jax.data.sources import Document, documents
-from illada_jax.data.tasks import LocalEngine
+from illada_jax.data.sources.registry import Document, documents
 from illada_jax.errors import ConfigError, InputError
 
 NUM_FILES = 12
@@ -99,7 +101,7 @@ def test_duplicates_are_dropped_on_request(texts, tmp_path, shard_bytes):
 
 KILLED = """
 import os, pathlib, signal, sys
-from illada_jax.data import preparing, shards
+from illada_jax.data import shards; from illada_jax.data.preparing import corpora as preparing
 write = shards.write_atomically
 def write_or_die(path, content):
     if path.name == sys.argv[3]:

@@ -5,8 +5,9 @@ import re
 import pytest
 import zstandard
 
-from illada_jax.data import builtin, sources
-from illada_jax.data.sources import Document, Part, documents
+from illada_jax.data.sources import builtin
+from illada_jax.data.sources import registry as sources
+from illada_jax.data.sources.registry import Document, Part, documents
 from illada_jax.errors import InputError
 
 

@@ -71,9 +71,9 @@ def test_the_whole_canvas_is_computed_at_refreshes_only(cache_refresh, wholes):
     """Three blocks of eight steps, the block starts and every third step within it."""
     logits_fn, computed = transformer()[0], []
 
-    def counted(tokens_BT, positions_BT, segments_BT, want_BQ, cache):
+    def counted(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
         jax.debug.callback(lambda _: computed.append(tokens_BT.shape[1]), tokens_BT)
-        return logits_fn(tokens_BT, positions_BT, segments_BT, want_BQ, cache)
+        return logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache)
 
     settings = dataclasses.replace(SETTINGS, cache="prefix", cache_refresh=cache_refresh, suppressed_ids=(IDS.eos,))
     Decoder(jax.tree_util.Partial(counted), settings, IDS, TRANSFORMER.max_length, INIT_CACHE).generate([[4] * 20])

@@ -67,7 +67,7 @@ def test_strategies_reveal_different_numbers():
     {"logits_eos_inf": True, "cfg_scale": 1.5, **FIXED},
     {"confidence_eos_eot_inf": True, "eot_id": 5, **FIXED},
     {"confidence_eos_eot_inf": True, "eot_id": 5, "temperature": 0.7, **FIXED},
-    {"boost": 30.0, "boost_ids": (6, 7, 6), "boost_power": 1.0},
+    {"end_of_thinking_boost": 30.0, "end_of_thinking_ids": (6, 7, 6), "end_of_thinking_power": 1.0},
 ], ids=lambda changes: ",".join(changes) or "plain")
 def test_options(changes):
     settings = dataclasses.replace(SETTINGS, **changes)

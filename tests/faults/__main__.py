@@ -24,11 +24,11 @@ IN_PROCESS = {
     "numbers: NaN, infinity, spikes; halt, skip, rollback": ["tests/training/test_faults.py"],
     "checkpoints: flipped bits, truncated, missing and half-copied": ["tests/training/test_damage.py"],
     "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
-    "checkpoints of others: headers, indices, links": ["tests/interop/test_mess.py"],
-    "files that would run code, or claim to be large": ["tests/test_strangers.py"],
+    "checkpoints of others: headers, indices, links": ["tests/interop/test_malformed_checkpoints.py"],
+    "files that would run code, or claim to be large": ["tests/test_untrusted_files.py"],
     "fuzz: texts, configs, JSONL, templates, headers, manifests": [
-        "tests/fuzz", "tests/data/test_tokenizer.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
-    "programs that try to leave the sandbox": ["tests/scoring/test_sandbox.py"],
+        "tests/fuzz", "tests/data/test_tokenizers.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
+    "programs that try to leave the sandbox": ["tests/evaluation/test_sandbox.py"],
 }
 
 

@@ -6,10 +6,10 @@ import jax
 from hypothesis import given
 
 from illada_jax import config as config_lib
-from illada_jax import plan
 from illada_jax.config import Config
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel.mesh import check_divisible, make_mesh
+from illada_jax.training import run
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch
 from illada_jax.training.step import abstract_state
@@ -25,7 +25,7 @@ def test_no_edit_reaches_the_compiler_with_a_bad_value(values):
         config = config_lib.from_dict(values)
         mesh = make_mesh(config.mesh, jax.devices())
         check_divisible(config, mesh)
-        plan.check_fits(config, mesh)
+        run.check_memory(config, mesh)
     except InputError as error:
         assert "\n" not in str(error)
         return

@@ -13,12 +13,12 @@ from safetensors.numpy import save
 
 from illada_jax.data import shards
 from illada_jax.data.shards import open_shards
-from illada_jax.data.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import InputError
 from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.tensors import INDEX, TensorDirectory
 from tests.data.test_shards import random_documents, write_corpus
-from tests.data.test_tokenizer import byte_level_json
+from tests.data.test_tokenizers import byte_level_json
 from tests.fuzz.strategies import JUNK, spoilt
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "checkpoints"

@@ -76,9 +76,9 @@ def test_wanted_columns_are_those_of_the_whole(num_layers, scan_unroll):
         config = dataclasses.replace(config, scan_unroll=scan_unroll)
     params, rows = random_params(config), inputs()
     whole_BLV = model.head(config, params, model.hidden(config, params, *rows))
-    want_BQ = np.array([[7, 0], [6, 2], [1, 8]])
-    some_BQV, _ = jax.jit(lambda f, *x: f(*x, None))(model.make_logits_fn(config, params), *rows, want_BQ)
-    np.testing.assert_allclose(some_BQV, np.take_along_axis(whole_BLV, want_BQ[:, :, None], 1), atol=2e-5)
+    query_columns_BQ = np.array([[7, 0], [6, 2], [1, 8]])
+    some_BQV, _ = jax.jit(lambda f, *x: f(*x, None))(model.make_logits_fn(config, params), *rows, query_columns_BQ)
+    np.testing.assert_allclose(some_BQV, np.take_along_axis(whole_BLV, query_columns_BQ[:, :, None], 1), atol=2e-5)
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
@@ -99,10 +99,10 @@ def test_how_it_is_computed_changes_neither_values_nor_gradients(change):
 def test_wanted_columns_are_those_of_all_columns():
     logits_fn = model.make_logits_fn(SMALL, random_params(SMALL))
     rows = inputs()
-    want_BQ = np.array([[3, 0], [11, 4], [2, 2]], np.int32)
+    query_columns_BQ = np.array([[3, 0], [11, 4], [2, 2]], np.int32)
     all_BLV = run(logits_fn, *rows)
-    some_BQV, _ = logits_fn(*(jnp.asarray(x) for x in rows), jnp.asarray(want_BQ), None)
-    np.testing.assert_allclose(some_BQV, np.take_along_axis(np.asarray(all_BLV), want_BQ[..., None], 1), atol=1e-5)
+    some_BQV, _ = logits_fn(*(jnp.asarray(x) for x in rows), jnp.asarray(query_columns_BQ), None)
+    np.testing.assert_allclose(some_BQV, np.take_along_axis(np.asarray(all_BLV), query_columns_BQ[..., None], 1), atol=1e-5)
 
 
 def test_other_params_do_not_compile_again():

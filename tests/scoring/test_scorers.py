@@ -13,7 +13,9 @@ from illada_jax.config import MeshConfig
 from illada_jax.errors import InputError
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.parallel.sharding import param_shardings
-from illada_jax.scoring import ScoreConfig, Scorer, look
+from illada_jax.scoring import ScoreConfig, Scorer
+from illada_jax.scoring import log_probs as log_prob_queries
+from illada_jax.scoring.log_probs import log_probs_of
 from illada_jax.scoring.monte_carlo import Candidate, hidden_columns, replicate_sizes
 from tests import reference_scoring as reference
 from tests.decoding.toys import IDS, TRANSFORMER, network_of, transformer
@@ -76,7 +78,7 @@ def test_one_draw_has_no_error_and_one_token_is_exact(networks):
     many = scorer(logits_fn, method="monte_carlo", mc_num=128)
     exact = many.score([([5, 6], [7])])[0]
     assert math.isnan(one_draw[0].stderr) and one_draw[1].stderr == 0 and exact.stderr == 0
-    assert many.looker.evaluations == 1
+    assert many.evaluator.evaluations == 1
     value, _, _ = reference.confidence(network, [5, 6], [7], IDS)
     assert abs(exact.value - value) < 1e-5 and abs(one_draw[1].value - value) < 1e-5
 
@@ -104,29 +106,29 @@ def test_what_looks_the_same_is_evaluated_once(networks):
     logits_fn, _ = networks
     answers = scorer(logits_fn)
     answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
-    assert answers.looker.evaluations == 1
+    assert answers.evaluator.evaluations == 1
     # The first token is shared by all: its column is the same, and so is what is revealed first or what is hidden.
     many = scorer(logits_fn)
     many.score([([4, 5, 6], [7, 8, last]) for last in (4, 5, 6)])
-    assert many.looker.evaluations < 9
+    assert many.evaluator.evaluations < 9
 
 
 def test_shapes_are_few(networks):
     logits_fn, _ = networks
-    look.look.clear_cache()
+    log_prob_queries.token_log_probs.clear_cache()
     for count in (1, 5, 11, 24):
         scorer(logits_fn, batch_size=4).score(PAIRS[:count])
     # Two lengths (8, 16), three batch sizes, and one, two or four candidates to a row where rows are shared.
-    assert look.look._cache_size() <= 2 * 3 * 3
+    assert log_prob_queries.token_log_probs._cache_size() <= 2 * 3 * 3
 
 
 def test_no_row_is_padding(networks, monkeypatch):
     logits_fn, _ = networks
-    answers, rows, run = scorer(logits_fn, batch_size=8), [], look.look
-    monkeypatch.setattr(look, "look", lambda fn, *arrays, **settings: rows.append(len(arrays[0])) or run(
+    answers, rows, run = scorer(logits_fn, batch_size=8), [], log_prob_queries.token_log_probs
+    monkeypatch.setattr(log_prob_queries, "token_log_probs", lambda fn, *arrays, **settings: rows.append(len(arrays[0])) or run(
         fn, *arrays, **settings))
     answers.score([pair for pair in PAIRS if len(pair[1]) > 2][:13])
-    assert sum(rows) == answers.looker.evaluations and set(rows) == {1, 2, 4, 8}
+    assert sum(rows) == answers.evaluator.evaluations and set(rows) == {1, 2, 4, 8}
 
 
 def test_reveal_several_at_a_time(networks):
@@ -136,7 +138,7 @@ def test_reveal_several_at_a_time(networks):
     for count in (2, 3, len(candidate)):
         several = scorer(logits_fn, tokens_per_step=count)
         value = several.score([(context, candidate)])[0].value
-        assert several.looker.evaluations == -(-len(candidate) // count)
+        assert several.evaluator.evaluations == -(-len(candidate) // count)
     everything = list(range(len(context), len(context) + len(candidate)))
     assert abs(value - reference.monte_carlo(network, context, candidate, IDS, [everything])) < 1e-4
 
@@ -151,7 +153,7 @@ def test_the_race_finds_the_best_with_fewer_evaluations(networks, divided):
     flat = iter(scoring.score([pair for pairs in questions for pair in pairs]))
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
     assert chosen == [int(np.argmax(group)) for group in values]
-    assert racing.looker.evaluations < scoring.looker.evaluations
+    assert racing.evaluator.evaluations < scoring.evaluator.evaluations
     sampled = scorer(logits_fn, method="monte_carlo", mc_num=4)
     flat = iter(sampled.score([pair for pairs in questions for pair in pairs]))
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
@@ -194,14 +196,14 @@ def test_log_probabilities_do_not_saturate():
     """Float32 softmax is exactly 1 beyond a margin of 17; here the order of sure positions survives."""
     logits = np.array([[[30.0, 0, -5], [40, 0, -5], [0, 90, 1], [7, 7, 7]]], np.float32)
     targets = np.array([[[0, 1], [0, 2], [1, 0], [0, 2]]], np.int32)
-    log_probs, best = look.log_probs_of(logits, targets)
+    found, best = log_probs_of(logits, targets)
     double = logits.astype(np.float64)
     exact = np.take_along_axis(double, targets, axis=-1) - np.logaddexp.reduce(double, axis=-1, keepdims=True)
-    np.testing.assert_allclose(log_probs[0, :, 1], exact[0, :, 1], rtol=1e-6)
+    np.testing.assert_allclose(found[0, :, 1], exact[0, :, 1], rtol=1e-6)
     for column, others in ((0, [-30, -35]), (1, [-40, -45]), (2, [-90, -89])):
         expected = -math.log1p(sum(map(math.exp, others)))
-        assert log_probs[0, column, 0] == pytest.approx(expected, rel=1e-5) and expected < 0
-    assert best[0, 3] == pytest.approx(-math.log(3)) and log_probs[0, 3, 0] == pytest.approx(-math.log(3))
+        assert found[0, column, 0] == pytest.approx(expected, rel=1e-5) and expected < 0
+    assert best[0, 3] == pytest.approx(-math.log(3)) and found[0, 3, 0] == pytest.approx(-math.log(3))
 
 
 def test_masks_of_monte_carlo():

@@ -8,7 +8,7 @@ import pytest
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.tracing import Trace, compare, make_trace, write_page, write_picture
 from illada_jax.tracing.trace import Candidate, display
@@ -114,7 +114,7 @@ def test_strategies_of_one_prompt_are_what_decoding_them_gives(lm):
     strategies = [{}, {"confidence": "random"}, {"reveal": "threshold", "threshold": 0.05}]
     traces = compare(lm, "abc", strategies, max_new_tokens=8, row=3)
     assert [trace.strategy for trace in traces] == [
-        "confidence=low_confidence, reveal=top_k, steps_per_block=4", "confidence=random, reveal=top_k, "
+        "confidence=low_confidence, reveal=schedule, steps_per_block=4", "confidence=random, reveal=schedule, "
         "steps_per_block=4", "confidence=low_confidence, reveal=threshold, threshold=0.05"]
     for trace, strategy in zip(traces, strategies, strict=True):
         result = lm.generate(["abc"], rows=[3], max_new_tokens=8, **strategy)[0]
@@ -124,7 +124,7 @@ def test_strategies_of_one_prompt_are_what_decoding_them_gives(lm):
     filled = compare(lm, "a[[mask:3]]b", strategies[:2], infill=True)
     assert all(trace.pieces[0] == "a" and trace.pieces[-1] == "b" for trace in filled)
     alone = compare(lm, "abc", [{"confidence": "margin"}])[0]
-    assert alone.strategy == "confidence=margin, reveal=top_k, steps_per_block=4, block_length=4"
+    assert alone.strategy == "confidence=margin, reveal=schedule, steps_per_block=4, block_length=4"
     with pytest.raises(InputError, match="confidnce: unknown key"):
         compare(lm, "abc", [{}, {"confidnce": "random"}])
 

@@ -10,10 +10,10 @@ from etils import epath
 from illada_jax.config import Config, from_dict, to_dict
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.pipeline import Pipeline
-from illada_jax.evaluators import make_evaluators
-from illada_jax.experiment import resolve
+from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import train
+from illada_jax.training.run import resolve
 
 WORDS = ["mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end"]
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found, named, set aside, never used; the one before takes their place."""
+"""CorruptCheckpointError checkpoints: found, named, set aside, never used; the one before takes their place."""
 
 import shutil
 
@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from illada_jax.errors import InputError
-from illada_jax.parallel import fingerprint
-from illada_jax.parallel.fingerprint import fingerprints
+from illada_jax.parallel import fingerprints as fingerprint_module
+from illada_jax.parallel.fingerprints import fingerprints
 from illada_jax.training.saved_model import load_inference
 
 COMMON = {"train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 3}
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path, damage, dtype):
 
 def test_a_fingerprint_takes_no_memory_beside_its_array():
     x = np.zeros((512, 64), jnp.bfloat16)
-    assert fingerprint._sums.lower(x).compile().memory_analysis().temp_size_in_bytes < x.nbytes / 8
+    assert fingerprint_module._sums.lower(x).compile().memory_analysis().temp_size_in_bytes < x.nbytes / 8
 
 
 def test_every_bit_counts_and_the_mesh_does_not():

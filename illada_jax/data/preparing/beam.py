@@ -1,0 +1,89 @@
+"""Preparation on Apache Beam: the jobs of `data/preparing/jobs.py` on any runner. Needs the extra `prepare`.
+
+Every worker must see the sources and the target under the same paths (a mounted bucket or disk) and have this package
+installed.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+from illada_jax.data.preparing.jobs import ShardJob, document_digests, done_path, make_shard_in
+from illada_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class BeamEngine:
+    """Makes shards in a Beam pipeline.
+
+    Attributes:
+      options: the runner and what it needs to know.
+    """
+
+    options: PipelineOptions
+
+    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
+        """See jobs.Engine."""
+        missing = [job for job in jobs if not done_path(directory, job.index).exists()]
+        with beam.Pipeline(options=self.options) as pipeline:
+            keyed = pipeline | "missing" >> beam.Create([(job.index, job) for job in missing]) | beam.Reshuffle()
+            dropped = pipeline | "none" >> beam.Create([])
+            if drop_duplicates:
+                dropped = (
+                    pipeline
+                    | "all" >> beam.Create(jobs)
+                    | "spread" >> beam.Reshuffle()
+                    | beam.FlatMap(_places_by_digest)
+                    | "same text" >> beam.GroupByKey()
+                    | beam.FlatMap(_later_places)
+                )
+            (
+                {"job": keyed, "dropped": dropped}
+                | beam.CoGroupByKey()
+                | "make" >> beam.Map(_make, directory)
+            )
+
+
+def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
+    """Options of a pipeline.
+
+    Args:
+      runner: name of a Beam runner, say DataflowRunner.
+      arguments: what Beam and the runner are told, as on a command line: `--project=…`.
+
+    Raises:
+      InputError: Beam does not know the runner or an argument, or a value is of the wrong type.
+    """
+    if runner not in StandardOptions.KNOWN_RUNNER_NAMES:
+        raise InputError(f"--runner={runner}: unknown; known: local, {', '.join(StandardOptions.KNOWN_RUNNER_NAMES)}")
+    options = PipelineOptions([f"--runner={runner}", *arguments])
+    try:
+        known = options.get_all_options()
+    except (argparse.ArgumentError, SystemExit, ValueError) as error:
+        raise InputError(f"--beam_options: a value in {' '.join(arguments)!r} does not fit its option") from error
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if not argument.startswith("--") or name not in known:
+            raise InputError(f"--beam_options: {argument} is no option of Beam's; options are given as --name=value")
+    return options
+
+
+def _places_by_digest(job: ShardJob) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    for position, digest in enumerate(document_digests(job)):
+        yield digest.tobytes(), (job.index, position)
+
+
+def _later_places(same: tuple[bytes, Iterable[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+    """All places of a text but the first, by job."""
+    _, places = same
+    yield from sorted(places)[1:]
+
+
+def _make(of_job: tuple[int, dict[str, Iterable]], directory: pathlib.Path) -> None:
+    _, found = of_job
+    for job in found["job"]:  # none if the shard is done already
+        make_shard_in(directory, job.without(found["dropped"]))

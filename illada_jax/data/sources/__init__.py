@@ -1,0 +1,6 @@
+"""Sources of text (`KIND:ARGUMENT`) and of examples for fine-tuning.
+
+Begin with `registry`: a kind of source is a function from its argument to a list of `Part`s, registered by name.
+"""
+
+from illada_jax.data.sources import builtin  # noqa: F401  registers its kinds

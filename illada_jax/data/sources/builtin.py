@@ -1,0 +1,139 @@
+"""Sources that need no download: the text and the source of the Python standard library, and sudoku."""
+
+import ast
+import functools
+import importlib
+import itertools
+import pathlib
+import random
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+
+from illada_jax.data.sources.registry import Document, Part, no_argument, register
+
+# Tests hold broken and generated code; the others are not the standard library.
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "__pycache__"}
+_PUZZLES_PER_GRID = 64
+
+
+@register("python_docs")
+def _python_docs(argument: str) -> list[Part]:
+    """The language reference, a document a topic, and the docstrings of the standard library.
+
+    A document is a topic, the docstring of a module, or those of a top-level class or function and all inside it.
+    """
+    no_argument("python_docs", argument)
+    modules = _library_modules()
+    reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
+    total = sum(path.stat().st_size for path in modules)
+    return [
+        Part(f"Python {sys.version.split()[0]} language reference", _reference_topics, reference.stat().st_size,
+             (reference,)),
+        Part("docstrings of the standard library", functools.partial(_docstrings, modules), total, modules),
+    ]
+
+
+@register("python_source")
+def _python_source(argument: str) -> list[Part]:
+    """The source of the standard library, a document a module."""
+    no_argument("python_source", argument)
+    modules = _library_modules()
+    total = sum(path.stat().st_size for path in modules)
+    return [Part("source of the standard library", functools.partial(_sources, modules), total, modules)]
+
+
+@register("sudoku")
+def _sudoku(argument: str) -> list[Part]:
+    """4 × 4 sudokus: `PUZZLE=SOLUTION`, 33 characters, rows one after the other, `.` for an empty cell.
+
+    64 puzzles with a unique solution for each of the 288 grids. A grid is a group, so held-out grids are new ones.
+    """
+    no_argument("sudoku", argument)
+    return [Part("4 × 4 sudokus", _sudoku_documents, 288 * _PUZZLES_PER_GRID * 33)]
+
+
+def _library_modules() -> tuple[pathlib.Path, ...]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    return tuple(sorted(p for p in root.rglob("*.py") if _SKIPPED.isdisjoint(p.relative_to(root).parts)))
+
+
+def _reference_topics() -> Iterator[Document]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for _, text in sorted(topics.items()):
+        yield Document(text)
+
+
+def _sources(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
+    for path in modules:
+        try:
+            with tokenize.open(path) as file:
+                yield Document(file.read())
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # some files of the library are broken on purpose
+
+
+def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
+    for source in _sources(modules):
+        try:
+            tree = ast.parse(source.text)
+        except (SyntaxError, ValueError):
+            continue
+        module = ast.get_docstring(tree)
+        entries = [module] if module else []
+        entries += ["\n\n".join(_docstrings_below(statement)) for statement in tree.body]
+        yield from (Document(text) for text in entries if text)
+
+
+def _docstrings_below(node: ast.AST) -> Iterator[str]:
+    for each in _in_order(node):
+        if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(each)
+            if docstring:
+                yield docstring
+
+
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements, as they stand in the source (ast.walk goes level by level)."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _in_order(child)
+
+
+def _sudoku_documents() -> Iterator[Document]:
+    grids = _all_grids()
+    # Bit g of grids_with[cell, digit]: grid g has that digit in that cell. A puzzle is unique if one bit remains.
+    grids_with = {
+        (cell, digit): sum(1 << g for g, grid in enumerate(grids) if grid[cell] == digit)
+        for cell in range(16) for digit in "1234"
+    }
+    draw = random.Random(0)
+    for _ in range(_PUZZLES_PER_GRID):
+        for grid in grids:
+            yield Document(f"{_puzzle(grid, grids_with, draw)}={grid}", group=grid)
+
+
+def _puzzle(grid: str, grids_with: dict[tuple[int, str], int], draw: random.Random) -> str:
+    """Empties cells in random order, as many as drawn, but never so that another grid would fit."""
+    cells = list(range(16))
+    draw.shuffle(cells)
+    wanted = draw.randint(6, 12)
+    empty: set[int] = set()
+    for cell in cells:
+        left = [grids_with[c, grid[c]] for c in range(16) if c not in empty and c != cell]
+        if len(empty) < wanted and functools.reduce(int.__and__, left).bit_count() == 1:
+            empty.add(cell)
+    return "".join("." if c in empty else digit for c, digit in enumerate(grid))
+
+
+def _all_grids() -> list[str]:
+    """The 288 filled grids, in lexicographic order."""
+    rows = ["".join(p) for p in itertools.permutations("1234")]
+    return [
+        a + b + c + d
+        for a, b, c, d in itertools.product(rows, repeat=4)
+        if all(len({a[i], b[i], c[i], d[i]}) == 4 for i in range(4))
+        and all(len(set(top[i : i + 2] + bottom[i : i + 2])) == 4 for top, bottom in ((a, b), (c, d)) for i in (0, 2))
+    ]

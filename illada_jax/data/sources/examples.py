@@ -1,0 +1,168 @@
+"""Examples for fine-tuning as their sources have them: `chat:PATH` and `tasks:NAME:COUNT`.
+
+`chat:PATH` reads JSONL (also .gz, .zst) or Parquet, a file, a glob or a directory. A record holds `messages`, a list of
+objects with `role` and `content`, or `prompt` and `response`, two texts that are used as they are, without a template.
+What is no example is reported as `RejectedExample` with its place and a reason; nothing is dropped in silence.
+"""
+
+import functools
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from illada_jax.data.sources import registry, synthetic
+from illada_jax.data.tokenizers.chat import check_messages
+from illada_jax.errors import InputError
+
+_PARQUET = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation, or a prompt and its response.
+
+    Attributes:
+      where: its place in the source, for messages.
+      messages: the conversation; empty for a pair.
+      prompt: what is given.
+      response: what is to be written, without its end token.
+    """
+
+    where: str
+    messages: tuple[dict[str, str], ...] = ()
+    prompt: str = ""
+    response: str = ""
+
+    @property
+    def group(self) -> str:
+        """What decides about the held-out split: examples that ask the same fall on the same side."""
+        asked = [message["content"] for message in self.messages if message["role"] != "assistant"]
+        return "\n".join(asked[:2]) if self.messages else self.prompt
+
+    @property
+    def texts(self) -> list[str]:
+        """All that people wrote."""
+        return [message["content"] for message in self.messages] or [self.prompt, self.response]
+
+
+@dataclass(frozen=True)
+class RejectedExample:
+    """What is no example.
+
+    Attributes:
+      where: its place in the source.
+      reason: one of a few, to be counted.
+      detail: more, for a message.
+    """
+
+    where: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ExamplePart:
+    """A share of a source that is read at one go.
+
+    Attributes:
+      name: for messages.
+      read: yields the examples, the same ones in the same order each time.
+      files: the files that it depends on.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Example | RejectedExample]]
+    files: tuple[pathlib.Path, ...] = ()
+
+
+def parts(spec: str) -> list[ExamplePart]:
+    """The parts of a source of examples, in order.
+
+    Raises:
+      InputError: the kind is unknown, or its argument is no good.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "tasks":
+        read = functools.partial(_read_task, *synthetic.parse(argument))
+        return [ExamplePart(spec, read)]
+    if kind == "chat":
+        return [ExamplePart(str(path), functools.partial(_read_file, path), (path,))
+                for path in registry.find_files("chat", argument)]
+    raise InputError(f"source {spec!r}: fine-tuning (config.sft.format) reads chat:PATH and tasks:NAME:COUNT")
+
+
+def _read_task(name: str, count: int, seed: int) -> Iterator[Example]:
+    for number, (prompt, response) in enumerate(synthetic.examples(name, count, seed), start=1):
+        yield Example(f"tasks:{name}, example {number}", prompt=prompt, response=response)
+
+
+def _read_file(path: pathlib.Path) -> Iterator[Example | RejectedExample]:
+    records = _parquet_records(path) if path.suffix in _PARQUET else _json_records(path)
+    for where, record in records:
+        yield record if isinstance(record, RejectedExample) else to_example(where, record)
+
+
+def to_example(where: str, record: Any) -> Example | RejectedExample:
+    """Checks a record."""
+    if not isinstance(record, dict):
+        return RejectedExample(where, "not an object")
+    if record.get("messages") is not None:
+        try:
+            messages = check_messages(record["messages"])
+        except InputError as error:
+            return RejectedExample(where, "bad message", str(error))
+        if messages[-1]["role"] != "assistant":
+            return RejectedExample(where, "no answer", f"the last message is the {messages[-1]['role']}'s")
+        example = Example(where, messages=tuple(messages))
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    else:
+        missing = [key for key in ("prompt", "response") if not isinstance(record.get(key), str)]
+        if missing:
+            keys = ", ".join(map(str, record)) or "none"
+            return RejectedExample(where, "neither messages nor prompt and response",
+                       f"no text in {' and '.join(map(repr, missing))}; its keys: {keys}")
+        example = Example(where, prompt=record["prompt"], response=record["response"])
+        answers = [example.response]
+    if not all(answer.strip() for answer in answers):
+        return RejectedExample(where, "empty response")
+    try:
+        "".join(example.texts).encode()
+    except UnicodeEncodeError:
+        return RejectedExample(where, "half a surrogate pair, which is no Unicode")
+    return example
+
+
+def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with registry.open_input(path) as file:
+            for number, line in enumerate(io.BufferedReader(file), start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    try:
+                        yield where, json.loads(line)
+                    except UnicodeDecodeError as error:
+                        yield where, RejectedExample(where, "not UTF-8", f"byte {error.start}")
+                    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+                        yield where, RejectedExample(where, "not JSON", getattr(error, "msg", str(error)))
+    except registry.READ_ERRORS as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet needs pyarrow: pip install 'illada_jax[parquet]'") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error

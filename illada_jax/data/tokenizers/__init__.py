@@ -1,0 +1,1 @@
+"""Tokenizers: lossless, with the special ids that diffusion needs, and chat templates."""

@@ -1,0 +1,138 @@
+"""Hugging Face `tokenizer.json` behind the interface of `data/tokenizers/tokenizer.py`."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+
+from illada_jax.data.tokenizers.tokenizer import MOST_IDS, Tokenizer
+from illada_jax.errors import InputError
+
+# Names in the order of preference; anything between the brackets of a special token counts.
+_NAMES = {
+    "mask": ("mask", "mdm_mask"),
+    "eos": ("/s", "eos", "endoftext", "end_of_text", "sep"),
+    "bos": ("s", "bos", "startoftext", "begin_of_text", "cls"),
+    "pad": ("pad", "padding"),
+}
+_UNICODE_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, read by the `tokenizers` library.
+
+    Unicode normalisation is dropped (text survives as it is). Special ids come from `special_ids`, else from the
+    `tokenizer_config.json` beside it, else from the names of its special tokens; what is missing is numbered after the
+    vocabulary. Its special tokens are never recognised in text.
+
+    Attributes:
+      named_ids: the special ids that the files name, by name.
+    """
+
+    def __init__(self, tokenizer_json: bytes, tokenizer_config: bytes | None = None,
+                 special_ids: Mapping[str, int] | None = None):
+        """Loads a tokenizer.
+
+        Args:
+          tokenizer_json: content of `tokenizer.json`.
+          tokenizer_config: content of `tokenizer_config.json`, which may name bos, eos, pad and mask.
+          special_ids: ids by name; any that are left out are looked up.
+
+        Raises:
+          InputError: the file is no tokenizer.
+        """
+        try:
+            description = json.loads(tokenizer_json)
+            names = json.loads(tokenizer_config or b"{}")
+            added = description.get("added_tokens") or []
+            table = tokenizers.Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # the library raises a bare Exception for whatever it cannot read
+            raise InputError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        used = set(table.get_vocab(with_added_tokens=True).values())
+        if max(used, default=0) >= MOST_IDS:
+            raise InputError(f"not a tokenizer.json: the id {max(used)} is beyond {MOST_IDS}")
+        self.named_ids = _find_special_ids(table, added, names)
+        found = dict(self.named_ids)
+        for name in _NAMES:
+            found.setdefault(name, 1 + max(used | set(found.values())))
+        found |= special_ids or {}
+        if max(found.values()) >= MOST_IDS:
+            raise InputError(f"special ids {found}: must be less than {MOST_IDS}")
+        super().__init__(1 + max(used | set(found.values())), found)
+        self._unused = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
+        for token in added:
+            # Those with a meaning to us must be marked, or the library would match them in text.
+            token["special"] = token["special"] or token["id"] in found.values()
+        description["normalizer"] = _without_unicode_normalizers(description.get("normalizer"))
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self._tokenizer.encode_special_tokens = True
+        self._special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
+        self._never = frozenset(found.values()) | set(self._special_tokens.values())
+        self._json = tokenizer_json
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        if self._never.isdisjoint(ids):
+            return ids
+        # A model whose plain vocabulary holds the special pieces can still match them: cut inside the match.
+        first = next(n for n, i in enumerate(ids) if i in self._never)
+        start, stop = encoding.offsets[first]
+        if stop - start < 2:
+            raise InputError(f"this tokenizer turns {text[start:stop]!r} into the special token "
+                             f"{self.id_to_piece(ids[first])!r}: it cannot hold every text")
+        return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See Tokenizer."""
+        return self._tokenizer.decode([i for i in ids if i not in self._never], skip_special_tokens=False)
+
+    def id_to_piece(self, token_id: int) -> str:
+        """See Tokenizer."""
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            names = [name for name, special_id in self.special_ids.items() if special_id == token_id]
+            return f"<{names[0] if names else token_id}>"
+        return piece
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        """See Tokenizer."""
+        return self._unused
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer."""
+        return {**super().special_tokens, **self._special_tokens}
+
+    def vocabulary_files(self) -> dict[str, bytes]:
+        """See Tokenizer."""
+        return {"tokenizer.json": self._json,
+                "special_ids.json": json.dumps({"kind": "huggingface", **self.special_ids}, indent=1).encode()}
+
+
+def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]],
+                      names: Mapping[str, Any]) -> dict[str, int]:
+    found = {}
+    by_core = {re.sub(r"[<>\[\]|]", "", token["content"]).lower(): token["id"] for token in reversed(added)}
+    for name, candidates in _NAMES.items():
+        named = names.get(f"{name}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        token_id = table.token_to_id(named) if named and isinstance(named, str) else None
+        if token_id is None:
+            token_id = next((by_core[c] for c in candidates if c in by_core), None)
+        if token_id is not None:
+            found[name] = token_id
+    return found
+
+
+def _without_unicode_normalizers(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if normalizer is None or normalizer["type"] in _UNICODE_NORMALIZERS:
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = [n for n in map(_without_unicode_normalizers, normalizer["normalizers"]) if n is not None]
+        return {**normalizer, "normalizers": kept} if kept else None
+    return normalizer

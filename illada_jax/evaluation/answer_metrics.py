@@ -1,0 +1,53 @@
+"""How a decoded answer is compared with the reference: a function (prompt, answer, reference) → number in [0, 1]."""
+
+import importlib
+import math
+import re
+from collections.abc import Callable
+
+from illada_jax.errors import ConfigError
+
+AnswerMetric = Callable[[str, str, str], float]
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def make_answer_metric(name: str) -> AnswerMetric:
+    """The metric `exact` or `numeric`, or the function that `package.module:function` names.
+
+    Raises:
+      ConfigError: there is no such metric.
+    """
+    if name in ANSWER_METRICS:
+        return ANSWER_METRICS[name]
+    module, colon, function = name.partition(":")
+    allowed = f"must be one of {', '.join(map(repr, ANSWER_METRICS))}, or 'package.module:function'"
+    if not colon:
+        raise ConfigError(f"config.eval.answer_metric = {name!r}: {allowed}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"config.eval.answer_metric = {name!r}: {error}; it {allowed}") from error
+    if not callable(found):
+        raise ConfigError(f"config.eval.answer_metric = {name!r}: is no function; it {allowed}")
+    return found
+
+
+def exact(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer is the reference, white space at the ends aside."""
+    del prompt
+    return float(answer.strip() == reference.strip())
+
+
+def numeric(prompt: str, answer: str, reference: str) -> float:
+    """1 if the last numbers of both are equal; thousands may be separated by commas."""
+    del prompt
+    got, wanted = _last_number(answer), _last_number(reference)
+    return float(got is not None and wanted is not None and math.isclose(got, wanted, rel_tol=1e-9))
+
+
+def _last_number(text: str) -> float | None:
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+ANSWER_METRICS: dict[str, AnswerMetric] = {"exact": exact, "numeric": numeric}

@@ -1,0 +1,91 @@
+"""Files from strangers run no code: no pickle, no remote code, no text that is evaluated where something is loaded."""
+
+import ast
+import json
+import pathlib
+import pickle
+import resource
+import shutil
+
+import jax
+import pytest
+
+from illada_jax.config import DataConfig
+from illada_jax.data.corpus import open_corpus
+from illada_jax.data.preparing.corpora import Settings, prepare
+from illada_jax.data.sources import examples
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.errors import InputError
+from illada_jax.interop import open_source
+from illada_jax.training.saved_model import load_inference
+from tests.evaluation import lm_eval_toys
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIXTURE = ROOT / "tests" / "fixtures" / "checkpoints" / "illada-gqa-tied"
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "transformers", "yaml"}
+CALLS = {"eval", "exec", "compile", "__import__", "extractall", "import_module"}
+# Where code is run on purpose: a generated program in its sandbox; a scorer that the user's own config names; the
+# standard library's own documentation.
+ALLOWED = {"evaluation/sandboxed.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"import_module"},
+           "data/sources/builtin.py": {"import_module"}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "illada_jax").rglob("*.py")),
+                         ids=lambda path: str(path.relative_to(ROOT / "illada_jax")))
+def test_no_module_loads_code_from_data(path):
+    name = str(path.relative_to(ROOT / "illada_jax"))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert MODULES.isdisjoint(alias.name.split(".")[0] for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in MODULES, ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            function = node.func
+            called = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+            # Methods named compile are those of regular expressions and of lowered programs.
+            if called in CALLS and (called != "compile" or isinstance(function, ast.Name)):
+                assert called in ALLOWED.get(name, set()), f"{name}, line {node.lineno}: {ast.unparse(node)}"
+            for keyword in node.keywords:
+                unsafe = keyword.arg in ("allow_pickle", "trust_remote_code")
+                assert not unsafe or ast.unparse(keyword.value) == "False", ast.unparse(node)
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    """Whoever unpickles fails."""
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+
+
+def test_nothing_is_unpickled(no_pickle, tmp_path):
+    lm_eval_toys.save(tmp_path / "run")
+    assert load_inference(tmp_path / "run").step == 1
+    shutil.copytree(FIXTURE, tmp_path / "checkpoint")
+    ByteTokenizer().save(tmp_path / "checkpoint")
+    open_source(str(tmp_path / "checkpoint")).restore(jax.numpy.dtype("float32"), None)
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"some text {i} " * 9)
+    prepare(Settings((f"text:{tmp_path}/text",), "bytes", 0, 0.3), tmp_path / "corpus", progress=False)
+    corpus = open_corpus(DataConfig(sources=(f"prepared:{tmp_path}/corpus",)))
+    assert corpus.train.read(0, 5).shape == (5,)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    assert len(list(examples.parts(f"chat:{tmp_path}/x.jsonl")[0].read())) == 1
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 2**31}, {"num_layers": 10**6}, {"d_model": 2**20}],
+                         ids=["rows", "layers", "width"])
+def test_a_checkpoint_that_claims_to_be_larger_than_its_arrays_is_refused(tmp_path, changes):
+    """Shapes are compared before anything of their size is allocated."""
+    lm_eval_toys.save(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"] |= changes
+    path.write_text(json.dumps({key: meta[key] for key in meta if key not in ("seal", "fingerprints")}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"checkpoints/1/params: damaged: .*there is no other checkpoint"):
+        load_inference(tmp_path / "run")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
