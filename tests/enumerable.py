@@ -1,5 +1,6 @@
 """A distribution over four tokens of three symbols: small enough to sum over all outcomes and all masks."""
 
+import functools
 import itertools
 import math
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import loss_weights, token_losses
+from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import Corrupted
+from illada_jax.diffusion.token_losses import token_losses
 
 LENGTH, SYMBOLS, MASK = 4, 3, 3
 OUTCOMES = np.array(list(itertools.product(range(SYMBOLS), repeat=LENGTH)), np.int32)
@@ -33,9 +35,8 @@ def nats_of_rows(table, batch, corrupted):
     The table holds logits [4, 4, 4, 4, L, V]: the first indices are the noisy tokens.
     """
     logits_BLV = jnp.asarray(table)[tuple(jnp.moveaxis(corrupted.noisy_BL, 1, 0))]
-    weights_BL = loss_weights(batch, corrupted)
-    _, ce_BL, _ = token_losses(lambda x: x, logits_BLV, batch.tokens_BL, weights_BL)
-    return jnp.sum(weights_BL * ce_BL, axis=1)
+    _, terms = objective(functools.partial(token_losses, lambda x: x), logits_BLV, batch, corrupted)
+    return terms.nats_B
 
 
 @jax.jit

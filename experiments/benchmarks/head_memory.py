@@ -22,7 +22,7 @@ from absl import flags
 
 from illada_jax import cli, model
 from illada_jax.config import ModelConfig
-from illada_jax.diffusion.loss import token_losses
+from illada_jax.diffusion.token_losses import token_losses
 
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each variant takes a step", 1)
 SIZES = flags.DEFINE_multi_enum("size", ["32k", "155k", "small"], ["32k", "155k", "small"], "sizes to measure")

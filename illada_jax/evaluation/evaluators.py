@@ -5,6 +5,7 @@ text} that `main` builds from `config.eval` and hands to the loop.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from illada_jax.data.corpus import Corpus
 from illada_jax.data.example_store import Examples
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
-from illada_jax.diffusion.loss import loss_weights, token_losses
+from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count
+from illada_jax.diffusion.token_losses import token_losses
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation.answer_metrics import make_answer_metric
 from illada_jax.keys import Purpose, key_for
@@ -80,10 +82,9 @@ def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, 
     def nats(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         corrupted = corrupt_fixed_count(key, batch, config.diffusion.mask_id)
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, batch.positions_BL, batch.segments_BL)
-        head = lambda hidden_BCD: model.head(config.model, params, hidden_BCD)  # noqa: E731
-        weights_BL = loss_weights(batch, corrupted)
-        _, ce_BL, _ = token_losses(head, hidden_BLD, batch.tokens_BL, weights_BL, config.train.logits_chunk)
-        return jnp.sum(weights_BL * ce_BL, axis=1)
+        head = functools.partial(model.head, config.model, params)
+        losses = functools.partial(token_losses, head, chunk=config.train.logits_chunk)
+        return objective(losses, hidden_BLD, batch, corrupted)[1].nats_B
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step  # the same masks every time: evaluations of one run are paired

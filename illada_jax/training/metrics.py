@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
+from illada_jax.diffusion.objective import NUM_BUCKETS, LossSums
 from illada_jax.errors import StorageError
 from illada_jax.training.lease import is_remote
 

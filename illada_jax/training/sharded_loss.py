@@ -1,8 +1,7 @@
-"""The loss over a mesh: each device computes the logits of its own rows, chunk after chunk, and nothing else moves.
+"""Token losses over a mesh: each device computes the logits of its own rows, chunk by chunk; no activations move.
 
-Left to the partitioner, every chunk would gather the head's weights again and add up its gradient over all devices: 16
-times the traffic at 8,192 tokens. Here the weights are gathered once before the chunks and the gradient is scattered
-once behind them.
+Left to the partitioner, every chunk would gather the head's weights and all-reduce their gradient: 16 times the traffic
+at 8,192 tokens. Here the weights are gathered once before the chunks and the gradient is scattered once after them.
 """
 
 import functools
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from illada_jax import model
 from illada_jax.config import Config
-from illada_jax.diffusion.loss import token_losses
+from illada_jax.diffusion.token_losses import token_losses
 from illada_jax.parallel.sharding import RULES
 
 ROWS = PartitionSpec(RULES["batch"])
@@ -23,11 +22,11 @@ ROWS = PartitionSpec(RULES["batch"])
 def sharded_token_losses(
     config: Config, mesh: Mesh, params: Any, hidden_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`token_losses` of a batch whose rows lie over the mesh, the positions of weight 0 left out on each device.
+    """`token_losses` of a batch sharded over the mesh; each device skips positions of weight 0.
 
     Args:
       config: its model and train.logits_chunk.
-      mesh: the mesh; rows lie over `data` and `fsdp`, what divides the vocabulary (`tensor`) stays as it is.
+      mesh: rows are sharded over `data` and `fsdp`; the sharding of the vocabulary (`tensor`) is left as it is.
       params: params of the model, sharded.
       hidden_BLD: final hidden states.
       targets_BL: int32 original tokens.
@@ -40,14 +39,14 @@ def sharded_token_losses(
 
     def local_losses(weights, hidden_BLD, targets_BL, weights_BL):
         whole = _gather(weights, spec.index(RULES["embed"]), config.model.dtype)
-        head = lambda hidden_CD: model.head(config.model, {**params, name: whole}, hidden_CD)  # noqa: E731
+        head = functools.partial(model.head, config.model, {**params, name: whole})
         loss, *by_position = token_losses(
             head, hidden_BLD, targets_BL, weights_BL, config.train.logits_chunk, compact=True)
         return loss[None], *by_position
 
-    # The head's gradient, float32 and whole before it is scattered, must be gone before the layers' backward pass
-    # begins, and the gathered weights must not be there during their forward pass: left to itself the compiler moves
-    # both. It costs nothing, as the collectives run inside loops or stand alone.
+    # The head's gradient, float32 and whole until it is scattered, must be freed before the layers' backward pass, and
+    # the gathered weights must not exist during their forward pass: without the barrier the compiler moves both. It is
+    # free, because the collectives run inside loops or stand alone.
     hidden_BLD, weights = jax.lax.optimization_barrier((hidden_BLD, params[name]))
     losses, ce_BL, correct_BL = jax.shard_map(
         local_losses, mesh=mesh, axis_names=set(RULES["batch"]), in_specs=(PartitionSpec(*spec), ROWS, ROWS, ROWS),
@@ -58,7 +57,7 @@ def sharded_token_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, axis: int, dtype: str) -> jax.Array:
-    """The whole of x, moved in the compute dtype; its gradient is added up in float32, not in that dtype."""
+    """All-gathers x in the compute dtype; its gradient is summed in float32."""
     return jax.lax.all_gather(x.astype(dtype), RULES["embed"], axis=axis, tiled=True).astype(x.dtype)
 
 
@@ -68,8 +67,8 @@ def _gather_forward(x: jax.Array, axis: int, dtype: str):
 
 def _gather_backward(axis: int, dtype: str, _: None, gradient: jax.Array):
     del dtype
-    # Over the other axes, where x is the same on all devices, shard_map adds gradients up by itself. In pieces, one
-    # after another: the sum before it is scattered may need a buffer of its own.
+    # Over the other axes, where x is replicated, shard_map sums gradients by itself. Piece by piece, because the sum may
+    # need a buffer of its own before it is scattered.
     vocab = gradient.shape[1 - axis]
     size = vocab // next(count for count in (8, 4, 2, 1) if vocab % count == 0)
 

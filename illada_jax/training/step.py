@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config, FaultConfig
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.loss import LossSums, loss_sums, loss_weights, total_weight
+from illada_jax.diffusion.objective import LossSums, objective, total_weight
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
@@ -22,7 +22,7 @@ from illada_jax.training.sharded_loss import sharded_token_losses
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes.
+    """State that a step updates.
 
     Attributes:
       step: int32 scalar, the number of steps taken.
@@ -38,12 +38,18 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and used: the moving average if there is one, else the params."""
+        """Params to evaluate and to use: the moving average if there is one, else the params."""
         return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: float32 scalars on the device, and whether its numbers are bad (config.faults)."""
+    """Metrics of one step, on the device.
+
+    Attributes:
+      sums: of the objective.
+      gradient_norm: float32 scalar, before clipping.
+      bad: bool scalar, True if the update was left out (config.faults).
+    """
 
     sums: LossSums
     gradient_norm: jax.Array
@@ -51,18 +57,18 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; jit it with the shardings of `abstract_state` so that it is born sharded."""
+    """Initial state; jit it with the shardings of `abstract_state` to create it sharded."""
     params = model.init_params(config.model, key_for(config.seed, Purpose.PARAMS))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), fresh_average(config, params))
 
 
 def fresh_average(config: Config, params: Any) -> Any:
-    """A moving average that starts at `params` (a copy: both are donated); None where none is kept."""
+    """Moving average that starts at `params` (a copy, since both are donated); None if the config keeps none."""
     return jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings: nothing is allocated."""
+    """State as ShapeDtypeStructs with their shardings; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     params = sharding.param_shardings(mesh, model.param_axes(config.model))
     shardings = TrainState(
@@ -75,10 +81,10 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds the jitted step (state, global batch) → (state, metrics). The state is donated, but on CPUs.
+    """Builds the jitted step (state, global batch) → (state, metrics), which donates the state except on CPUs.
 
-    Keys derive from (seed, step, global row): the masks are the same for any mesh and any number of micro-batches.
-    A step whose numbers are bad changes nothing but the counts of steps.
+    Keys derive from (seed, step, global row), so masks do not depend on the mesh or the number of micro-batches. A step
+    with bad numbers changes only the step counts.
     """
     process = MaskProcess(config.diffusion.mask_id, config.diffusion.eps, config.diffusion.time_sampling)
 
@@ -89,12 +95,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # Early on the average is young: without the bound it would hold on to the random initial params.
+            # Without this bound a young average would cling to the random initial params.
             decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
         norm = optax.tree.norm(grads)
         bad = _is_bad(config.faults, sums, norm)
-        # Loss and norm are those of the whole batch, so that all devices and hosts decide alike.
+        # Loss and norm are global, so all devices and hosts decide alike.
         after = jax.tree.map(lambda old, new: new if _is_count(new) else jnp.where(bad, old, new), state,
                              TrainState(state.step + 1, params, opt_state, ema))
         return after, StepMetrics(sums, norm, bad)
@@ -112,9 +118,9 @@ def make_train_step(
 
 
 def donates(platform: str) -> bool:
-    """Whether the step overwrites its state.
+    """True if the step donates its state.
 
-    On a CPU XLA copies what is donated before it overwrites it, which takes a quarter of a step of 1 M parameters.
+    On a CPU, XLA copies donated arrays before overwriting them, which takes a quarter of a step of 1 M parameters.
     """
     return platform != "cpu"
 
@@ -127,39 +133,37 @@ def _is_bad(faults: FaultConfig, sums: LossSums, gradient_norm: jax.Array) -> ja
 
 
 def _is_count(x: jax.Array) -> bool:
-    """Whether a leaf of a state counts steps: schedules go by these, so that a step left out is a step."""
+    """True for leaves that count steps. Schedules follow these counts, so a skipped step still counts."""
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def skip_steps(state: TrainState, steps: jax.Array) -> TrainState:
-    """The state as if `steps` more steps had been taken that changed nothing. The state is donated."""
+    """Advances the step counts by `steps` without changing anything else. The state is donated."""
     return jax.tree.map(lambda x: x + steps if _is_count(x) else x, state)
 
 
 @jax.jit
 def is_finite(state: TrainState) -> jax.Array:
-    """Whether all numbers of a state are finite; a scalar."""
+    """True, as a bool scalar, if all numbers of the state are finite."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]).all()
 
 
 def loss_gradients(
     config: Config, mesh: Mesh, params: Any, batch: Batch, corrupted: Corrupted
 ) -> tuple[Any, LossSums]:
-    """Gradients of Σ masked w·CE/p ÷ Σ maskable w over the global batch, and the sums that it is made of.
+    """Gradients of the objective over the global batch, and its sums.
 
-    With micro-batches the parts are added up after dividing by the weight of the WHOLE batch, so that the number of
-    parts changes nothing but the order of additions.
+    With micro-batches each part is divided by the weight of the WHOLE batch, so that the number of parts changes only
+    the order of additions.
     """
-    weight = jnp.maximum(total_weight(batch), 1e-30)
+    weight = total_weight(batch)
 
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
-        # Divided here and not behind the loss, so that no gradient of the size of the embedding is scaled afterwards.
-        weights_BL = loss_weights(part, corrupted) / weight
-        loss, ce_BL, correct_BL = sharded_token_losses(config, mesh, params, hidden_BLD, part.tokens_BL, weights_BL)
-        sums = loss_sums(loss * weight, ce_BL, correct_BL, part, corrupted)
-        return loss, sums
+        losses = functools.partial(sharded_token_losses, config, mesh, params)
+        loss, terms = objective(losses, hidden_BLD, part, corrupted, weight)
+        return loss, terms.sums
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)
     parts = config.train.microbatches

@@ -3,16 +3,19 @@
 The network is the table of true conditionals, for which the bound is tight: it equals -log p(x) for every x.
 """
 
+import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from illada_jax.diffusion.loss import loss_sums, loss_weights, token_losses
+from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt, corrupt_fixed_count
+from illada_jax.diffusion.token_losses import token_losses
 from tests.enumerable import (
     LENGTH,
     MASK,
@@ -101,25 +104,25 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
     @jax.jit
     def lean(hidden_BLD, matrix_DV):
         head = lambda x: jnp.einsum("...D,DV->...V", x, matrix_DV)  # noqa: E731
-        weights_BL = loss_weights(batch, corrupted)
-        loss, ce_BL, correct_BL = token_losses(head, hidden_BLD, batch.tokens_BL, weights_BL, chunk, compact)
-        sums = loss_sums(loss, ce_BL, correct_BL, batch, corrupted)
-        return sums.loss / sums.weight, (ce_BL, sums.correct)
+        losses = functools.partial(token_losses, head, chunk=chunk, compact=compact)
+        loss, terms = objective(losses, hidden_BLD, batch, corrupted)
+        return loss, (terms.nats_B, terms.sums.correct)
 
     def naive(hidden_BLD, matrix_DV):
         log_p_BLV = jax.nn.log_softmax(jnp.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV))
         ce_BL = -jnp.take_along_axis(log_p_BLV, batch.tokens_BL[..., None], -1)[..., 0]
         correct = jnp.sum((jnp.argmax(log_p_BLV, -1) == batch.tokens_BL) & masked_BL)
-        return jnp.sum(jnp.where(masked_BL, ce_BL / corrupted.p_BL, 0.0)) / masked_BL.size, (ce_BL, correct)
+        nats_B = jnp.sum(jnp.where(masked_BL, ce_BL / corrupted.p_BL, 0.0), axis=1)
+        return jnp.sum(nats_B) / masked_BL.size, (nats_B, correct)
 
-    (value, (ce_BL, correct)), grads = jax.value_and_grad(lean, (0, 1), has_aux=True)(hidden_BLD, matrix_DV)
-    (expected, (naive_ce_BL, naive_correct)), naive_grads = jax.value_and_grad(naive, (0, 1), has_aux=True)(
+    (value, (nats_B, correct)), grads = jax.value_and_grad(lean, (0, 1), has_aux=True)(hidden_BLD, matrix_DV)
+    (expected, (naive_nats_B, naive_correct)), naive_grads = jax.value_and_grad(naive, (0, 1), has_aux=True)(
         hidden_BLD, matrix_DV)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(lean(hidden_BLD, matrix_DV)[0], expected, rtol=1e-5)
-    np.testing.assert_allclose(ce_BL[masked_BL], naive_ce_BL[masked_BL], rtol=1e-5)
+    np.testing.assert_allclose(nats_B, naive_nats_B, rtol=1e-5)
     assert correct == naive_correct
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, naive_grads)
+    chex.assert_trees_all_close(grads, naive_grads, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_not_masked_is_not_computed():
@@ -137,8 +140,8 @@ def test_what_is_not_masked_is_not_computed():
 def test_the_gradient_is_finite_where_nothing_is_masked(compact):
     batch = make_batch(np.zeros((1, 4), np.int32))
     corrupted = Corrupted(batch.tokens_BL, np.zeros((1, 4), bool), np.zeros((1, 4), np.float32))
-    weights_BL = loss_weights(batch, corrupted)
-    grad = jax.grad(lambda x: token_losses(lambda h: h, x, batch.tokens_BL, weights_BL, 2, compact)[0])
+    losses = functools.partial(token_losses, lambda h: h, chunk=2, compact=compact)
+    grad = jax.grad(lambda x: objective(losses, x, batch, corrupted)[0])
     assert np.isfinite(grad(jnp.ones((1, 4, 3)))).all()
 
 
@@ -148,7 +151,8 @@ def test_sums_by_masking_probability_are_those_of_a_plain_loop():
     p_BL = np.array([0.05, 0.1, 0.11, 1.0], np.float32)[:, None] * np.ones((4, 6), np.float32)
     masked_BL, correct_BL = rng.random((4, 6)) < 0.6, rng.random((4, 6)) < 0.5
     ce_BL = rng.random((4, 6)).astype(np.float32)
-    sums = loss_sums(jnp.float32(0), ce_BL, correct_BL, batch, Corrupted(batch.tokens_BL, masked_BL, p_BL))
+    _, (sums, _) = objective(lambda *_: (jnp.float32(0), ce_BL, correct_BL), None, batch,
+                             Corrupted(batch.tokens_BL, masked_BL, p_BL))
     for bucket, rows in ((0, [0, 1]), (1, [2]), (9, [3]), (5, [])):
         np.testing.assert_allclose(sums.masked_K[bucket], masked_BL[rows].sum())
         np.testing.assert_allclose(sums.ce_K[bucket], (ce_BL * masked_BL)[rows].sum(), rtol=1e-5)
