@@ -1,8 +1,8 @@
 """Configurations: frozen, typed, validated.
 
-An experiment is a file with `get_config()` that starts from `defaults()`, changes what it wants and returns a
-locked `ConfigDict`; flags may override (`--config.train.steps=10`). `from_config_dict` turns it into the dataclasses
-below, once, and nothing else in the project sees a ConfigDict. Every field is read somewhere: a test holds that.
+An experiment is a file with `get_config()` that starts from `defaults()`, changes some fields and returns a locked
+`ConfigDict`; flags may override it (`--config.train.steps=10`). `from_config_dict` converts it to the dataclasses below
+once, and no other module sees a ConfigDict. A test checks that every field is used.
 
 The file is long because every field of every section is documented and checked here, and nowhere else.
 """
@@ -195,7 +195,7 @@ class DiffusionConfig:
     """The corruption process and the objective (iLLaDA paper, objective).
 
     Attributes:
-      time_sampling: `stratified` (times of a batch spread evenly over [0, 1)) or `uniform` (independent).
+      time_sampling: `stratified` (times of a batch are spread evenly over [0, 1)) or `uniform` (independent).
       eps: the masking probability is p = (1 - eps)·t + eps.
       split_probability: probability that a window becomes two segments, cut at a random place (iLLaDA: 0.3).
       mask_id: id of MASK; -1 takes the tokenizer's.
@@ -280,15 +280,15 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-      steps: optimizer steps of the whole run; 0 where `epochs` decides.
-      epochs: fine-tuning: how often the run goes through its examples, which decides the steps; 0: steps decides.
-      stop_step: save and stop cleanly at this step, the schedule unchanged; 0 runs to the end.
-      microbatches: gradient accumulation: the global batch is computed in this many parts.
-      compiler_options: options of the TPU compiler for the step, as `NAME=VALUE`; other platforms leave them out.
-      logits_chunk: positions of a row whose logits exist at the same time in the loss; 0: the whole row.
+      steps: optimizer steps of the whole run; 0 if `epochs` is given.
+      epochs: for fine-tuning: passes over the examples, which determine the steps; 0 if `steps` is given.
+      stop_step: save and stop at this step without changing the schedule; 0 runs to the end.
+      microbatches: gradient accumulation: number of parts in which the global batch is computed.
+      compiler_options: options of the TPU compiler for the step, as `NAME=VALUE`; ignored on other platforms.
+      logits_chunk: positions per row whose logits exist at the same time in the loss; 0: the whole row.
       log_every: steps between lines of metrics.
       plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
-      plateau_tolerance: the loss has stopped falling when it falls by less than this share in as many steps.
+      plateau_tolerance: the loss counts as flat if it falls by less than this fraction over the window.
       tensorboard: write TensorBoard events into the workdir.
       watchdog_seconds: without a step for so long, the process that holds up the others is named and the run stops, to
         be started again; 0: nobody watches.
@@ -433,8 +433,8 @@ class DecodeConfig:
 
     Attributes:
       max_new_tokens: budget of new tokens; the last block may be shorter.
-      over_budget: what happens when prompt and budget exceed the context: `cut` the budget to whole blocks that fit,
-        with a warning, or `error`.
+      over_budget: if prompt and budget exceed the context: `cut` the budget to whole blocks that fit, with a warning,
+        or `error`.
       length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are there from the start).
       block_length: tokens of a block.
       steps_per_block: steps per block with reveal = schedule; block_length writes one token per step.
@@ -442,9 +442,9 @@ class DecodeConfig:
       threshold: of the reveal strategy of that name, in (0, 1].
       factor: of the reveal strategy of that name.
       entropy_bound: of the reveal strategy of that name, in nats.
-      confidence: how sure the model is of a position, a name in `decoding/confidence.py`.
+      confidence: order in which positions are revealed, a name in `decoding/confidence.py`.
       temperature: of the Gumbel noise on the logits; 0 is greedy.
-      top_p: samples come from the most probable tokens that make up this mass; 1 is all of them.
+      top_p: nucleus sampling: sample from the most probable tokens with at least this total probability; 1 is off.
       cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none.
       suppressed_ids: ids that are never written, besides MASK and ids beyond the tokenizer.
       stop_ids: ids that end an answer, besides EOS.
@@ -455,10 +455,10 @@ class DecodeConfig:
       end_of_thinking_boost: push towards `</think>` (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
       end_of_thinking_power: 3 in the paper, 1 for HumanEval.
       end_of_thinking_ids: ids of the end-of-thinking string; empty takes the tokenizer's for `</think>`.
-      cache: keys and values that are kept within a block: `none` (exact), `prefix` (of all that is written), `dual` (of
-        all that is outside of the block, masks too). Approximations: they hold what was seen at the last refresh.
+      cache: keys and values kept within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of
+        all columns outside of the block, masks included). Approximations, as of the last refresh.
       cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
-      batch_size: rows that are decoded at the same time; the results do not depend on it.
+      batch_size: rows decoded at the same time; results do not depend on it.
       seed: seed of the sampler; row i draws from fold_in(seed, i).
     """
 
@@ -490,8 +490,8 @@ class DecodeConfig:
 
     def __post_init__(self):
         _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "factor", "batch_size")
-        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "end_of_thinking_boost", "end_of_thinking_power",
-                      "cache_refresh", "seed")
+        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "end_of_thinking_boost",
+                      "end_of_thinking_power", "cache_refresh", "seed")
         for name in ("temperature", "cfg_scale", "end_of_thinking_boost", "end_of_thinking_power"):
             _require(math.isfinite(getattr(self, name)), f"decode.{name}", getattr(self, name), "must be finite")
         _require(self.seed < 2**32, "decode.seed", self.seed, "must be less than 2**32")
@@ -518,10 +518,10 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole experiment. See the sections.
+    """A whole experiment; each section has a class of its own.
 
     Attributes:
-      seed: seed of everything random in training: parameters, order of the data, times, masks.
+      seed: seed of all randomness in training: parameters, order of the data, times, masks.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -555,7 +555,7 @@ class Config:
                  "needs train.epochs")
         _require(self.data.tokenizer != "checkpoint" or bool(self.init.checkpoint), "data.tokenizer", "checkpoint",
                  "needs init.checkpoint")
-        if self.train.steps:  # else they are known with the examples
+        if self.train.steps:  # otherwise the number of examples decides
             self._check_schedule()
         if self.model.vocab_size:
             _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
@@ -572,29 +572,29 @@ class Config:
 
     @property
     def decay_steps(self) -> int:
-        """The steps of the decay; 0 never decays."""
+        """Steps of the decay; 0 if the rate never decays."""
         return self.optimizer.decay_steps or round(self.optimizer.decay_fraction * self.train.steps)
 
     @property
     def decay_start(self) -> int:
-        """The step at which the learning rate starts to decay; train.steps where it never does."""
+        """Step at which the learning rate starts to decay; train.steps if it never does."""
         if self.optimizer.decay_start >= 0:
             return self.optimizer.decay_start
         return self.train.steps - self.decay_steps
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """The default experiment as a ConfigDict: an experiment file changes it and returns it."""
+    """Default experiment as a ConfigDict, for experiment files to change and return."""
     return ml_collections.ConfigDict(to_dict(Config())).lock()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A (section of a) config as plain dicts; tuples stay tuples. JSON turns them into lists, `from_dict` back."""
+    """Config, or a section, as plain dicts. Tuples stay tuples; JSON makes lists of them, and `from_dict` tuples."""
     return dataclasses.asdict(config)
 
 
 def override(section: Any, key: str, changes: dict[str, Any]) -> Any:
-    """A section with some fields changed, checked like a config. `key` is its name in error messages.
+    """Section with some fields changed and checked. `key` names it in error messages.
 
     >>> override(DecodeConfig(), "decode", {"temperature": 0.5}).temperature
     0.5
@@ -606,17 +606,17 @@ def override(section: Any, key: str, changes: dict[str, Any]) -> Any:
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    """The typed, validated config. Raises ConfigError naming the key, its value and what is allowed."""
+    """Typed, validated config. Raises ConfigError with the key, its value and what is allowed."""
     return from_dict(config.to_dict())
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Like `from_config_dict`, from plain dicts (as read from JSON). Every key must be there, and no other."""
+    """Like `from_config_dict`, from plain dicts, as read from JSON, with exactly the known keys."""
     return _build(Config, values, "")
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """Like `from_dict` for a config that a run has saved: fields that are younger than it take their defaults."""
+    """Like `from_dict` for the config of a saved run: fields added since then take their defaults."""
     _require(isinstance(values, dict), "", values, "must be an object with the sections of a config")
     complete = to_dict(Config())
     for key, value in values.items():
@@ -625,11 +625,11 @@ def from_saved(values: dict[str, Any]) -> Config:
     return from_dict(complete)
 
 
-# What does not change the parameters of a model, only how they are computed.
+# Fields that do not affect the parameters of a model, only the computation.
 _COMPUTE_FIELDS = ("dtype", "remat", "attention", "attention_block_q", "attention_block_kv",
                    "attention_block_kv_compute", "scan_unroll", "init_std", "max_length")
 
-# What may differ when a run is resumed: it changes how far, where or how observably it runs, or a schedule to come.
+# Fields that may differ on resume: how far, where or how observably a run goes, or a schedule still to come.
 RESUMABLE = (
     "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
     "train.plateau_tolerance", "train.tensorboard", "train.watchdog_seconds", "train.microbatches",
@@ -642,12 +642,12 @@ RESUMABLE = (
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The fields of the model that its parameters depend on, by name."""
+    """Fields of the model on which its parameters depend, by name."""
     return {name: value for name, value in to_dict(model).items() if name not in _COMPUTE_FIELDS}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two dicts of configs, as lines `key: old → new`."""
+    """Differences between two nested dicts, as lines `key: old → new`."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -659,13 +659,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...] = ()) -> None:
-    """Checks that a run made with `old`, now at `step`, may go on with `new`.
+    """Checks that a run made with `old`, now at `step`, may continue with `new`.
 
     Args:
       old: the config in the workdir.
-      new: the config asked for.
-      step: steps already taken.
-      allowed: further keys that may differ, by name (a section or a field).
+      new: the requested config.
+      step: steps taken.
+      allowed: further keys (sections or fields) that may differ.
 
     Raises:
       ConfigError: listing every difference that is not allowed.

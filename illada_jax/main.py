@@ -25,8 +25,8 @@ from illada_jax.interop import open_source
 from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training import run as run_setup
-from illada_jax.training.loop import train
-from illada_jax.training.profiler import Profiler, parse_steps
+from illada_jax.training.loop import RunSetup, train
+from illada_jax.training.profiler import parse_steps
 
 EXIT_RESUMABLE = 75
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, by --dry_run
@@ -92,12 +92,12 @@ def main(_: list[str]) -> int:
     if _DRY_RUN.value:
         dry_run(config)
         return 0
-    profiler = Profiler(workdir, parse_steps(_PROFILE.value))
+    profile_steps = parse_steps(_PROFILE.value)
     if _COMPILED.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
     hosts.join(_PROCESSES.value)
     try:
-        return run(config, workdir, profiler)
+        return run(config, workdir, profile_steps)
     except hosts.HostLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return hosts.hard_exit(EXIT_RESUMABLE)
@@ -111,7 +111,7 @@ def main(_: list[str]) -> int:
         return hosts.hard_exit(1)  # an ordinary exit would wait for the others, and they for this process
 
 
-def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
+def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
     """Trains and reports; on every process of the run. Returns the exit code."""
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
@@ -121,18 +121,18 @@ def run(config: Config, workdir: epath.Path, profiler: Profiler) -> int:
     evaluators, final = (hosts.run_on_all_hosts(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
                          for names in (config.eval.evaluators, config.eval.final))
     run_setup.check_memory(config, mesh)
-    if hosts.is_first():
+    if hosts.is_primary():
         run_setup.print_start(config, workdir, mesh, corpus)
-    outcome = train(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value), profiler,
-                    initial)
+    outcome = train(RunSetup(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value),
+                             profile_steps, initial))
     if outcome.status == "preempted":
-        if hosts.is_first():
+        if hosts.is_primary():
             print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
         return EXIT_RESUMABLE
     results = dict(outcome.final)
     for evaluator in final.values():
-        results |= evaluator(outcome.state.best_params, outcome.step)
-    if hosts.is_first():
+        results |= evaluator(outcome.state.eval_params, outcome.step)
+    if hosts.is_primary():
         run_setup.print_end(config, outcome, results, workdir, corpus)
     return 0
 

@@ -17,7 +17,8 @@ from illada_jax.data.tokenizers.tokenizer import train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.loop import train
+from illada_jax.training import run as run_setup
+from illada_jax.training.loop import RunSetup, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
@@ -118,7 +119,7 @@ def losses(place, workdir, form, **changes):
                                                   "optimizer.warmup_steps": 1, "optimizer.name": "adamw",
                                                   "model.num_layers": 1, "model.scan_unroll": 1, **changes})
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
-    train(settled, epath.Path(workdir), mesh, batches, examples.tokenizer, {})
+    train(RunSetup(settled, epath.Path(workdir), mesh, batches, examples.tokenizer, {}))
     return [line["train/loss"] for line in metrics(workdir)]
 
 
@@ -135,14 +136,14 @@ def test_starting_from_a_checkpoint_takes_its_tokenizer(place, trained):
     settled, examples, batches = opened(place, **changes)
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
     evaluators = make_evaluators(("exact_match",), settled, examples, batches, mesh)
-    outcome = train(settled, epath.Path(place / "second"), mesh, batches, examples.tokenizer, evaluators)
+    outcome = train(RunSetup(settled, epath.Path(place / "second"), mesh, batches, examples.tokenizer, evaluators))
     assert outcome.final["eval/exact_match"] >= 0.5  # far more than three epochs from scratch would teach
     other, *_ = opened(place, **changes, **{"model.num_layers": 4})
     with pytest.raises(InputError, match=r"another architecture: model.num_layers: 2 → 4"):
-        train(other, epath.Path(place / "third"), mesh, batches, examples.tokenizer, {})
+        train(RunSetup(other, epath.Path(place / "third"), mesh, batches, examples.tokenizer, {}))
     pieces = train_sentencepiece(["who is it"] * 9, 270)
     with pytest.raises(InputError, match="it was trained with another tokenizer"):
-        train(settled, epath.Path(place / "third"), mesh, batches, pieces, {})
+        train(RunSetup(settled, epath.Path(place / "third"), mesh, batches, pieces, {}))
     assert not (place / "third").exists()
 
 

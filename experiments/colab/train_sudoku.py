@@ -124,7 +124,7 @@ config = config_lib.from_config_dict(c)
 # %%
 from illada_jax.api import LanguageModel
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.loop import train
+from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.run import open_data
 
 mesh = make_mesh(config.mesh)
@@ -144,7 +144,7 @@ def solve(params, step):
     return {"eval/solved": float(np.mean(right)), "eval/one_puzzle": answers[PUZZLES.index((puzzle, "=", solution))]}
 
 
-outcome = train(config, epath.Path(WORKDIR), mesh, batches, corpus.tokenizer, {"solve": solve})
+outcome = train(RunSetup(config, epath.Path(WORKDIR), mesh, batches, corpus.tokenizer, {"solve": solve}))
 print(f"{outcome.status} at step {outcome.step}, with {outcome.final['eval/solved']:.2f} of the puzzles solved")
 
 # %%
@@ -213,7 +213,7 @@ plt.show()
 # %%
 from illada_jax import tracing
 
-lm = LanguageModel(config, outcome.state.best_params, corpus.tokenizer, mesh)
+lm = LanguageModel(config, outcome.state.eval_params, corpus.tokenizer, mesh)
 result = lm.generate([puzzle + "="])[0]
 trace = tracing.make_trace(lm, result, title=puzzle, num_candidates=1)
 start = len(puzzle) + 1

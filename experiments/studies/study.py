@@ -34,7 +34,7 @@ from illada_jax.data.example_store import Question
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.loop import train
+from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.run import open_data
 from illada_jax.training.saved_model import load_inference
 
@@ -126,8 +126,8 @@ def train_base(directory: pathlib.Path) -> None:
         last = config.train.stop_step or config.train.steps
         if not (directory / name / "checkpoints" / str(last)).is_dir():
             print(f"the base model: {name}", flush=True)
-            outcome = train(config, epath.Path(directory) / name, make_mesh(config.mesh), batches, examples.tokenizer,
-                            {})
+            outcome = train(RunSetup(config, epath.Path(directory) / name, make_mesh(config.mesh), batches,
+                                     examples.tokenizer, {}))
             if outcome.step < last:
                 sys.exit("stopped in the base model: the same command goes on")
 
@@ -181,8 +181,8 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         evaluate(load_inference(config.init.checkpoint, "float32", mesh).params, 0)
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
-        outcome = train(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer,
-                        {"curve": evaluate} if followed else {})
+        outcome = train(RunSetup(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer,
+                                 {"curve": evaluate} if followed else {}))
     if outcome.status != "finished":
         sys.exit(f"stopped in cell {cell.name}: the same command begins it again")
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started

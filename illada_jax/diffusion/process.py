@@ -7,6 +7,7 @@ way on one device or on many, in one micro-batch or in several.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +18,12 @@ GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
 class Corrupted(NamedTuple):
-    """What the network sees and what it is asked for.
+    """Corrupted tokens and the positions to predict.
 
     Attributes:
       noisy_BL: int32 tokens, MASK where masked.
       masked_BL: bool.
-      p_BL: float32 probability with which the position was masked; its inverse is the weight in the loss.
+      p_BL: float32 masking probability of the position; its inverse weights the loss.
     """
 
     noisy_BL: jax.Array
@@ -36,7 +37,7 @@ class MaskProcess:
 
     Attributes:
       mask_id: id of MASK.
-      eps: keeps p and so the weights 1/p finite; with eps = 0 the objective is exactly the bound.
+      eps: keeps p away from 0 and so the weights 1/p finite; with eps = 0 the objective is exactly the bound.
       time_sampling: `stratified` or `uniform`, see `sample_times`.
     """
 
@@ -46,10 +47,10 @@ class MaskProcess:
 
 
 def stratified_ranks(batch_size: int) -> np.ndarray:
-    """A permutation of 0 … B-1 whose every aligned slice is itself nearly evenly spread: the order of reversed bits.
+    """Permutation of 0 … B-1 whose aligned slices are each spread nearly evenly: bit-reversal order.
 
     Args:
-      batch_size: B, of any value; for a power of two it is exactly the bit reversal.
+      batch_size: B, any number; for a power of two this is exactly the bit reversal.
 
     Returns:
       int32 [B].
@@ -63,18 +64,18 @@ def stratified_ranks(batch_size: int) -> np.ndarray:
 
 
 def stratified_times(key: jax.Array, batch_size: int) -> jax.Array:
-    """One time per row, frac(u + rank(row) / B): each uniform, together evenly spread. float32 [B] in [0, 1)."""
+    """One time per row, frac(u + rank(row) / B): each uniform, jointly evenly spread. float32 [B] in [0, 1)."""
     return jnp.mod(jax.random.uniform(key) + stratified_ranks(batch_size) / np.float32(batch_size), 1.0)
 
 
 def sample_times(key: jax.Array, segments_BL: jax.Array, sampling: str) -> jax.Array:
-    """The time of every position; all positions of a segment share one, as each segment is a sequence of its own.
+    """Time of every position; the positions of a segment share one, since each segment is a sequence of its own.
 
     Args:
       key: key of the step.
       segments_BL: int32 segments, 1, 2, …; 0 is padding.
-      sampling: `stratified` spreads the first segments of the rows evenly over [0, 1) and turns on by the golden ratio
-        for further ones; `uniform` draws each segment's time independently.
+      sampling: `stratified` spreads the first segments of the rows evenly over [0, 1) and adds the golden ratio for
+        each further one; `uniform` draws each segment's time independently.
 
     Returns:
       float32 times_BL in [0, 1).
@@ -94,13 +95,14 @@ def _uniform_rows(key: jax.Array, batch_size: int, length: int) -> jax.Array:
 
 
 def corrupt(key: jax.Array, batch: Batch, process: MaskProcess) -> Corrupted:
-    """Masks the tokens of a whole global batch independently, with the probability of their segment's time.
+    """Masks each token of a whole global batch independently, with the probability given by its segment's time.
 
     Args:
       key: key of this step's corruption.
       batch: the global batch.
       process: the process.
     """
+    chex.assert_equal_shape([batch.tokens_BL, batch.maskable_BL, batch.segments_BL])
     time_key, mask_key = jax.random.split(key)
     times_BL = sample_times(time_key, batch.segments_BL, process.time_sampling)
     p_BL = (1 - process.eps) * times_BL + process.eps

@@ -1,9 +1,9 @@
-"""Checkpoints: whole (design, law 6), asynchronous, restorable on any mesh.
+"""Checkpoints: self-contained, asynchronous, restorable on any mesh.
 
 A checkpoint `WORKDIR/checkpoints/STEP/` holds `params`, `optimizer` (with the step), `meta` (format version, config,
 corpus) and `tokenizer` (its files): decoding needs nothing else and reads the params only. Runs that average their
-params (config.optimizer.ema_decay) also have `ema`: whoever loads a model for use (decoding, scoring, the start of
-another run) gets the average where there is one; only resuming reads both.
+params (config.optimizer.ema_decay) also save `ema`. Decoding, scoring and runs that start from the checkpoint load the
+average if there is one; only resuming reads both.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -23,6 +22,7 @@ from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError, StorageError
+from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import fingerprints, first_difference
 from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.faults import FaultCounts
@@ -38,20 +38,20 @@ from illada_jax.training.saved_model import (
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
-_REASON_LENGTH = 200  # characters of what a library says, from the end: there stands the cause
+_REASON_LENGTH = 200  # characters of a library's message, from its end, which holds the cause
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for a failed write of Orbax: it logs hundreds of lines about what it then raises too."""
+def _is_not_a_repetition(record: logging.LogRecord) -> bool:
+    """False for failed writes of Orbax, which logs hundreds of lines about an error that it also raises."""
     return record.levelno < logging.ERROR or not (
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context manager: leaving it waits for the last save."""
+    """Checkpoints of one workdir. A context manager, which waits for the last save when it is left."""
 
     def __init__(self, workdir: epath.Path, config: Config, tokenizer: Tokenizer, corpus_fingerprint: str):
-        """Opens (and makes) `workdir/checkpoints`.
+        """Opens `workdir/checkpoints`, and creates it if needed.
 
         Args:
           workdir: the working directory, local or remote.
@@ -64,10 +64,10 @@ class Checkpoints:
             keep.append(checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[BEST_METRIC], reverse=True, n=1,
                 keep_checkpoints_without_metrics=False))
-        if config.faults.action == "rollback":  # whatever a preemption saves must not push out where rollbacks lead
+        if config.faults.action == "rollback":  # checkpoints saved on preemption must not displace those
             keep.append(checkpoint_managers.EveryNSteps(interval_steps=config.checkpoint.every, max_to_keep=2))
         for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_news)
+            logging.getLogger(name).addFilter(_is_not_a_repetition)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(absolute_path(workdir) / "checkpoints", options=options)
@@ -84,7 +84,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is not None and issubclass(kind, HostLost):
-            return  # those that a last save would wait for are gone
+            return  # a last save would wait for processes that died
         try:
             with self._writing():
                 self._manager.wait_until_finished()
@@ -92,14 +92,14 @@ class Checkpoints:
         except StorageError as error:
             if kind is None:
                 raise
-            if not issubclass(kind, StorageError):  # else it has been said
+            if not issubclass(kind, StorageError):  # else the user has seen it
                 print(f"warning: {error}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what Orbax raises when a checkpoint, or the one before it, cannot be written into StorageError.
+        """Turns Orbax's errors about a checkpoint that cannot be written, this or the previous one, into StorageError.
 
-        Those are OSErrors and ValueErrors that quote the operating system; what the devices raise is let through.
+        They are OSErrors and ValueErrors that quote the operating system. Errors of the devices pass.
         """
         try:
             yield
@@ -107,18 +107,18 @@ class Checkpoints:
             text = " ".join(str(error).split())
             text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
             reason = (isinstance(error, OSError) and error.strerror) or text
-            whole = ocp.utils.checkpoint_steps(self._manager.directory)
-            newest = f"the newest whole one is that of step {max(whole)}" if whole else "there is no whole one"
-            raise StorageError(f"{self._manager.directory}: a checkpoint cannot be written: {reason}; {newest}. When "
-                               "that is mended, type the same command again") from error
+            complete = ocp.utils.checkpoint_steps(self._manager.directory)
+            newest = f"the newest complete one is of step {max(complete)}" if complete else "there is no complete one"
+            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix that "
+                               "and repeat the command to resume") from error
 
     @property
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint, or None."""
+        """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def scheduled_before(self, step: int) -> int | None:
-        """The newest checkpoint before a step of those every config.checkpoint.every steps, or None."""
+        """Step of the newest checkpoint before `step` among those every config.checkpoint.every steps, or None."""
         every = self._config.checkpoint.every
         return max((s for s in self._manager.all_steps() if s < step and s % every == 0), default=None)
 
@@ -126,7 +126,7 @@ class Checkpoints:
         """Starts to save `state` in the background. `metrics` may hold BEST_METRIC, by which the best is kept.
 
         Raises:
-          StorageError: this checkpoint or the one before cannot be written.
+          StorageError: this checkpoint or the previous one cannot be written.
         """
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
         items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
@@ -140,43 +140,43 @@ class Checkpoints:
             ))
 
     def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts]:
-        """Restores the newest whole checkpoint, or that of `scheduled_before`, onto the shardings of `abstract`.
+        """Restores the newest complete checkpoint, or that of `scheduled_before`, onto the shardings of `abstract`.
 
-        A damaged one is named on stderr and moved to `WORKDIR/damaged`, and the one before it is taken. An average that
-        `abstract` asks for and the checkpoint lacks starts at its params.
+        A corrupt checkpoint is reported on stderr and moved to `WORKDIR/corrupt`, and the previous one is tried. A
+        moving average that `abstract` has and the checkpoint lacks starts at its params.
 
         Raises:
-          InputError: the workdir was trained on another corpus, or all of its checkpoints are damaged.
+          InputError: the workdir was trained on another corpus, or all of its checkpoints are corrupt.
         """
-        damaged = []
+        corrupt = []
         with self._writing():
             self._manager.wait_until_finished()
         while (step := self.latest_step if before is None else self.scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)
             except CorruptCheckpointError as error:
-                place = self._set_aside(step)
-                damaged.append(str(place))
-                print(f"warning: {self._manager.directory / str(step)}: damaged: {error}; moved to {place}",
+                moved_to = self._set_aside(step)
+                corrupt.append(str(moved_to))
+                print(f"warning: {self._manager.directory / str(step)}: corrupt: {error}; moved to {moved_to}",
                       file=sys.stderr, flush=True)
-        raise InputError(f"{self._manager.directory}: no checkpoint is left: {', '.join(damaged)}; choose another "
-                         "--workdir to start anew")
+        raise InputError(f"{self._manager.directory}: all checkpoints are corrupt and were moved to "
+                         f"{', '.join(corrupt)}; use another --workdir to start from the beginning")
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, FaultCounts]:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
-        wanted = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
-        wanted |= {"ema": abstract.ema} if has_average else {}
+        items = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
+        items |= {"ema": abstract.ema} if has_average else {}
         with reading():
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
-                **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()},
+                **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()},
             ))
             check_checksum(restored.meta, restored.tokenizer)
-        for name in wanted:
+        for name in items:
             recorded = restored.meta.get("fingerprints", {}).get(name)
             different = first_difference(fingerprints(restored[name]), recorded) if recorded else None
             if different is not None:
-                raise CorruptCheckpointError(f"{name}/{different} is not what was saved")
+                raise CorruptCheckpointError(f"{name}/{different} differs from its fingerprint")
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "
@@ -186,12 +186,12 @@ class Checkpoints:
         return state, FaultCounts(**restored.meta.get("faults", {}))
 
     def _set_aside(self, step: int) -> epath.Path:
-        """Moves a checkpoint out of the way; nothing is deleted."""
-        places = self._manager.directory.parent / "damaged"
-        place = next(path for number in itertools.count() if not (path := places / f"{step}.{number}").exists())
-        if jax.process_index() == 0:
-            places.mkdir(exist_ok=True)
-            (self._manager.directory / str(step)).rename(place)
+        """Moves a checkpoint to `WORKDIR/corrupt`; nothing is deleted."""
+        directory = self._manager.directory.parent / "corrupt"
+        target = next(path for number in itertools.count() if not (path := directory / f"{step}.{number}").exists())
+        if hosts.is_primary():
+            directory.mkdir(exist_ok=True)
+            (self._manager.directory / str(step)).rename(target)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
-        return place
+        return target

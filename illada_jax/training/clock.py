@@ -104,7 +104,7 @@ def watched(clock: Clock, patience: float) -> Iterator[None]:
                   flush=True)
             hosts.hard_exit(EXIT_HUNG)
 
-    works = [pulse, *([watch] if patience else []), *([] if hosts.is_first() else [stay_with_first])]
+    works = [pulse, *([watch] if patience else []), *([] if hosts.is_primary() else [stay_with_first])]
     threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]
     for thread in threads:
         thread.start()

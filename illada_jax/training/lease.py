@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -112,6 +113,18 @@ class Lease:
                 self._write()
             except OSError as error:  # the storage may come back; whoever takes over is seen then
                 print(f"warning: {self._path} cannot be renewed: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def only_trainer(workdir: epath.Path) -> Iterator[None]:
+    """Holds the lease of the workdir. Raises InputError, on all processes, where another run has it."""
+    lease = Lease(workdir)
+    hosts.broadcast_from_primary(lease.acquire)
+    try:
+        yield
+    finally:
+        if hosts.is_primary():
+            lease.release()
 
 
 def _machine() -> str:

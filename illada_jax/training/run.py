@@ -1,4 +1,4 @@
-"""The set-up of a run: its data and resolved config, the plan and what must fit, and what is printed around it."""
+"""Set-up of a run: its data and resolved config, its plan and memory, and the reports before and after it."""
 
 import dataclasses
 import math
@@ -31,10 +31,10 @@ GIB = 2**30
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
-    """Fills in what the tokenizer decides: the size of the vocabulary and the id of MASK.
+    """Config with the vocabulary size and the id of MASK taken from the tokenizer, where it leaves them open.
 
     Raises:
-      ConfigError: the config and the tokenizer contradict each other.
+      ConfigError: the config contradicts the tokenizer.
     """
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
@@ -48,25 +48,26 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config, Corpus | Examples, Batches]:
-    """Opens what the config trains on.
+    """Opens the data of a config.
 
     Args:
       config: the config.
-      initial: what config.init.checkpoint names; None opens the workdir of that name, if its tokenizer is wanted.
+      initial: the model that config.init.checkpoint names; None opens the workdir of that name, if its tokenizer is
+        needed.
 
     Returns:
-      The resolved config, the text or the examples, and the batches of every step.
+      The resolved config, the corpus or the examples, and the batches of every step.
 
     Raises:
-      InputError: the data are no good, or do not fit the config.
+      InputError: the data are invalid or do not fit the config.
     """
     tokenizer = None
     if config.data.tokenizer == "checkpoint":
         tokenizer = (initial or open_initial(config)).tokenizer
     if config.sft.format == "none":
         if tokenizer is not None:
-            raise ConfigError("config.data.tokenizer = 'checkpoint': is for fine-tuning (config.sft.format); a corpus "
-                              "is prepared with its tokenizer")
+            raise ConfigError("config.data.tokenizer = 'checkpoint': for fine-tuning only (config.sft.format); a "
+                              "corpus is prepared with its own tokenizer")
         corpus = open_corpus(config.data)
         config = resolve(config, corpus.tokenizer)
         return config, corpus, Pipeline(config, corpus)
@@ -80,7 +81,7 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
 
 
 def stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
-    """Lets decoding stop at the token with which the tokenizer's chat template ends an answer."""
+    """Config whose decoding stops at the token that ends an answer in the tokenizer's chat template."""
     end_id = chat_format(tokenizer).end_id
     if end_id in (tokenizer.eos_id, *config.decode.stop_ids):
         return config
@@ -89,14 +90,14 @@ def stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def resolve_epochs(config: Config, steps: int) -> Config:
-    """Fills in what the number of examples decides: train.steps and, where it is given in epochs, eval.every.
+    """Config with train.steps and, if given in epochs, eval.every computed from the number of steps.
 
     Raises:
       ConfigError: both train.steps and train.epochs are given, or the schedule does not fit into the steps.
     """
     if config.train.steps:
-        raise ConfigError(f"config.train.steps = {config.train.steps}: must be 0 where config.train.epochs = "
-                          f"{config.train.epochs} decides")
+        raise ConfigError(f"config.train.steps = {config.train.steps}: must be 0 if config.train.epochs = "
+                          f"{config.train.epochs} is given")
     every = config.eval.every
     if config.eval.every_epochs:
         every = math.ceil(steps * config.eval.every_epochs / config.train.epochs)
@@ -105,12 +106,12 @@ def resolve_epochs(config: Config, steps: int) -> Config:
 
 
 def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> int:
-    """Bytes of params, gradients (as params), average and optimizer state on a device; activations come on top.
+    """Bytes per device of params, gradients, moving average and optimizer state, without activations.
 
     Args:
       config: the experiment.
-      mesh: what the state is spread over.
-      donated: the new state takes the place of the old one; otherwise both are there.
+      mesh: devices over which the state is sharded.
+      donated: the new state replaces the old one in memory; otherwise both exist.
     """
     state = abstract_state(config, make_optimizer(config), mesh)
 
@@ -121,10 +122,10 @@ def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh, donated: b
 
 
 def check_memory(config: Config, mesh: Mesh) -> None:
-    """Refuses a run whose state alone exceeds the memory of the devices.
+    """Checks that the state alone fits into the memory of the devices.
 
     Raises:
-      InputError: says what is needed, what is there and what to do instead.
+      InputError: it does not; the message gives both sizes and alternatives.
     """
     local_devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     stats, local = local_devices[0].memory_stats() or {}, len(local_devices)
@@ -134,17 +135,16 @@ def check_memory(config: Config, mesh: Mesh) -> None:
     if needed > available:
         raise InputError(
             f"the model does not fit: params, gradients and optimizer need {needed / GIB:,.1f} GiB on each of "
-            f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Type instead: the same command with "
-            "--dry_run for the plan; python -m illada_jax.aot --config=… --topology=v5p:4x4x4 to compile it for a pod "
-            "that need not be there; a smaller config such as --config=experiments/quickstart.py; or start it on a "
-            "pod, see tpu/README.md")
+            f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Instead: add --dry_run to print the plan; "
+            "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; take a "
+            "smaller config such as --config=experiments/quickstart.py; or start it on a pod, see tpu/README.md")
 
 
 def describe_plan(config: Config) -> str:
-    """The plan of a run as text: parameters, tokens, FLOPs, bytes per device. Allocates nothing.
+    """Plan of a run as text: parameters, tokens, FLOPs, bytes per device. Allocates nothing.
 
     Raises:
-      ConfigError: the config does not fit the mesh that it names.
+      ConfigError: the config does not fit its mesh.
     """
     tokens = config.data.batch_size * config.data.length
     flops = training_flops_per_token(config.model, config.data.length)
@@ -156,32 +156,32 @@ def describe_plan(config: Config) -> str:
         f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
         _steps(config, tokens),
         f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step"
-        + (f", {flops * tokens * config.train.steps:.4g} in all" if config.train.steps else "")
+        + (f", {flops * tokens * config.train.steps:.4g} in total" if config.train.steps else "")
         + " (attention not halved, recomputation not counted)",
     ]
     for mesh in _meshes(config):
         check_divisible(config, mesh)
         axes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
         lines.append(f"state per device  {state_bytes_per_device(config, mesh) / GIB:,.2f} GiB with {axes} (float32 "
-                     "params, gradients, optimizer; activations come on top)")
+                     "params, gradients, optimizer; activations not included)")
     return "\n".join(lines)
 
 
 def _steps(config: Config, tokens: int) -> str:
     if not config.train.steps:
-        return f"steps             {config.train.epochs} epochs; how many steps that are is known with the examples"
+        return f"steps             {config.train.epochs} epochs; the number of examples decides how many steps"
     return (f"steps             {config.train.steps:,} = {_in_units(config.train.steps * tokens)} tokens "
             f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)")
 
 
 def _in_units(number: float) -> str:
-    """A number in thousands (K), millions (M), billions (B) or trillions (T)."""
+    """Number in thousands (K), millions (M), billions (B) or trillions (T)."""
     unit, size = next((pair for pair in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if number >= pair[1]), ("K", 1e3))
     return f"{number / size:.2f} {unit}"
 
 
 def _meshes(config: Config) -> list[AbstractMesh]:
-    """The mesh that the config names; where an axis is left open, that axis on 1, 64 and 256 devices if it divides."""
+    """The mesh of the config; if an axis is left open, one mesh each for 1, 64 and 256 devices on it that divides."""
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     if -1 not in sizes:
         return [_abstract_mesh(sizes)]
@@ -199,7 +199,7 @@ def _abstract_mesh(sizes: list[int]) -> AbstractMesh:
 
 
 def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus | Examples) -> None:
-    """Says what is about to be trained, on what, where."""
+    """Prints model, corpus, steps, devices and workdir."""
     axes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
     device = jax.devices()[0]
     tokens = config.data.batch_size * config.data.length
@@ -216,7 +216,7 @@ def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus 
 def print_end(
     config: Config, outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus | Examples
 ) -> None:
-    """Says how the run ended, what the evaluators found, and what to type next."""
+    """Prints how the run ended, the results of the evaluators, and the commands to try next."""
     print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}.\n")
     if "eval/bits_per_byte" in results:
         bound, stderr = results["eval/bits_per_byte"], results["eval/bits_per_byte_stderr"]
@@ -241,13 +241,13 @@ def print_end(
         print(f"{generate} --prompt={shlex.quote(prompt)}")
         print(f"{generate} --infill --prompt={shlex.quote(gapped)}")
     if outcome.status == "stopped":
-        print("  the same command without --config.train.stop_step goes on from here")
+        print("  the same command without --config.train.stop_step continues from here")
     if config.train.tensorboard:
         print(f"  tensorboard --logdir={shlex.quote(str(workdir))}  (pip install tensorboard)")
 
 
 def _example_prompts(config: Config, corpus: Corpus | Examples) -> tuple[str, str]:
-    """A prompt to continue and a text with a gap, for the commands that are suggested, from the held-out text."""
+    """Prompt to continue and text with a gap from the held-out text, for the suggested commands."""
     stream = corpus.heldout if corpus.heldout.num_documents else corpus.train
     if isinstance(corpus, Examples):
         prompt, answer = stream.question(0)

@@ -67,8 +67,8 @@ def _gather_forward(x: jax.Array, axis: int, dtype: str):
 
 def _gather_backward(axis: int, dtype: str, _: None, gradient: jax.Array):
     del dtype
-    # Over the other axes, where x is replicated, shard_map sums gradients by itself. Piece by piece, because the sum may
-    # need a buffer of its own before it is scattered.
+    # Over the other axes, where x is replicated, shard_map sums gradients by itself. Piece by piece, because the sum
+    # may need a buffer of its own before it is scattered.
     vocab = gradient.shape[1 - axis]
     size = vocab // next(count for count in (8, 4, 2, 1) if vocab % count == 0)
 

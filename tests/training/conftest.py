@@ -12,7 +12,7 @@ from illada_jax.data.corpus import open_corpus
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.loop import train
+from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.run import resolve
 
 WORDS = ["mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end"]
@@ -59,7 +59,7 @@ def run(text_file, tmp_path_factory):
         config = resolve(config, corpus.tokenizer)
         pipeline = poison(Pipeline(config, corpus))
         evaluators = evaluators or make_evaluators(config.eval.evaluators, config, corpus, pipeline, mesh)
-        outcome = train(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators, allowed)
+        outcome = train(RunSetup(config, epath.Path(workdir), mesh, pipeline, corpus.tokenizer, evaluators, allowed))
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
         return outcome, lines
 

@@ -16,7 +16,7 @@ from illada_jax.data.batches import Batches
 from illada_jax.data.packing import pack
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.loop import train
+from illada_jax.training.loop import RunSetup, train
 from tests.enumerable import LENGTH, MASK, OUTCOMES, SYMBOLS, enumerated, exact_measure, make_joint
 
 START = SYMBOLS + 1  # an id of its own, beside the symbols and MASK
@@ -83,7 +83,7 @@ def test_the_loop_reaches_the_entropy_and_its_bound_is_never_below_it(tmp_path):
         return {"eval/bound": float(bounds[-1])}
 
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    train(config, epath.Path(tmp_path / "w"), mesh, Draws(config, joint), ByteTokenizer(), {"bound": bound})
+    train(RunSetup(config, epath.Path(tmp_path / "w"), mesh, Draws(config, joint), ByteTokenizer(), {"bound": bound}))
     entropy = -joint @ np.log(joint)
     assert bounds[0] > 1.02 * entropy
     assert min(bounds) > entropy - 1e-5

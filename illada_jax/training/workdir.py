@@ -1,0 +1,49 @@
+"""A run's working directory: `config.json` makes a directory a workdir."""
+
+import contextlib
+import json
+
+from etils import epath
+
+from illada_jax import config as config_lib
+from illada_jax.config import Config
+from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.errors import InputError
+from illada_jax.files import remove_leftovers, write_atomically
+
+CONFIG = "config.json"
+_TOKENIZER = "tokenizer"
+
+
+def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> Config | None:
+    """Makes the workdir, or recognises the one of an earlier life of this run. For one process.
+
+    Returns:
+      The config that the workdir was made with; None if it is new.
+
+    Raises:
+      InputError: the workdir cannot be written, or holds something else.
+    """
+    path = workdir / CONFIG
+    if path.exists():
+        try:
+            return config_lib.from_saved(json.loads(path.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not the config of a run: {error}") from error
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            # A process killed before it wrote the config may have left these; they are written anew.
+            remove_leftovers(path)
+            if {entry.name for entry in workdir.iterdir()} - {_TOKENIZER}:
+                raise InputError(f"{workdir}: neither empty nor a workdir (it has no {CONFIG})")
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / _TOKENIZER)
+        write_config(workdir, config)
+    except OSError as error:
+        raise InputError(f"{workdir}: cannot write the workdir: {error.strerror or error}") from error
+    return None
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Writes the config, last of all files of a new workdir."""
+    write_atomically(workdir / CONFIG, json.dumps(config_lib.to_dict(config), indent=2) + "\n")
