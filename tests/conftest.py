@@ -1,6 +1,11 @@
-"""Eight fake devices on the CPU, jax's guards on, and little optimisation: tests compile much and compute little."""
+"""Eight fake devices on the CPU, JAX's guards on, and little optimisation: tests compile much and compute little.
+
+Compiled programs are shared by all tests, worker processes and commands of a run, and kept for the next one, in
+`.pytest_cache/compiled`: a program is compiled again only if its code, shapes or options change.
+"""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
@@ -8,6 +13,10 @@ os.environ["XLA_FLAGS"] = " ".join([
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
 ])
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 from hypothesis import HealthCheck, settings
@@ -19,7 +28,15 @@ settings.register_profile("many", settings.get_profile("suite"), max_examples=10
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Left out unless -m asks for them; `.ci/run` does.
+ON_REQUEST = {
+    "slow": "a whole run, from a command to its end: many seconds",
+    "aot": "compiles the 8B model for TPUs: minutes; needs illada_jax[tpu]",
+    "notebooks": "runs a notebook: minutes; needs illada_jax[colab]",
+}
+
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "aot: compiles the 8B model for TPUs: minutes; needs illada_jax[tpu]")
-    config.addinivalue_line("markers", "notebooks: runs a notebook: minutes; needs illada_jax[colab] and -m notebooks")
+    for name, meaning in ON_REQUEST.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.option.markexpr = config.option.markexpr or " and ".join(f"not {name}" for name in ON_REQUEST)
