@@ -138,7 +138,7 @@ FAMILIES = {family.model_type: family for family in (LLADA, ILLADA)}
 _SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_length")
 
 
-def family_of(values: Mapping[str, Any]) -> Family:
+def find_family(values: Mapping[str, Any]) -> Family:
     """The family that a config.json belongs to.
 
     Raises:
@@ -158,7 +158,7 @@ def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool)
     """The model that a config.json describes.
 
     Args:
-      family: of `family_of`.
+      family: of `find_family`.
       values: the content of config.json.
       has_head: whether the weights hold a head of their own: what decides where the config does not say.
 

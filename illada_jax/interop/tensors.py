@@ -18,7 +18,7 @@ _LISTED = 5  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """What is known of a tensor without reading it.
 
     Attributes:
@@ -54,7 +54,7 @@ class TensorDirectory:
         self._directory = directory
         index = _read_index(directory)
         files = _files(directory, index)
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, tensor in _read_header(file):
                 if name in self.tensors:
@@ -123,7 +123,7 @@ def _files(directory: pathlib.Path, index: dict[str, str] | None) -> list[pathli
     return named
 
 
-def _read_header(path: pathlib.Path) -> Iterator[tuple[str, Tensor]]:
+def _read_header(path: pathlib.Path) -> Iterator[tuple[str, TensorInfo]]:
     try:
         with safe_open(path, framework="np") as file:
             parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
@@ -138,10 +138,10 @@ def _read_header(path: pathlib.Path) -> Iterator[tuple[str, Tensor]]:
     for name, dtype, shape in described:
         if dtype not in DTYPES:
             raise InputError(f"{path}: the tensor {name} is of type {dtype}; must be one of {', '.join(DTYPES)}")
-        yield name, Tensor(path, shape, DTYPES[dtype])
+        yield name, TensorInfo(path, shape, DTYPES[dtype])
 
 
-def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: Iterable[tuple[str, np.ndarray]],
+def write_tensors(directory: pathlib.Path, tensors: dict[str, TensorInfo], values: Iterable[tuple[str, np.ndarray]],
                   shard_bytes: int, progress: Callable[[int], Any]) -> None:
     """Writes tensors one after another into files of about `shard_bytes`, and the index if there are several.
 
@@ -154,7 +154,7 @@ def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: I
       shard_bytes: a file holds no more, unless a single tensor is larger.
       progress: called with the bytes of each tensor that was written.
     """
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, TensorInfo]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
@@ -177,7 +177,7 @@ def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: I
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(shard: dict[str, Tensor]) -> bytes:
+def _header(shard: dict[str, TensorInfo]) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

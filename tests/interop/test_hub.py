@@ -117,7 +117,7 @@ def test_what_cannot_be_fetched_is_one_line(endpoint, tmp_path, name, cut):
     got = typed(endpoint.url, tmp_path, "convert", f"--source={name}", f"--target={tmp_path / 'workdir'}")
     errors = [line for line in got.stderr.splitlines() if line.startswith("error: ")]
     assert got.returncode == 2 and len(errors) == 1 and "Traceback" not in got.stderr, got.stderr
-    assert f"{name}: no such directory, and it cannot be fetched from the Hub: " in errors[0]
+    assert f"{name}: no such directory, and the Hub download failed: " in errors[0]
     assert not (tmp_path / "workdir").exists()
     if cut:  # the next attempt brings the rest
         endpoint.cut = ""

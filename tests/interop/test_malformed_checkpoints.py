@@ -262,4 +262,4 @@ def test_neither_workdir_nor_checkpoint(tmp_path):
     fails(tmp_path / "nothing", "not a checkpoint")
     fails(tmp_path, "dtype = 'int4': must be 'float32' or 'bfloat16'", dtype="int4")
     fails(tmp_path, "quantize = 'int4': must be 'none' or 'int8'", quantize="int4")
-    fails(tmp_path, "special_ids", "is no Hugging Face checkpoint", special_ids={"mask": 3})
+    fails(tmp_path, "special_ids", "is not a Hugging Face directory", special_ids={"mask": 3})

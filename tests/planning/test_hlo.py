@@ -58,7 +58,7 @@ def test_loops_inside_loops_multiply_and_computed_bounds_are_the_callers():
     nested = hlo.work(hlo.Module(compiled(loop(3, loop(7, lambda x: jax.lax.psum(x, "inner"))))), 8)
     assert nested.collectives["all-reduce"] == 21 * SIZE
     while_loop = compiled(lambda x: jax.lax.while_loop(lambda s: jnp.sum(s) > 0, lambda s: jax.lax.psum(s, "inner"), x))
-    assert hlo.work(hlo.Module(while_loop), 8, otherwise=11).collectives["all-reduce"] >= 11 * SIZE
+    assert hlo.work(hlo.Module(while_loop), 8, default_trip_count=11).collectives["all-reduce"] >= 11 * SIZE
 
 
 def test_of_a_sliced_array_only_the_slice_is_read():
