@@ -1,4 +1,4 @@
-"""Commands behave as a shell expects: help, version, exit codes, pipes that close, quiet where nobody reads."""
+"""Commands behave as shells expect: help, version, exit codes, closed pipes, no hints outside terminals."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def test_the_console_command():
     assert wrong.returncode == 2 and wrong.stdout == "" and "did you mean generate?" in wrong.stderr
 
 
-def test_completion_is_what_bash_takes():
+def test_bash_completion_works():
     lines = shell("--completion").stdout + "compgen -W \"$(complete -p illada | cut -d\\' -f2)\" g\n"
     assert subprocess.run(["bash", "-c", lines], capture_output=True, text=True).stdout == "generate\n"
 

@@ -81,7 +81,7 @@ def test_eight_bits_on_a_mesh_write_the_same(tmp_path):
     assert [r.tokens for r in spread.generate(["abc", "d"], **settings)] == [r.tokens for r in alone]
 
 
-def test_a_workdir_is_exported_in_the_layout_and_type_asked_for(tmp_path, workdir):
+def test_a_workdir_is_exported_in_the_requested_layout_and_dtype(tmp_path, workdir):
     printed = run(workdir / "checkpoints" / "30", tmp_path / "out", family="llada", dtype="float16")
     assert "llada, step 30, float16" in printed
     assert {t.dtype.name for t in open_hf_model(tmp_path / "out").tensors.tensors.values()} == {"float16"}
@@ -142,7 +142,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", ["importing._read", "saved_model.ocp.CheckpointManager.wait_until_finished"],
                          ids=["reading", "writing"])
 def test_a_killed_import_leaves_nothing_that_looks_whole(tmp_path, at):
-    """Killed among the tensors or while Orbax writes: no target, and the next import takes the place of the rest."""
+    """Killed between tensors or while Orbax writes: no target, and the next import removes the leftover."""
     source = checkpoint(tmp_path, "illada-gqa-tied")
     code = f"""
 import os, signal

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from illada_jax import config as config_lib
@@ -70,7 +69,7 @@ def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype:
 
 
 @contextlib.contextmanager
-def target_directory(target: pathlib.Path) -> Iterator[epath.Path]:
+def target_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory that becomes `target` when the block ends, see `files.new_directory`.
 
     Raises:
@@ -79,7 +78,7 @@ def target_directory(target: pathlib.Path) -> Iterator[epath.Path]:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target}: already exists and is not empty; choose another target")
-        path = epath.Path(target.absolute())
+        path = target.absolute()  # a pathlib.Path: epath does not rename onto an empty directory
         remove_leftovers(path)
         with new_directory(path) as directory:
             yield directory
@@ -115,5 +114,5 @@ def _generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
             DECODE_KEY: config_lib.to_dict(config.decode)}
 
 
-def _write_json(path: epath.Path, values: dict[str, Any]) -> None:
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Models out, and in again: nothing changes, and nothing that is not whole is left behind."""
+"""Exports and re-imports: nothing changes, and an interrupted export leaves no target."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def workdir(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_official_layouts_survive_bit_for_bit(tmp_path, case):
-    """Through a workdir and out again, in the type that it came in (float16 is held as float32)."""
+    """Through a workdir and back, in the original dtype (a workdir holds float16 as float32)."""
     path, dtype = checkpoint(tmp_path, case), DTYPES[case]
     loaded = interop.load_model(path, dtype=dtype)
     save_model(tmp_path / "workdir", loaded, False, case.partition("-")[0])
@@ -84,7 +84,7 @@ def test_a_model_of_ours_survives(workdir, tmp_path, family):
     assert values["mask_token_id"] == BYTES.mask_id and values["rope_theta"] == 1234.0
 
 
-def test_shards_have_the_size_asked_for(workdir, tmp_path):
+def test_shards_have_the_requested_size(workdir, tmp_path):
     export_model(open_saved_model(workdir), tmp_path / "out", LLADA, np.dtype(np.float32), shard_bytes=12_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     names = {f"model-{n:05}-of-{m:05}.safetensors" for m in [len(set(index["weight_map"].values()))]
@@ -100,7 +100,7 @@ def test_shards_have_the_size_asked_for(workdir, tmp_path):
 
 
 def test_numpy_makes_no_copy_of_a_tensor(tmp_path, monkeypatch):
-    """In the type it has, a param goes to its file as it was restored; jax's own memory is not counted here."""
+    """Without a change of dtype a param is written as restored; memory of jax itself is not counted."""
     wide = dataclasses.replace(MODEL, vocab_size=100_000, tied_head=True)
     save_model(tmp_path / "w", LoadedModel(Config(model=wide), random_params(wide), BYTES, 0), False, "")
     saved = open_saved_model(tmp_path / "w")
@@ -134,7 +134,7 @@ def test_values_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize("error, seen", [(OSError(28, "No space left on device"), InputError),
                                          (KeyboardInterrupt(), KeyboardInterrupt)])
 @pytest.mark.parametrize("at", [0, 3, 17])
-def test_nothing_is_left_of_an_interrupted_export(workdir, tmp_path, monkeypatch, error, seen, at):
+def test_an_interrupted_export_leaves_nothing(workdir, tmp_path, monkeypatch, error, seen, at):
     saved = open_saved_model(workdir)
     read, count = type(saved).read_param, iter(range(100))
 
@@ -150,7 +150,7 @@ def test_nothing_is_left_of_an_interrupted_export(workdir, tmp_path, monkeypatch
 
 
 def test_a_killed_export_leaves_nothing_that_looks_whole(workdir, tmp_path):
-    """Killed before the last file: what is there is refused, and the next export takes its place."""
+    """Killed before the last file: the leftover is refused, and the next export removes it."""
     code = f"""
 import os, numpy as np
 from illada_jax.interop import exporting, families

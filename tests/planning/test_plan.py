@@ -1,4 +1,4 @@
-"""Plans, compiled here for eight CPU devices in the place of a TPU's: the same code but the compiler."""
+"""Plans compiled for eight CPU devices instead of TPUs: the same code with another compiler."""
 
 import dataclasses
 import functools
@@ -194,7 +194,7 @@ def test_configs_that_do_not_fit_the_devices_are_refused(topology, change, messa
      r"--quantize=int8, a smaller --config\.decode\.batch_size, a larger --config\.mesh\.tensor, or a shorter "
      r"--canvas"),
 ], ids=["train", "train_with_least", "decode"])
-def test_what_does_not_fit_says_by_how_much_and_what_would(topology, monkeypatch, message, options, config, ways):
+def test_a_refused_program_says_by_how_much_and_what_would_help(topology, monkeypatch, message, options, config, ways):
     """The two messages are the compiler's own."""
     def refuse(_):
         raise jax.errors.JaxRuntimeError(message)
@@ -301,7 +301,7 @@ def test_compared_cases_are_made_once_and_survive_an_interruption(topology, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_the_compiler_it_says_what_to_install():
+def test_a_missing_compiler_says_what_to_install():
     command = [sys.executable, "-m", "illada_jax.aot", "--config=experiments/pretrain_8b.py", "--topology=v5p:4x4x4"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2

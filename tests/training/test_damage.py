@@ -1,4 +1,4 @@
-"""CorruptCheckpointError checkpoints: found, named, set aside, never used; the one before takes their place."""
+"""Corrupt checkpoints are detected, named, set aside and never used; the previous one takes their place."""
 
 import shutil
 
@@ -80,7 +80,7 @@ def test_without_a_whole_checkpoint_nothing_is_trained(run, finished, tmp_path):
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if "optimizer" not in name and name != "a missing item"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path, damage, dtype):
-    """The message names it, and what to take instead."""
+    """The message names it, and the other checkpoints."""
     shutil.copytree(finished[0], tmp_path / "run")
     DAMAGE[damage](tmp_path / "run" / "checkpoints" / "6")
     with pytest.raises(InputError, match=r"run/checkpoints/6(/params)?: (damaged: |not a checkpoint)"):
