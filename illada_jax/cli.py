@@ -1,4 +1,4 @@
-"""Shared by all commands: absl flags in, one-line errors and exit codes out, and the flags that several of them have."""
+"""Shared by all commands: parsing of absl flags, one-line errors, exit codes, and the flags that several have."""
 
 import errno
 import os
@@ -13,56 +13,59 @@ from illada_jax.errors import InputError, StorageError
 if TYPE_CHECKING:
     from illada_jax import api
 
-flags.disclaim_key_flags()  # shared flags belong to the --help of the command that asks for them
+flags.disclaim_key_flags()  # shared flags belong to the --help of the command that adds them
 
 EXIT_BAD_INPUT = 2
-EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
-# What is wrong with the storage, and not with the program.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
+EXIT_RESUMABLE = 75  # stopped, but the same command continues from the newest checkpoint
+EXIT_INTERRUPTED = 130  # as shells report for SIGINT
+EXIT_BROKEN_PIPE = 141  # as shells report for SIGPIPE
+# Errors of the storage rather than of the program.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO,
+                   errno.ESTALE)
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
     """Parses flags, runs `main(argv)` and exits.
 
-    The exit code is 0 on success, what `main` returns if that is a number, and 2 for bad input: an InputError, an
-    unknown flag or a config override that does not fit is one line on stderr.
+    The exit code is 0 on success, the number that `main` returns, or one of the EXIT_ codes: an InputError, an unknown
+    flag or an invalid config override is one line on stderr and EXIT_BAD_INPUT.
 
     Args:
       main: the command; argv[0] is its name.
-      positional: the command takes arguments that are no flags.
+      positional: the command takes positional arguments.
     """
 
-    def guarded(argv: list[str]) -> int | None:
-        if len(argv) > 1 and not positional:
-            raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
-        return main(argv)
-
-    def caught(argv: list[str]) -> int | None:
+    def run_main(argv: list[str]) -> int | None:
         try:
-            code = guarded(argv)
+            if len(argv) > 1 and not positional:
+                raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
+            code = main(argv)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
-            return _closed()
+            return _discard_stdout()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         except InputError as error:
             return _fail(error)
         except OSError as error:
-            if error.errno not in _STORAGE:
+            if error.errno not in _STORAGE_ERRORS:
                 raise
             return _fail(StorageError(f"{error.filename or 'a file'}: {error.strerror}"))
 
     try:
-        app.run(caught, flags_parser=_parse)
+        app.run(run_main, flags_parser=_parse)
     except InputError as error:
         sys.exit(_fail(error))
 
 
 class ModelFlags(NamedTuple):
-    """Flags of every command that loads a model.
+    """The flags of every command that loads a model.
 
     Attributes:
-      checkpoint, dtype, quantize, mesh: see the help of each.
-      special_ids: integer flags by the name of the special token.
+      checkpoint, dtype, quantize, mesh: see their help texts in `model_flags`.
+      special_ids: integer flags by name of the special token.
     """
 
     checkpoint: flags.Flag
@@ -72,8 +75,8 @@ class ModelFlags(NamedTuple):
     special_ids: dict[str, flags.Flag]
 
     def load(self, default: str = "") -> "api.LanguageModel":
-        """Loads the model that the flags name, or else `default`. Raises InputError if there is neither."""
-        # Imported here: `prepare` shares this file, needs no JAX, and starts in a tenth of the time without it.
+        """Loads the model named by the flags, or else `default`. Raises InputError if there is neither."""
+        # Imported here, as `prepare` shares this module and starts ten times faster without JAX.
         import jax
 
         from illada_jax import api
@@ -83,20 +86,20 @@ class ModelFlags(NamedTuple):
         if not checkpoint:
             raise InputError("--checkpoint is required, for example --checkpoint=workdirs/quickstart")
         if not self.checkpoint.value:
-            hint(f"the small model {default}; --checkpoint=… takes another")
-        # With several processes the first device of all is another host's.
+            hint(f"using the small model {default}; --checkpoint=… selects another")
+        # With several processes the first of all devices may belong to another host.
         mesh = parse_mesh(self.mesh.value or ("data=1" if jax.process_count() > 1 else ""))
         return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids))
 
 
 def model_flags() -> ModelFlags:
-    """Adds the flags of a model to the calling command."""
+    """Adds the flags of ModelFlags to the calling command."""
     checkpoint = _shared("checkpoint", lambda name: flags.DEFINE_string(
         name, None, "a workdir, one checkpoint in it, a Hugging Face directory or Hub id, demo or demo-chat"))
     dtype = _shared("dtype", lambda name: flags.DEFINE_enum(
-        name, "float32", ["float32", "bfloat16"], "type of params and compute"))
+        name, "float32", ["float32", "bfloat16"], "dtype of params and compute"))
     mesh = _shared("mesh", lambda name: flags.DEFINE_string(
-        name, "", "devices of this host that share the work, such as fsdp=4,tensor=2; default: the first one"))
+        name, "", "devices of this host to shard the model over, such as fsdp=4,tensor=2; default: the first"))
     return ModelFlags(checkpoint, dtype, quantize_flag(), mesh, special_id_flags())
 
 
@@ -114,18 +117,18 @@ def special_id_flags() -> dict[str, flags.Flag]:
 
 
 def given_ids(special_ids: dict[str, flags.Flag]) -> dict[str, int]:
-    """The special ids that were given, by name."""
+    """The special ids given on the command line, by name."""
     return {token: flag.value for token, flag in special_ids.items() if flag.value is not None}
 
 
 def processes_flag() -> flags.Flag:
     """Adds --processes to the calling command."""
     return _shared("processes", lambda name: flags.DEFINE_string(
-        name, "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE"))
+        name, "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,INDEX_OF_THIS_ONE"))
 
 
 def _shared(name: str, define: Callable[[str], object]) -> flags.Flag:
-    """A flag that several commands have: defined once, as one process may import several commands."""
+    """A flag that several commands have, defined once even if one process imports several of them."""
     if name in flags.FLAGS:
         flags.declare_key_flag(name)
     else:
@@ -134,7 +137,7 @@ def _shared(name: str, define: Callable[[str], object]) -> flags.Flag:
 
 
 def hint(text: str) -> None:
-    """What could be typed next, or was chosen: for a person at a terminal, not for a pipe or a log."""
+    """Prints a suggestion or a default that was chosen, at a terminal only: not into a pipe or a log."""
     if sys.stderr.isatty():
         print(f"({text})", file=sys.stderr)
 
@@ -142,14 +145,14 @@ def hint(text: str) -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except SystemExit:  # absl shows the help, and calls that a failure
+    except SystemExit:  # absl has shown the help, and exits with 1
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            sys.exit(_closed())
+            sys.exit(_discard_stdout())
         sys.exit(0)
     except flags.Error as error:
-        # What a config file raised itself says more than that it cannot be parsed.
+        # The error of the config file itself is more helpful than that it cannot be parsed.
         cause = error
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__
@@ -158,18 +161,18 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    # ml_collections reports an override that does not fit, or a config file that is not there, with these.
+    # ml_collections raises these for an invalid override or a missing config file.
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise InputError(str(error).splitlines()[0].strip("\"'")) from error
 
-    # Libraries tell much at the level INFO: --verbosity=0 shows it.
+    # Libraries log a lot at level INFO; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
 
 
-def _closed() -> int:
-    """Whoever read standard output has gone, as `| head` does: nothing is left to say, at the exit either."""
+def _discard_stdout() -> int:
+    """Discards further output after its reader has closed the pipe, as `| head` does; returns the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_BROKEN_PIPE
 

@@ -49,26 +49,26 @@ class ModelConfig:
     """The transformer (iLLaDA paper, architecture table).
 
     Attributes:
-      vocab_size: rows of the embedding; 0 takes the size of the tokenizer.
+      vocab_size: rows of the embedding; 0 uses the size of the tokenizer.
       d_model: width of the residual stream (D).
       num_layers: number of blocks.
       num_heads: query heads (N).
       num_kv_heads: key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
       head_dim: width of a head (H), even.
       d_ff: width of the SwiGLU feed-forward (F).
-      max_length: the context: the longest sequence that is trained or decoded, in tokens.
+      max_length: the context length: the longest sequence that is trained on or decoded, in tokens.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of RMSNorm.
-      tied_head: the LM head is the embedding, transposed.
-      init_std: standard deviation of the projections; residual outputs are scaled by 1/sqrt(2·num_layers).
-        0 stands for sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
-      dtype: type of activations; params are float32 in training.
-      remat: what the backward pass recomputes: `none` (nothing), `dots` (all but the results of matrix products and
-        attention), `projections` (the feed-forward too), `attention` (all but attention), `full` (every layer).
-      attention: back end, see `model/attention.py`; `auto` chooses by platform: `splash` on TPU, `cudnn` on GPU, else
-        `xla`. `splash_interpret` runs the TPU kernel in an interpreter, anywhere, slowly.
+      tied_head: the LM head is the transposed embedding.
+      init_std: standard deviation of initial projections; residual outputs are scaled by 1/sqrt(2·num_layers).
+        0 means sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
+      dtype: dtype of activations; params are float32 in training.
+      remat: values that the backward pass recomputes: `none` (none), `dots` (all but the results of matrix products
+        and attention), `projections` (also the feed-forward), `attention` (all but attention), `full` (every layer).
+      attention: back end, see `model/attention.py`; `auto` selects `splash` on TPU, `cudnn` on GPU, else `xla`.
+        `splash_interpret` runs the TPU kernel in an interpreter, on any platform, slowly.
       attention_block_q: queries per block of the TPU kernel, a multiple of 128 (the largest that divides the length).
-      attention_block_kv: keys per block that are brought into memory on the chip.
+      attention_block_kv: keys per block that are loaded into on-chip memory.
       attention_block_kv_compute: keys per block that are computed at once; at most attention_block_kv.
       scan_unroll: layers per iteration of the scan over layers.
     """
@@ -218,24 +218,24 @@ class OptimizerConfig:
 
     Attributes:
       name: `adamw`, or `muon` (Muon on the matrices of the layers, Adam on everything else).
-      learning_rate: the constant rate, reached after the warm-up.
-      adam_learning_rate: with `muon`, the constant rate of the parameters that Adam trains.
+      learning_rate: the constant rate after the warm-up.
+      adam_learning_rate: with `muon`, the constant rate of the parameters that Adam updates.
       muon_momentum: Muon's momentum.
       warmup_steps: steps of the linear warm-up from 0.
-      change_steps: steps at which the constant rate becomes another one (LLaDA's piecewise schedule), ascending.
+      change_steps: steps at which the constant rate changes (LLaDA's piecewise schedule), ascending.
       changed_rates: the rates from those steps on.
-      decay_start: step at which the decay starts; -1 puts its end at train.steps.
+      decay_start: step at which the decay starts; -1 lets it end at train.steps.
       decay_steps: steps of the decay; 0 never decays.
-      decay_fraction: instead of decay_steps, the last share of the run that decays (iLLaDA's fine-tuning: 0.1).
+      decay_fraction: the decaying share of the run, instead of decay_steps (iLLaDA's fine-tuning: 0.1).
       decay_shape: `linear` or `cosine`.
-      final_learning_rate: the floor that the decay reaches.
+      final_learning_rate: the rate at the end of the decay.
       b1: Adam's first decay rate.
       b2: Adam's second decay rate.
       eps: Adam's epsilon.
-      weight_decay: decoupled weight decay, on matrices only (not on norms); with `muon` on those of the layers only.
+      weight_decay: decoupled weight decay of matrices (not of norms); with `muon` of those of the layers only.
       clip_norm: global norm that gradients are clipped to; 0 never clips.
-      ema_decay: a moving average of the params is kept with this decay, saved and used for evaluation and by whoever
-        loads a checkpoint; at step t the decay is at most (1 + t) / (10 + t). 0 keeps none and costs nothing.
+      ema_decay: decay of a moving average of the params, which is saved, evaluated, and used by all who load the
+        checkpoint; at step t the decay is at most (1 + t) / (10 + t). 0 keeps no average and costs nothing.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -341,12 +341,12 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept.
+    """The schedule of checkpoints, and their retention.
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
-      keep: how many of the newest are kept.
-      keep_best: also keep the one with the lowest eval/bits_per_byte.
+      keep: number of the newest checkpoints to keep.
+      keep_best: also keep the checkpoint with the lowest eval/bits_per_byte.
     """
 
     every: int = 1000
@@ -506,11 +506,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where parameters come from.
+    """The initial parameters of a run.
 
     Attributes:
-      checkpoint: a workdir, one checkpoint in it, a Hugging Face directory or a Hub id, whose params (not its
-        optimizer or step) start the run; empty: random.
+      checkpoint: a workdir, one checkpoint in it, a Hugging Face directory or a Hub id, whose params (not optimizer or
+        step) the run starts from; empty for random params.
     """
 
     checkpoint: str = ""

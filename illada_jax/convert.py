@@ -4,13 +4,13 @@
     python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
     python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
 
-What the source is decides the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a
-workdir that generate, evaluate and `--config.init.checkpoint` take; a workdir becomes a Hugging Face directory, or a
-smaller workdir with `--quantize=int8`. The target appears when it is whole. JAX_PLATFORMS=cpu converts in host memory.
+The source decides the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a workdir
+for generate, evaluate and `--config.init.checkpoint`; a workdir becomes a Hugging Face directory, or a smaller workdir
+with `--quantize=int8`. The target appears whole or, after an error or Ctrl-C, not at all. JAX_PLATFORMS=cpu converts in
+host memory.
 """
 
 import shlex
-import sys
 
 from absl import flags
 
@@ -24,28 +24,20 @@ _SOURCE = flags.DEFINE_string("source", None, "a workdir, one checkpoint in it, 
                               required=True)
 _TARGET = flags.DEFINE_string("target", None, "the directory to write; must not exist, or be empty", required=True)
 _DTYPE = flags.DEFINE_enum("dtype", None, [dtype.name for dtype in DTYPES.values()],
-                           "type of the weights written; default: as they are (float16 becomes float32 in a workdir)")
-_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "write a workdir with matrices of eight bits")
-_MESH = flags.DEFINE_string("mesh", "", "devices that hold the weights meanwhile, such as fsdp=8; default: the first")
+                           "dtype of the weights written; default: unchanged (float16 becomes float32 in a workdir)")
+_QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "int8"], "write a workdir with int8 matrices")
+_MESH = flags.DEFINE_string("mesh", "", "devices to hold the weights while converting, as fsdp=8; default: the first")
 _SHARD_GIGABYTES = flags.DEFINE_float(
     "shard_gigabytes", None, f"size of an exported file; default: {DEFAULT_SHARD_GIGABYTES}", lower_bound=1e-6)
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES),
-                            "layout of an export; default: where the weights came from, else illada")
+                            "layout of an export; default: the one the weights came from, else illada")
 
-EXIT_INTERRUPTED = 130
-
-
-def main(argv: list[str]) -> int | None:
-    """Converts, and says what was made."""
+def main(argv: list[str]) -> None:
+    """Converts and prints a line that describes the result."""
     del argv
-    try:
-        print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value,
-                         _SHARD_GIGABYTES.value, _FAMILY.value, cli.given_ids(_SPECIAL_IDS)).run())
-        cli.hint(f"next: python -m illada_jax.generate --checkpoint={shlex.quote(_TARGET.value)} --prompt=…")
-    except KeyboardInterrupt:
-        print(f"interrupted: {_TARGET.value} was not written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return None
+    print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value, _SHARD_GIGABYTES.value,
+                     _FAMILY.value, cli.given_ids(_SPECIAL_IDS)).run())
+    cli.hint(f"next: python -m illada_jax.generate --checkpoint={shlex.quote(_TARGET.value)} --prompt=…")
 
 
 if __name__ == "__main__":

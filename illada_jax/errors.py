@@ -1,17 +1,17 @@
-"""Errors that a user can act on."""
+"""Errors that the user can fix."""
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong: a key, a value, a file, a flag.
+    """Invalid input: a key, a value, a file or a flag.
 
-    The message is one line that names the culprit and says what is allowed. Commands print it
-    without a traceback and exit with code 2.
+    The message is one line that says what is wrong, where, and what is allowed. Commands print it without a traceback
+    and exit with code 2.
     """
 
 
 class StorageError(InputError):
-    """A file cannot be written: the disk is full, may not be written to, or fails. One process may see it alone."""
+    """A file cannot be written: the disk is full, read-only or failing. Other processes may not see the error."""
 
 
 class ConfigError(InputError):
-    """A configuration value is unknown, of the wrong type, out of range or in conflict."""
+    """A configuration key is unknown, or its value has the wrong type, is out of range or conflicts with another."""

@@ -80,8 +80,6 @@ CHAT = flags.DEFINE_bool("chat", False, "a conversation: read a line, answer, an
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "what is printed")
 
-EXIT_INTERRUPTED = 130
-
 
 def main(argv: list[str]) -> int | None:
     """Loads the model and decodes all prompts."""
@@ -90,7 +88,7 @@ def main(argv: list[str]) -> int | None:
         try:
             return chat()
         except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+            return cli.EXIT_INTERRUPTED
     if SYSTEM.value:
         raise InputError("--system: is for --chat")
     if bool(PROMPT.value) == bool(INPUT.value):
@@ -120,7 +118,7 @@ def main(argv: list[str]) -> int | None:
     except KeyboardInterrupt:
         kept = f"finished prompts are in {RESULTS.value}; the same command does the rest"
         print(f"interrupted{': ' + kept if RESULTS.value else ''}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return cli.EXIT_INTERRUPTED
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where random numbers come from: every key is folded from the seed, a purpose, a step and a row, never reused."""
+"""Random keys: each is folded from the seed, a purpose, a step and a row, and never reused."""
 
 import enum
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Purpose(enum.IntEnum):
-    """What a key is for. The numbers are part of the format of a run: never renumber."""
+    """The purpose of a key. The numbers determine a run's randomness: never renumber them."""
 
     PARAMS = 0
     CORRUPTION = 1
@@ -15,5 +15,5 @@ class Purpose(enum.IntEnum):
 
 
 def key_for(seed: int, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:
-    """The key of (seed, purpose, step); rows are folded in by whoever draws for rows."""
+    """The key of (seed, purpose, step); code that draws per row folds the row in."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(purpose)), step)

@@ -21,14 +21,13 @@ from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError, StorageError
 from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
-from illada_jax.interop import open_source
+from illada_jax.interop import open_model
 from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training import run as run_setup
 from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.profiler import parse_steps
 
-EXIT_RESUMABLE = 75
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, by --dry_run
 
 _PROCESSES = cli.processes_flag()
@@ -66,7 +65,7 @@ def dry_run(config: Config) -> None:
     try:
         # A Hub id would be fetched; a plan is to need nothing.
         local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
-        resolved, corpus, batches = run_setup.open_data(config, open_source(config.init.checkpoint) if local else None)
+        resolved, corpus, batches = run_setup.open_data(config, open_model(config.init.checkpoint) if local else None)
     except ConfigError:
         raise
     except InputError as error:
@@ -100,7 +99,7 @@ def main(_: list[str]) -> int:
         return run(config, workdir, profile_steps)
     except hosts.HostLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return hosts.hard_exit(EXIT_RESUMABLE)
+        return hosts.hard_exit(cli.EXIT_RESUMABLE)
     except Exception as error:
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
@@ -116,7 +115,7 @@ def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         run_setup.check_memory(config, mesh)
-    initial = open_source(config.init.checkpoint) if config.init.checkpoint else None
+    initial = open_model(config.init.checkpoint) if config.init.checkpoint else None
     config, corpus, pipeline = hosts.run_on_all_hosts(lambda: run_setup.open_data(config, initial))
     evaluators, final = (hosts.run_on_all_hosts(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
                          for names in (config.eval.evaluators, config.eval.final))
@@ -128,7 +127,7 @@ def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
     if outcome.status == "preempted":
         if hosts.is_primary():
             print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
-        return EXIT_RESUMABLE
+        return cli.EXIT_RESUMABLE
     results = dict(outcome.final)
     for evaluator in final.values():
         results |= evaluator(outcome.state.eval_params, outcome.step)

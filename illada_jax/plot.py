@@ -1,10 +1,10 @@
-"""Draws what training runs recorded: one panel a quantity, the runs laid over each other.
+"""Plots the metrics of training runs: one panel per quantity, with all runs in it.
 
     python -m illada_jax.plot workdirs/quickstart
     python -m illada_jax.plot workdirs/run1 workdirs/run2 --figure=runs.svg
 
-Loss, bound on held-out text, accuracy over the masking probability, learning rate, tokens per second; what no run
-recorded has no panel. Needs `pip install 'illada_jax[plot]'`.
+Loss, bound on held-out text, accuracy over the masking probability, learning rate, tokens per second; quantities that
+no run recorded are omitted. Needs `pip install 'illada_jax[plot]'`.
 """
 
 import collections
@@ -20,9 +20,9 @@ from illada_jax import cli
 from illada_jax.errors import InputError
 from illada_jax.training.metrics import curves_over_p, read_lines
 
-FIGURE = flags.DEFINE_string("figure", "plot.png", "file to draw into: .png, .svg or .pdf")
+FIGURE = flags.DEFINE_string("figure", "plot.png", "file to write: .png, .svg or .pdf")
 SUFFIXES = (".png", ".svg", ".pdf")
-# Metric → what its axis says. Each is a panel over the steps.
+# Metric → title of its panel. The x-axis is the step.
 PANELS = {
     "train/loss": "training loss (nats per token)",
     "eval/bits_per_byte": "held-out bound (bits per byte)",
@@ -30,14 +30,14 @@ PANELS = {
     "train/learning_rate": "learning rate",
     "train/tokens_per_second": "training tokens per second",
 }
-LAST_LINES = 20  # whose mean the curves over p are: a single line is noisy
+LAST_LINES = 20  # averaged in the curve over p: a single line is noisy
 
 
 def main(argv: list[str]) -> None:
-    """Reads the workdirs and draws."""
+    """Plots the runs of the workdirs."""
     output = pathlib.Path(FIGURE.value)
     if output.suffix not in SUFFIXES:
-        raise InputError(f"--figure={output}: the ending must be {', '.join(SUFFIXES)}")
+        raise InputError(f"--figure={output}: the suffix must be {', '.join(SUFFIXES)}")
     if not output.parent.is_dir():
         raise InputError(f"--figure={output}: there is no directory {output.parent}")
     if len(argv) < 2:
@@ -48,21 +48,21 @@ def main(argv: list[str]) -> None:
 
 
 def read_run(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of metrics of a run, in order of their steps. Raises InputError where there are none."""
+    """The lines of metrics of a run, in order of their steps. Raises InputError if there are none."""
     lines = read_lines(workdir)
     if not lines:
-        raise InputError(f"{workdir}: no metrics.jsonl of a run in it")
+        raise InputError(f"{workdir}: contains no metrics.jsonl of a run")
     return lines
 
 
 def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it was recorded."""
+    """(steps, values) of a metric, from the lines that have it."""
     points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def accuracy_over_p(lines: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Masking probabilities and the accuracy on masked tokens there, over the last lines that recorded them."""
+    """(masking probabilities, accuracies on masked tokens), averaged over the last lines that have them."""
     correct, masked = collections.Counter(), collections.Counter()
     for line in [line for line in lines if "train/loss" in line][-LAST_LINES:]:
         for p, (count, _, accuracy) in curves_over_p(line).items():
@@ -73,7 +73,7 @@ def accuracy_over_p(lines: Sequence[dict[str, Any]]) -> tuple[list[float], list[
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: pathlib.Path) -> None:
-    """Draws the runs into `output`.
+    """Plots the runs into the file `output`.
 
     Raises:
       InputError: matplotlib is missing, or the file cannot be written.

@@ -1,6 +1,7 @@
-"""Commands behave as a shell expects: help, version, exit codes, pipes that close, quiet where nobody reads."""
+"""Commands behave as shells expect: help, version, exit codes, closed pipes, no hints outside terminals."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,13 @@ from illada_jax import __version__, api
 from illada_jax.__main__ import COMMANDS
 from illada_jax.errors import InputError
 
+IDS = {f"{token}_id" for token in ("mask", "bos", "eos", "pad", "eot")}
+MODEL = {"checkpoint", "dtype", "quantize", "mesh"} | IDS
+SHARED_FLAGS = MODEL | {"processes"}
+SHARED_BY = {"train": {"processes"}, "generate": MODEL, "evaluate": SHARED_FLAGS, "aot": {"quantize"},
+             "prepare": {"processes"}, "convert": {"dtype", "quantize", "mesh"} | IDS}
+OWN_FLAG = {"train": "workdir", "generate": "prompt", "evaluate": "tasks", "prepare": "source", "convert": "family",
+            "aot": "topology", "plot": "figure"}
 SCRIPT = "from illada_jax import cli; cli.run(lambda argv: print({}))"
 
 
@@ -20,10 +28,13 @@ def shell(*arguments, **options):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_examples_and_is_no_failure(name):
+def test_help_shows_examples_and_all_flags_of_the_command(name):
+    """Its own, those that it shares with other commands, and none of theirs."""
     shown = shell("help", name)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert f"\n    python -m illada_jax.{COMMANDS[name][0]} " in shown.stdout and "flags:" in shown.stdout
+    listed = set(re.findall(r"^  --(?:\[no\])?(\w+):", shown.stdout, re.MULTILINE))
+    assert OWN_FLAG[name] in listed and listed & SHARED_FLAGS == SHARED_BY.get(name, set())
 
 
 def test_the_console_command():
@@ -36,7 +47,7 @@ def test_the_console_command():
     assert wrong.returncode == 2 and wrong.stdout == "" and "did you mean generate?" in wrong.stderr
 
 
-def test_completion_is_what_bash_takes():
+def test_bash_completion_works():
     lines = shell("--completion").stdout + "compgen -W \"$(complete -p illada | cut -d\\' -f2)\" g\n"
     assert subprocess.run(["bash", "-c", lines], capture_output=True, text=True).stdout == "generate\n"
 
@@ -48,6 +59,12 @@ def test_a_closed_pipe_is_no_traceback(what):
     with os.fdopen(writer, "w") as closed:
         done = subprocess.run([sys.executable, "-c", SCRIPT.format(what)], stdout=closed, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interrupt_is_one_line():
+    code = "from illada_jax import cli; import signal; cli.run(lambda argv: signal.raise_signal(signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_hints_are_for_terminals_only(monkeypatch, capsys):

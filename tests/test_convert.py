@@ -15,11 +15,11 @@ from illada_jax.config import Config, DataConfig, ModelConfig
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import importing
-from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.conversion import Conversion
+from illada_jax.interop.hf_model import open_hf_model
 from illada_jax.model.int8 import Int8
 from illada_jax.parallel.mesh import parse_mesh
-from illada_jax.training.saved_model import Loaded, check_initial, open_model, save_model
+from illada_jax.training.saved_model import LoadedModel, check_initial, open_saved_model, save_model
 from tests.interop.util import checkpoint
 from tests.util import random_params
 
@@ -33,7 +33,7 @@ def run(source, target, **options):
 
 @pytest.fixture
 def workdir(tmp_path):
-    loaded = Loaded(Config(model=MODEL, data=DataConfig(length=32)), random_params(MODEL), ByteTokenizer(), 30)
+    loaded = LoadedModel(Config(model=MODEL, data=DataConfig(length=32)), random_params(MODEL), ByteTokenizer(), 30)
     save_model(tmp_path / "workdir", loaded, False, "")
     return tmp_path / "workdir"
 
@@ -42,7 +42,7 @@ def test_official_weights_become_a_workdir(tmp_path):
     source, target = checkpoint(tmp_path, "llada-mha-untied"), tmp_path / "work" / "dir"
     printed = run(source, target)
     assert printed == f"{target}: workdir, llada, bfloat16"
-    saved = open_model(target)
+    saved = open_saved_model(target)
     assert saved.dtype == "bfloat16" and saved.config.model.dtype == "bfloat16" and not saved.quantized
     direct, converted = api.load(str(source)), api.load(str(target))
     jax.tree.map(np.testing.assert_array_equal, direct.params, converted.params)
@@ -51,7 +51,7 @@ def test_official_weights_become_a_workdir(tmp_path):
     check_initial(saved, saved.config, saved.tokenizer)
     assert "llada" in run(target, tmp_path / "out", shard_gigabytes=1e-5)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert read_checkpoint(tmp_path / "out").family.model_type == "llada"
+    assert open_hf_model(tmp_path / "out").family.model_type == "llada"
 
 
 def test_eight_bits_at_load_and_as_a_checkpoint_are_the_same(tmp_path, workdir):
@@ -59,7 +59,7 @@ def test_eight_bits_at_load_and_as_a_checkpoint_are_the_same(tmp_path, workdir):
     run(source, tmp_path / "a", quantize="int8", mesh="fsdp=2,tensor=2")
     run(workdir, tmp_path / "b", quantize="int8", dtype="bfloat16")
     for unquantized, converted in ((source, tmp_path / "a"), (workdir, tmp_path / "b")):
-        saved = open_model(converted)
+        saved = open_saved_model(converted)
         assert saved.quantized and saved.dtype == "bfloat16"
         at_load, stored = api.load(str(unquantized), "bfloat16", quantize="int8"), api.load(str(converted), "bfloat16")
         assert isinstance(stored.params["head"], Int8) and isinstance(stored.params["layers"]["mlp"]["up"], Int8)
@@ -70,7 +70,7 @@ def test_eight_bits_at_load_and_as_a_checkpoint_are_the_same(tmp_path, workdir):
         for quantize in ("none", "int8"):
             with pytest.raises(InputError, match="its weights have eight bits"):
                 run(converted, tmp_path / "never", quantize=quantize)
-    assert open_model(tmp_path / "b").step == 30 and not (tmp_path / "never").exists()
+    assert open_saved_model(tmp_path / "b").step == 30 and not (tmp_path / "never").exists()
 
 
 def test_eight_bits_on_a_mesh_write_the_same(tmp_path):
@@ -81,12 +81,12 @@ def test_eight_bits_on_a_mesh_write_the_same(tmp_path):
     assert [r.tokens for r in spread.generate(["abc", "d"], **settings)] == [r.tokens for r in alone]
 
 
-def test_a_workdir_is_exported_in_the_layout_and_type_asked_for(tmp_path, workdir):
+def test_a_workdir_is_exported_in_the_requested_layout_and_dtype(tmp_path, workdir):
     printed = run(workdir / "checkpoints" / "30", tmp_path / "out", family="llada", dtype="float16")
     assert "llada, step 30, float16" in printed
-    assert {t.dtype.name for t in read_checkpoint(tmp_path / "out").tensors.tensors.values()} == {"float16"}
+    assert {t.dtype.name for t in open_hf_model(tmp_path / "out").tensors.tensors.values()} == {"float16"}
     run(workdir, tmp_path / "other")
-    assert read_checkpoint(tmp_path / "other").family.model_type == "illada"
+    assert open_hf_model(tmp_path / "other").family.model_type == "illada"
 
 
 def test_ids_by_flag(tmp_path):
@@ -94,24 +94,24 @@ def test_ids_by_flag(tmp_path):
     with pytest.raises(InputError, match="give it with --mask_id"):
         run(source, tmp_path / "a")
     run(source, tmp_path / "a", special_ids={"mask": 4, "eot": 77})
-    saved = open_model(tmp_path / "a")
+    saved = open_saved_model(tmp_path / "a")
     assert saved.tokenizer.mask_id == saved.config.diffusion.mask_id == 4
     assert saved.config.decode.eot_id == 77 and saved.config.decode.stop_ids == (77,)
 
 
 @pytest.mark.parametrize("source, options, message", [
-    ("workdir", {"special_ids": {"mask": 3}}, "special_ids = {'mask': 3}: has no meaning for this source"),
-    ("workdir", {"mesh": "fsdp=2"}, "mesh = 'fsdp=2': has no meaning"),
+    ("workdir", {"special_ids": {"mask": 3}}, "special_ids = {'mask': 3}: does not apply to this source"),
+    ("workdir", {"mesh": "fsdp=2"}, "mesh = 'fsdp=2': does not apply"),
     ("workdir", {"quantize": "int8", "dtype": "float16"}, "dtype = 'float16': a workdir holds"),
-    ("workdir", {"quantize": "int8", "family": "llada"}, "family = 'llada': has no meaning"),
-    ("illada-gqa-tied", {"family": "llada"}, "family = 'llada': has no meaning"),
-    ("illada-gqa-tied", {"shard_gigabytes": 1.0}, "shard_gigabytes = 1.0: has no meaning"),
+    ("workdir", {"quantize": "int8", "family": "llada"}, "family = 'llada': does not apply"),
+    ("illada-gqa-tied", {"family": "llada"}, "family = 'llada': does not apply"),
+    ("illada-gqa-tied", {"shard_gigabytes": 1.0}, "shard_gigabytes = 1.0: does not apply"),
     ("illada-gqa-tied", {"dtype": "float16"}, "dtype = 'float16': a workdir holds"),
     ("illada-gqa-tied", {"mesh": "fsdp"}, "mesh = 'fsdp': must look like fsdp=4,tensor=2"),
     ("illada-gqa-tied", {"mesh": "rows=2"}, "axes are data, fsdp, tensor"),
     ("illada-gqa-tied", {"mesh": "tensor=4"}, "config.model.num_kv_heads = 2: must be divisible by mesh.tensor = 4"),
     ("illada-gqa-tied", {"mesh": "fsdp=9"}, "must multiply to the number of devices"),
-    ("illada-gqa-tied", {"target": "workdir"}, "is there already and not empty"),
+    ("illada-gqa-tied", {"target": "workdir"}, "already exists and is not empty"),
     ("nothing", {}, "nothing: not a checkpoint"),
 ])
 def test_bad_input(tmp_path, workdir, source, options, message):
@@ -142,7 +142,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", ["importing._read", "saved_model.ocp.CheckpointManager.wait_until_finished"],
                          ids=["reading", "writing"])
 def test_a_killed_import_leaves_nothing_that_looks_whole(tmp_path, at):
-    """Killed among the tensors or while Orbax writes: no target, and the next import takes the place of the rest."""
+    """Killed between tensors or while Orbax writes: no target, and the next import removes the leftover."""
     source = checkpoint(tmp_path, "illada-gqa-tied")
     code = f"""
 import os, signal
@@ -157,13 +157,14 @@ Conversion({str(source)!r}, {str(tmp_path / "target")!r}).run()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL.value, killed.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".target.partial", source.name]
+    leftover, = tmp_path.glob("target.tmp-*")
+    assert sorted(tmp_path.iterdir()) == [source, leftover]
     if "read" in at:
         with pytest.raises(InputError, match="not a checkpoint"):
-            api.load(str(tmp_path / ".target.partial"))
+            api.load(str(leftover))
     run(source, tmp_path / "target")
     assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, "target"]
-    assert open_model(tmp_path / "target").step == 0
+    assert open_saved_model(tmp_path / "target").step == 0
 
 
 def test_the_commands_as_typed(tmp_path):
@@ -174,10 +175,10 @@ def test_the_commands_as_typed(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     made = typed("convert", f"--source={source}", f"--target={tmp_path / 'w'}", "--mask_id=200", "--dtype=float32")
     assert (made.returncode, made.stdout) == (0, f"{tmp_path / 'w'}: workdir, llada, float32\n"), made.stderr
-    assert open_model(tmp_path / "w").tokenizer.mask_id == 200
+    assert open_saved_model(tmp_path / "w").tokenizer.mask_id == 200
     again = typed("convert", f"--source={source}", f"--target={tmp_path / 'w'}")
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.count("\n") == 1 and "is there already and not empty" in again.stderr
+    assert again.stderr.count("\n") == 1 and "already exists and is not empty" in again.stderr
     decode = ["--prompt=ab", "--max_new_tokens=32", "--output=json", "--quantize=int8"]
     first, second = (typed("generate", f"--checkpoint={path}", *decode) for path in (source, tmp_path / "w"))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr

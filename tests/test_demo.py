@@ -1,4 +1,4 @@
-"""The models in the package: they are there, small, trained, and the decoder treats them as any other."""
+"""The demo models of the package: small, trained, and decoded like any other model."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ import pytest
 import illada_jax
 
 DEMO = pathlib.Path(illada_jax.__file__).parent / "demo"
-# Of the documentation that the model has learnt from.
+# From the documentation that the model was trained on.
 SENTENCE = "If the file already exists, it is overwritten. The default value is None."
 
 
@@ -22,20 +22,20 @@ def test_they_are_small():
 
 
 def test_the_model_is_trained(lm):
-    """Every fourth token hidden in turn: it knows far more of them than the commonest token would hit."""
+    """Every fourth token is masked in turn; always predicting the most common token would score far lower."""
     tokens = np.array(lm.tokenizer.encode(SENTENCE))
-    hidden = np.arange(len(tokens))[None] % 4 == np.arange(4)[:, None]
-    guesses = np.asarray(lm.logits(np.where(hidden, lm.tokenizer.mask_id, tokens))).argmax(-1)
-    assert np.mean((guesses == tokens)[hidden]) > 0.4
+    masked = np.arange(len(tokens))[None] % 4 == np.arange(4)[:, None]
+    predicted = np.asarray(lm.logits(np.where(masked, lm.tokenizer.mask_id, tokens))).argmax(-1)
+    assert np.mean((predicted == tokens)[masked]) > 0.4
 
 
-def test_texts_are_the_same_alone_and_in_company(lm):
+def test_texts_do_not_depend_on_the_batch(lm):
     """On a trained model, sampled: design law 3."""
     prompts = ["The with statement is", "Return", "If the file does not exist, it is created and", "A class"]
-    together = lm.generate(prompts, max_new_tokens=16)
+    batched = lm.generate(prompts, max_new_tokens=16)
     alone = [lm.generate([prompt], max_new_tokens=16, rows=[row])[0] for row, prompt in enumerate(prompts)]
-    assert [result.tokens for result in together] == [result.tokens for result in alone]
-    assert all(result.text.strip() for result in together)
+    assert [result.tokens for result in batched] == [result.tokens for result in alone]
+    assert all(result.text.strip() for result in batched)
 
 
 def test_gaps_are_filled_and_nothing_else_changes(lm):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "evaluate": {"cli", "api", "config", "errors", "files", "evaluation", "parallel", "scoring"},
     "prepare": {"cli", "data", "errors"},
     "convert": {"cli", "interop", "errors"},
-    "aot": {"cli", "config", "errors", "parallel", "planning"},
+    "aot": {"cli", "config", "errors", "files", "parallel", "planning"},
     "plot": {"cli", "errors", "training"},
     "__init__": {"api"},
     "__main__": set(),

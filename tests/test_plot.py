@@ -47,7 +47,7 @@ def test_runs_are_drawn_over_each_other(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "name at least one workdir"),
-    (["nowhere"], "nowhere: no metrics.jsonl"),
+    (["nowhere"], "nowhere: contains no metrics.jsonl"),
     (["nowhere", "--figure=a.jpeg"], "must be .png, .svg, .pdf"),
     (["nowhere", "--figure=missing/a.png"], "there is no directory missing"),
 ])

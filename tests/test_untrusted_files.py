@@ -16,8 +16,8 @@ from illada_jax.data.preparing.corpora import Settings, prepare
 from illada_jax.data.sources import examples
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError
-from illada_jax.interop import open_source
-from illada_jax.training.saved_model import load_inference
+from illada_jax.interop import load_model, open_model
+from illada_jax.training.saved_model import checksum
 from tests.evaluation import lm_eval_toys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,10 +62,10 @@ def no_pickle(monkeypatch):
 
 def test_nothing_is_unpickled(no_pickle, tmp_path):
     lm_eval_toys.save(tmp_path / "run")
-    assert load_inference(tmp_path / "run").step == 1
+    assert load_model(tmp_path / "run").step == 1
     shutil.copytree(FIXTURE, tmp_path / "checkpoint")
     ByteTokenizer().save(tmp_path / "checkpoint")
-    open_source(str(tmp_path / "checkpoint")).restore(jax.numpy.dtype("float32"), None)
+    open_model(str(tmp_path / "checkpoint")).restore(jax.numpy.dtype("float32"), None)
     (tmp_path / "text").mkdir()
     for i in range(3):
         (tmp_path / "text" / f"{i}.txt").write_text(f"some text {i} " * 9)
@@ -81,11 +81,13 @@ def test_nothing_is_unpickled(no_pickle, tmp_path):
 def test_a_checkpoint_that_claims_to_be_larger_than_its_arrays_is_refused(tmp_path, changes):
     """Shapes are compared before anything of their size is allocated."""
     lm_eval_toys.save(tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "1" / "meta" / "metadata"
-    meta = json.loads(path.read_text())
+    checkpoint = tmp_path / "run" / "checkpoints" / "1"
+    meta, tokenizer_files = (json.loads((checkpoint / item / "metadata").read_text()) for item in ("meta", "tokenizer"))
     meta["config"]["model"] |= changes
-    path.write_text(json.dumps({key: meta[key] for key in meta if key not in ("seal", "fingerprints")}))
+    del meta["checksum"]
+    forged = {**meta, "checksum": checksum(meta, tokenizer_files)}
+    (checkpoint / "meta" / "metadata").write_text(json.dumps(forged))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=r"checkpoints/1/params: damaged: .*there is no other checkpoint"):
-        load_inference(tmp_path / "run")
+    with pytest.raises(InputError, match=r"checkpoints/1: damaged: .*there is no other checkpoint"):
+        load_model(tmp_path / "run")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB

@@ -19,7 +19,7 @@ from illada_jax import cli
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
-from illada_jax.interop import open_source
+from illada_jax.interop import open_model
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run of pre-training", required=True)
 ORDER = flags.DEFINE_integer("order", 5, "of the n-gram model", lower_bound=1)
@@ -66,7 +66,7 @@ def text_of(tokenizer, all_ids: Iterable[list[int]]) -> bytes:
 def main(argv: list[str]) -> None:
     """Prints a table."""
     del argv
-    config = open_source(CHECKPOINT.value).config
+    config = open_model(CHECKPOINT.value).config
     if config.sft.format != "none":
         raise InputError(f"--checkpoint={CHECKPOINT.value}: was fine-tuned; a run of pre-training is wanted")
     corpus = open_corpus(config.data)

@@ -53,31 +53,31 @@ def write_checkpoint(directory: pathlib.Path, layers: int, tiny: bool, shard_byt
     from illada_jax.config import ModelConfig
     from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
     from illada_jax.interop.families import ILLADA, write_model_config
-    from illada_jax.interop.layout import entries
-    from illada_jax.interop.tensors import Tensor, write_tensors
+    from illada_jax.interop.layout import tensor_mappings
+    from illada_jax.interop.tensors import TensorInfo, write_tensors
 
     model = ModelConfig(vocab_size=155_136, d_model=4096, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128,
                         d_ff=14_336, max_length=8192)
     if tiny:
         model = dataclasses.replace(model, vocab_size=264, d_model=64, head_dim=2, d_ff=224)
-    wanted, bfloat16 = list(entries(ILLADA, model)), np.dtype(ml_dtypes.bfloat16)
-    tensors = {entry.name: Tensor(None, entry.shape, bfloat16) for entry in wanted}
+    mappings, bfloat16 = list(tensor_mappings(ILLADA, model)), np.dtype(ml_dtypes.bfloat16)
+    tensors = {mapping.name: TensorInfo(None, mapping.shape, bfloat16) for mapping in mappings}
     rng = np.random.default_rng(0)
 
-    def draw(entry):
-        x = rng.standard_normal(entry.shape, np.float32)
-        x *= model.d_model**-0.5 if len(entry.shape) > 1 else 0.1
-        return entry.name, (x + (len(entry.shape) == 1)).astype(bfloat16)
+    def draw(mapping):
+        x = rng.standard_normal(mapping.shape, np.float32)
+        x *= model.d_model**-0.5 if len(mapping.shape) > 1 else 0.1
+        return mapping.name, (x + (len(mapping.shape) == 1)).astype(bfloat16)
 
     directory.mkdir()
-    write_tensors(directory, tensors, map(draw, wanted), shard_bytes, lambda _: None)
+    write_tensors(directory, tensors, map(draw, mappings), shard_bytes, lambda _: None)
     tokenizer = ByteTokenizer()
     assert tokenizer.vocab_size == NUM_IDS
     tokenizer.save(directory)
     ids = {f"{name}_token_id": id_ for name, id_ in tokenizer.special_ids.items()}
     (directory / "config.json").write_text(json.dumps(write_model_config(ILLADA, model) | ids))
-    matrices = sum(tensors[entry.name].nbytes for entry in wanted if entry.input_axes)
-    scales = sum(4 * entry.shape[0] for entry in wanted if entry.input_axes)
+    matrices = sum(tensors[mapping.name].nbytes for mapping in mappings if mapping.input_axes)
+    scales = sum(4 * mapping.shape[0] for mapping in mappings if mapping.input_axes)
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Sizes(total, max(tensor.nbytes for tensor in tensors.values()), total - matrices // 2 + scales)
 

@@ -33,10 +33,10 @@ from illada_jax.data.batches import Batches
 from illada_jax.data.example_store import Question
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
+from illada_jax.interop import load_model
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.run import open_data
-from illada_jax.training.saved_model import load_inference
 
 SEEDS = (0, 1, 2)
 EPOCHS = 12
@@ -178,7 +178,7 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
 
     followed = cell in [Cell(seed=seed) for seed in SEEDS]  # these make the curve of the epochs study
     if followed:
-        evaluate(load_inference(config.init.checkpoint, "float32", mesh).params, 0)
+        evaluate(load_model(config.init.checkpoint, "float32", mesh).params, 0)
     started, cpu_started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as workdir:
         outcome = train(RunSetup(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer,

@@ -1,12 +1,13 @@
-"""Hugging Face checkpoints in and out, and the one way to open or load a model.
+"""Import and export of Hugging Face checkpoints, and the one way to open or load a model.
 
-Begin with `loading.load_model`, behind which a workdir, official weights and a Hub id look the same. `families` has the
-names and layouts of LLaDA and iLLaDA, `importing` and `exporting` stream safetensors with little host memory,
-`conversion` is what the command does. No file of a stranger runs code, and no size in one is believed.
+Begin with `loading`: `open_model` reads everything but the params and `load_model` reads those too, from a workdir,
+official weights, a Hub id or a demo alike. `families` has the names and layouts of LLaDA and iLLaDA, `layout` maps
+params to tensors, `importing` and `exporting` stream safetensors with little host memory, and `conversion` is the work
+of the `convert` command. No file runs code when it is read, and no size in it is trusted.
 
 May import the foundation and training, whose checkpoints it reads; only commands and `illada_jax.api` import it.
 """
 
-from illada_jax.interop.loading import load_model, open_source
+from illada_jax.interop.loading import load_model, open_model
 
-__all__ = ["load_model", "open_source"]
+__all__ = ["load_model", "open_model"]

@@ -1,7 +1,7 @@
-"""The public checkpoint layouts, one table for each family: names of tensors, keys of `config.json`, ids.
+"""The public checkpoint layouts, one table per family: names of tensors, keys of `config.json`, special ids.
 
-The figures and names are those of the released files (GSAI-ML/LLaDA-8B-*, LLaDA-1.5 and GSAI-ML/iLLaDA-8B-*). A linear
-layer is stored as [out, in].
+All names and ids are those of the released files (GSAI-ML/LLaDA-8B-*, LLaDA-1.5 and GSAI-ML/iLLaDA-8B-*), which store
+a linear layer as [out, in].
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from illada_jax.errors import ConfigError, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one family of models is written down.
+    """The checkpoint layout of one family of models.
 
     Attributes:
       model_type: its name in config.json.
       architecture: the class of its modelling file.
-      tensors: for each param, by path, the name of its tensor; `{}` stands for the layer.
-      keys: for each field of ModelConfig, the keys of config.json that may give it; the first is written.
-      demanded: keys that must have one of these values where they are given; the first is written, if it is not None.
-      special_ids: ids where neither config nor tokenizer names them.
-      eot_id: id of the end of a turn, -1 where there is none.
+      tensors: the name of each param's tensor, by path; `{}` stands for the layer.
+      keys: the keys of config.json that may hold each field of ModelConfig; the first is written.
+      supported: keys that must have one of these values if they are present; the first is written, unless it is None.
+      special_ids: defaults for ids that neither config nor tokenizer define.
+      eot_id: id of the end of a turn; -1 if there is none.
       decode: the sampler that the models were published with.
     """
 
@@ -32,7 +32,7 @@ class Family:
     architecture: str
     tensors: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
-    demanded: Mapping[str, tuple[Any, ...]]
+    supported: Mapping[str, tuple[Any, ...]]
     special_ids: Mapping[str, int]
     eot_id: int
     decode: DecodeConfig
@@ -67,7 +67,7 @@ LLADA = Family(
         "norm_eps": ("rms_norm_eps",),
         "tied_head": ("weight_tying",),
     },
-    demanded={
+    supported={
         "block_type": ("llama",),
         "block_group_size": (1,),
         "activation_type": ("silu",),
@@ -120,7 +120,7 @@ ILLADA = Family(
         "norm_eps": ("rms_norm_eps",),
         "tied_head": ("tie_word_embeddings",),
     },
-    demanded={
+    supported={
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
@@ -138,17 +138,17 @@ FAMILIES = {family.model_type: family for family in (LLADA, ILLADA)}
 _SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_length")
 
 
-def family_of(values: Mapping[str, Any]) -> Family:
-    """The family that a config.json belongs to.
+def find_family(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
 
     Raises:
-      InputError: another model_type, or a key that asks for something that the model here does not do; names it.
+      InputError: the model_type is unknown, or a key requires an unsupported feature; names it.
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"model_type = {model_type!r}: must be one of {', '.join(map(repr, FAMILIES))}")
     family = FAMILIES[model_type]
-    for key, allowed in family.demanded.items():
+    for key, allowed in family.supported.items():
         if key in values and values[key] not in allowed:
             raise InputError(f"{key} = {values[key]!r}: not supported; must be {' or '.join(map(repr, allowed))}")
     return family
@@ -158,12 +158,12 @@ def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool)
     """The model that a config.json describes.
 
     Args:
-      family: of `family_of`.
+      family: its family, from `find_family`.
       values: the content of config.json.
-      has_head: whether the weights hold a head of their own: what decides where the config does not say.
+      has_head: True if the weights contain a separate head; decides `tied_head` if the config does not define it.
 
     Raises:
-      InputError: a key is missing or wrong, or asks for positions that the model here does not know; names it.
+      InputError: a key is missing or invalid, or requires unsupported rotary positions; names it.
     """
     given = {field: next((values[key] for key in keys if values.get(key) is not None), None)
              for field, keys in family.keys.items()}
@@ -186,21 +186,21 @@ def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool)
     try:
         return config_lib.override(ModelConfig(), "model", given)
     except ConfigError as error:
-        raise InputError(f"no model that can be built: {error}") from error
+        raise InputError(f"invalid model: {error}") from error
 
 
 def write_model_config(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_model_config`. Raises InputError if the family cannot express the model."""
+    """Inverse of `read_model_config`. Raises InputError if the family cannot express the model."""
     if model.head_dim * model.num_heads != model.d_model:
         raise InputError(f"config.model.head_dim = {model.head_dim}: a checkpoint of the family {family.model_type!r} "
                          f"needs model.d_model / model.num_heads = {model.d_model // model.num_heads}")
     values = {"model_type": family.model_type, "architectures": [family.architecture], "vocab_size": model.vocab_size}
     values |= {keys[0]: getattr(model, field) for field, keys in family.keys.items()}
-    return values | {key: allowed[0] for key, allowed in family.demanded.items() if allowed[0] is not None}
+    return values | {key: allowed[0] for key, allowed in family.supported.items() if allowed[0] is not None}
 
 
 def _rope_theta(values: Mapping[str, Any], theta: Any) -> Any:
-    """The base of plain rotary positions, wherever it is written; anything but plain ones is refused."""
+    """The base of the rotary frequencies, under any of its keys. Raises InputError for scaled or partial rotation."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope

@@ -1,4 +1,4 @@
-"""A directory of safetensors files, read slice by slice and written tensor by tensor."""
+"""Directories of safetensors files, read slice by slice and written tensor by tensor."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ _LISTED = 5  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """What is known of a tensor without reading it.
+class TensorInfo:
+    """The metadata of a tensor.
 
     Attributes:
-      file: where it is, or None if it is still to be written.
+      file: the file that holds it; None if it has not been written yet.
       shape: its shape.
       dtype: float32, float16 or bfloat16.
     """
@@ -41,21 +41,20 @@ class TensorDirectory:
     """The tensors of a directory: `model.safetensors`, or several files and their index.
 
     Attributes:
-      tensors: what is there, by name.
+      tensors: their metadata, by name.
     """
 
     def __init__(self, directory: pathlib.Path):
         """Reads the headers of all files.
 
         Raises:
-          InputError: a file is missing, cut off or too many, or a tensor is in two files, in none or of another type
-            than a float of 16 or 32 bits; the message names it.
+          InputError: a file is missing, truncated or not in the index, or a tensor is in two files, in none, or not a
+            float of 16 or 32 bits; the message names it.
         """
         self._directory = directory
+        self.tensors: dict[str, TensorInfo] = {}
         index = _read_index(directory)
-        files = _files(directory, index)
-        self.tensors: dict[str, Tensor] = {}
-        for file in files:
+        for file in _files(directory, index):
             for name, tensor in _read_header(file):
                 if name in self.tensors:
                     raise InputError(f"{directory}: the tensor {name} is in two files, {self.tensors[name].file.name} "
@@ -63,16 +62,14 @@ class TensorDirectory:
                 self.tensors[name] = tensor
         if index is None:
             return
-        there = {name: tensor.file.name for name, tensor in self.tensors.items()}
-        for name, file in index.items():
-            if name not in there:
-                raise InputError(f"{directory / file}: the tensor {name}, which {INDEX} looks for there, is missing")
-        for name, file in there.items():
-            if index.get(name) != file:
-                raise InputError(f"{directory / file}: holds the tensor {name}, which {INDEX} does not look for there")
+        for name in index.keys() - self.tensors.keys():
+            raise InputError(f"{directory / index[name]}: the tensor {name}, which {INDEX} expects there, is missing")
+        for name, tensor in self.tensors.items():
+            if index.get(name) != tensor.file.name:
+                raise InputError(f"{tensor.file}: holds the tensor {name}, which {INDEX} does not expect there")
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Checks that exactly these tensors are there, in these shapes. Raises InputError naming those that are not."""
+        """Raises InputError if the tensors are not exactly these, in these shapes; names the difference."""
         for problem, names in (("missing", expected.keys() - self.tensors.keys()),
                                ("unknown", self.tensors.keys() - expected.keys())):
             if names:
@@ -84,8 +81,8 @@ class TensorDirectory:
                                  f"{list(self.tensors[name].shape)}; by config.json it must be {list(shape)}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor. Only what it covers is read from the disk."""
-        # Opened for each slice: a file that stays mapped would count as memory, page by page, as it is read.
+        """Reads a slice of a tensor, and nothing else, from disk."""
+        # Reopened for each slice: the pages of a file that stays mapped count as memory of the process once read.
         with safe_open(self.tensors[name].file, framework="np") as file:
             return file.get_slice(name)[index]
 
@@ -98,7 +95,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
         index = json.loads(path.read_bytes())["weight_map"]
         files = set(index.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not an index: it must be JSON with a weight_map from tensors to files") from error
+        raise InputError(f"{path}: must be JSON with a weight_map from tensors to files") from error
     for file in files:
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise InputError(f"{path}: {file!r} is not the name of a file beside it")
@@ -106,55 +103,55 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
 
 
 def _files(directory: pathlib.Path, index: dict[str, str] | None) -> list[pathlib.Path]:
-    there = sorted(directory.glob("*.safetensors"))
+    found = sorted(directory.glob("*.safetensors"))
     if index is None:
-        if there:
-            return there
+        if found:
+            return found
         pickled = sorted(directory.glob("*.bin"))
-        reason = f" only {pickled[0].name}, a pickle: save the model as safetensors first" if pickled else ""
-        raise InputError(f"{directory}: holds no safetensors{reason}")
+        reason = f", only {pickled[0].name}, a pickle; save the model as safetensors first" if pickled else ""
+        raise InputError(f"{directory}: contains no safetensors{reason}")
     named = sorted(directory / file for file in set(index.values()))
     for file in named:
-        if file not in there:
+        if file not in found:
             raise InputError(f"{file}: missing; {INDEX} names it")
-    for file in there:
+    for file in found:
         if file not in named:
             raise InputError(f"{file}: {INDEX} does not name it; remove one of the two")
     return named
 
 
-def _read_header(path: pathlib.Path) -> Iterator[tuple[str, Tensor]]:
+def _read_header(path: pathlib.Path) -> Iterator[tuple[str, TensorInfo]]:
     try:
         with safe_open(path, framework="np") as file:
             parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
             described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts]
-    except OSError as error:  # a link to nothing, for example
+    except OSError as error:  # a dangling link, for example
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         with open(path, "rb") as file:
             pointer = file.read(12) == b"version http"
-        reason = "a pointer of git-lfs, not the file itself" if pointer else f"cut off or damaged ({error})"
-        raise InputError(f"{path}: {reason}; fetch it again") from error
+        reason = "a git-lfs pointer, not the file itself" if pointer else f"truncated or corrupt ({error})"
+        raise InputError(f"{path}: {reason}; download it again") from error
     for name, dtype, shape in described:
         if dtype not in DTYPES:
-            raise InputError(f"{path}: the tensor {name} is of type {dtype}; must be one of {', '.join(DTYPES)}")
-        yield name, Tensor(path, shape, DTYPES[dtype])
+            raise InputError(f"{path}: the tensor {name} has the dtype {dtype}; must be one of {', '.join(DTYPES)}")
+        yield name, TensorInfo(path, shape, DTYPES[dtype])
 
 
-def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: Iterable[tuple[str, np.ndarray]],
+def write_tensors(directory: pathlib.Path, tensors: dict[str, TensorInfo], values: Iterable[tuple[str, np.ndarray]],
                   shard_bytes: int, progress: Callable[[int], Any]) -> None:
-    """Writes tensors one after another into files of about `shard_bytes`, and the index if there are several.
+    """Writes tensors one after another into files of about `shard_bytes`, and an index if there are several files.
 
-    The `safetensors` package writes a file from a dict of all its tensors; here only one tensor is in memory.
+    The `safetensors` package needs all tensors of a file in memory; this holds one at a time.
 
     Args:
       directory: an existing directory.
-      tensors: what will be written, in the order of writing.
+      tensors: their metadata, in the order of writing.
       values: (name, array) in the same order.
-      shard_bytes: a file holds no more, unless a single tensor is larger.
-      progress: called with the bytes of each tensor that was written.
+      shard_bytes: maximum size of a file, unless a single tensor is larger.
+      progress: called with the size in bytes of each tensor after it is written.
     """
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, TensorInfo]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
@@ -167,7 +164,7 @@ def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: I
             for expected, tensor in shard.items():
                 name, array = next(values)
                 if (name, array.shape, array.dtype) != (expected, tensor.shape, tensor.dtype):
-                    raise ValueError(f"{expected} {tensor} was announced, {name} {array.dtype}{array.shape} came")
+                    raise ValueError(f"{expected} {tensor} was expected, not {name} {array.dtype}{array.shape}")
                 stream.write(np.ascontiguousarray(array).view(np.uint8).data)
                 weight_map[name] = file
                 progress(tensor.nbytes)
@@ -177,7 +174,7 @@ def write_tensors(directory: pathlib.Path, tensors: dict[str, Tensor], values: I
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(shard: dict[str, Tensor]) -> bytes:
+def _header(shard: dict[str, TensorInfo]) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,8 +1,8 @@
-"""Programs compiled for TPUs that are not there: memory, work and traffic, read from what the compiler made.
+"""Plans: programs compiled for TPUs without having them, with the memory, work and traffic of the compiled programs.
 
-Begin with `plan.make_plan` if there is one machine in mind, and with `illada_jax.aot`, the command, for a search over
-meshes. `programs` builds the very step, decoder or scorer that would run, `hlo` reads the compiled program, `chips` has
-the peaks of the chips, `roofline` makes times of both, `render` tables.
+Begin with `plan.make_plan`, or with the command, `illada_jax.aot`, which also compares plans. `programs` builds the
+step, decoder or scorer exactly as they run, `hlo` reads the compiled program, `checks` looks for buffers that no device
+should hold, `chips` has the figures of the chips, `roofline` derives times from both, `render` makes tables.
 
 Stands at the top, beside the commands: it may import everything.
 """

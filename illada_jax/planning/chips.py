@@ -1,4 +1,4 @@
-"""What a chip can do, by its public figures, and the topologies that can be compiled for.
+"""Published figures of TPU chips, and the topologies that can be compiled for.
 
 Sources: https://docs.cloud.google.com/tpu/docs/tpu7x (v5p, v6e, tpu7x: one table) and …/tpu/docs/v5e.
 Interconnect figures there count both directions; here they are one direction, summed over a chip's links. Peaks are
@@ -8,9 +8,7 @@ bfloat16.
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
-import re
 from importlib import metadata
 
 import jax
@@ -27,12 +25,12 @@ class Chip:
 
     Attributes:
       flops: peak bfloat16 operations per second.
-      hbm_bytes: memory.
+      hbm_bytes: size of HBM.
       hbm_bandwidth: bytes per second.
       ici_bandwidth: bytes per second that a chip can send to its neighbours, all links together.
       dcn_bandwidth: bytes per second that a chip can send to other slices.
-      flops_per_cycle: operations that its matrix units finish in a cycle; with `flops` it gives the clock.
-      devices: JAX devices that a chip appears as.
+      flops_per_cycle: operations of its matrix units per cycle; `flops` divided by it is the clock.
+      devices: JAX devices per chip.
     """
 
     flops: float
@@ -59,7 +57,7 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, _matrix_units(4, 256)),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, _matrix_units(8, 256), devices=2),
 }
-# Shapes in chips.
+# Shapes, in chips.
 TOPOLOGIES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
@@ -70,25 +68,33 @@ TOPOLOGIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """The devices of one or several slices, none of which need exist.
+    """The devices of one or several slices, which need not exist.
 
     Attributes:
       name: such as `v5p:4x4x4`.
-      num_slices: slices, joined by the data centre network.
-      chip: what each chip is.
-      num_chips: over all slices.
+      num_slices: slices, connected by the data centre network.
+      chip: the kind of chip.
       devices: JAX devices to compile for.
     """
 
     name: str
     num_slices: int
     chip: Chip
-    num_chips: int
     devices: tuple[jax.Device, ...]
+
+    @property
+    def num_chips(self) -> int:
+        """Chips over all slices."""
+        return len(self.devices) // self.chip.devices
+
+    @property
+    def bytes_per_device(self) -> float:
+        """HBM of one JAX device."""
+        return self.chip.hbm_bytes / self.chip.devices
 
 
 def versions() -> dict[str, str]:
-    """Versions of the compilers that are installed, by package."""
+    """Versions of the installed compilers, by package."""
     found = {}
     for name in ("jax", "libtpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -97,7 +103,7 @@ def versions() -> dict[str, str]:
 
 
 def parse(name: str) -> tuple[str, str]:
-    """(chip, shape) of a topology's name. Raises InputError that lists the known ones."""
+    """(chip, shape) of a topology's name. Raises InputError that lists the known names."""
     kind, _, shape = name.partition(":")
     if kind not in TOPOLOGIES:
         raise InputError(f"--topology={name}: unknown; known chips: {', '.join(TOPOLOGIES)}, for example v5p:4x4x4")
@@ -108,7 +114,7 @@ def parse(name: str) -> tuple[str, str]:
 
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of `num_slices` slices called `name`, from libtpu alone: no TPU is asked for.
+    """The devices of `num_slices` slices called `name`, from libtpu alone; no TPU is needed.
 
     Raises:
       InputError: the name is unknown, or libtpu is not installed.
@@ -116,7 +122,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     kind, shape = parse(name)
     if num_slices < 1:
         raise InputError(f"--num_slices={num_slices}: must be 1 or more")
-    # libtpu would ask the metadata server of a TPU VM, and let one process in only.
+    # By default libtpu queries the metadata server of a TPU VM and admits a single process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
@@ -126,7 +132,6 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
         devices = tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except RuntimeError as error:
         if importlib.util.find_spec("libtpu") is None:
-            raise InputError("compiling for a TPU needs its compiler: pip install 'illada_jax[tpu]'") from error
+            raise InputError("compiling for TPUs needs libtpu: pip install 'illada_jax[tpu]'") from error
         raise InputError(f"--topology={name}: {str(error).splitlines()[0]}") from error
-    num_chips = num_slices * math.prod(map(int, re.findall(r"\d+", shape)))
-    return Topology(name, num_slices, CHIPS[kind], num_chips, devices)
+    return Topology(name, num_slices, CHIPS[kind], devices)

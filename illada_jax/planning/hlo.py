@@ -1,12 +1,14 @@
-"""Reads a compiled TPU program's text: how many cycles, bytes and collectives a device executes, loops multiplied out.
+"""Reads the text of a compiled TPU program: the cycles, bytes and collectives that a device executes, loops unrolled.
 
 The compiler writes its own estimate of cycles into each fusion; collectives and kernels (Pallas) carry none. The text
-names neither the trip counts of loops nor what crosses slices: both are derived here.
+states neither all trip counts of loops nor which collectives cross slices: both are derived here.
 """
 
 import collections
 import dataclasses
+import enum
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import numpy as np
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
               "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Instructions that move nothing through memory themselves.
+# Opcodes that move nothing through memory themselves.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "iota",
         "after-all", "partition-id", "replica-id", "optimization-barrier", "copy-done", "async-done", "async-start",
         "all-gather-done", "all-reduce-done", "collective-permute-done"}
@@ -30,7 +32,7 @@ _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?((?:%[\w.\
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: element type, dimensions, and whether it lies in memory on the chip rather than in HBM."""
+    """An array: element type, dimensions, and True if it lies in on-chip memory rather than in HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -55,16 +57,28 @@ class Instruction:
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
         """Names of the operands, in order."""
-        return tuple(re.findall(r"%([\w.\-]+)", self.text[: _closing(self.text)]))
+        depths = itertools.accumulate(((letter == "(") - (letter == ")") for letter in self.text), initial=1)
+        end = next((position for position, depth in enumerate(depths) if not depth), len(self.text))
+        return tuple(re.findall(r"%([\w.\-]+)", self.text[:end]))
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs."""
+        """Names of the computations that it calls."""
         return tuple(name for group in _CALLED.findall(self.text) for name in re.findall(r"%([\w.\-]+)", group))
 
     @property
+    def number(self) -> int:
+        """The position of a parameter, or the value of an integer constant."""
+        return int(re.match(r"\d+", self.text).group())
+
+    def attribute(self, name: str) -> str | None:
+        """The value of an attribute such as `index` or `body`; None if it is absent."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        return found.group(1) if found else None
+
+    @property
     def cycles(self) -> int:
-        """The compiler's estimate, 0 where it makes none."""
+        """The compiler's estimate; 0 if there is none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found.group(1)) if found else 0
 
@@ -74,14 +88,12 @@ class Instruction:
         return sum(shape.size for shape in self.shapes if not shape.on_chip)
 
 
-def _closing(text: str) -> int:
-    """Where the parenthesis of the operands closes."""
-    depth = 1
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return place
-    return len(text)
+class Origin(enum.IntEnum):
+    """The inputs that a value depends on."""
+
+    CONSTANT = 0  # constants only
+    CHOSEN = 1  # chosen parameters of the program, and constants
+    OTHER = 2  # anything else
 
 
 class Module:
@@ -89,7 +101,7 @@ class Module:
 
     Attributes:
       computations: instructions of each computation, by name.
-      entry: name of the one that is run.
+      entry: name of the computation that is run.
     """
 
     def __init__(self, text: str):
@@ -111,27 +123,27 @@ class Module:
                                for dtype, dims, layout in _SHAPE.findall(shapes))
                 current.append(Instruction(name, opcode, parsed, rest, line.lstrip().startswith("ROOT ")))
 
-    def trip_count(self, loop: Instruction, otherwise: int) -> int:
-        """Iterations of a while loop that counts up to a constant; `otherwise` where its bound is computed."""
+    def trip_count(self, loop: Instruction, default: int) -> int:
+        """Iterations of a while loop that counts up to a constant; `default` if its bound is computed."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known.group(1))
-        condition = self.computations[re.search(r"condition=%([\w.\-]+)", loop.text).group(1)]
+        condition = self.computations[loop.attribute("condition")]
         by_name = {instruction.name: instruction for instruction in condition}
         root = next(instruction for instruction in condition if instruction.is_root)
-        if root.opcode == "compare" and "direction=LT" in root.text:
+        if root.opcode == "compare" and root.attribute("direction") == "LT":
             for operand in root.operands:
                 bound = by_name[operand]
                 while bound.opcode in ("copy", "bitcast"):
                     bound = by_name[bound.operands[0]]
                 if bound.opcode == "constant":
-                    return int(re.match(r"\d+", bound.text).group())
-        return otherwise
+                    return bound.number
+        return default
 
-    def executed(self, otherwise: int = 1) -> list[tuple[Instruction, str, int]]:
-        """(instruction, its computation, how often it is executed) of all but the insides of fusions.
+    def executed(self, default_trip_count: int = 1) -> list[tuple[Instruction, str, int]]:
+        """(instruction, its computation, number of executions) for all instructions outside fusions.
 
         Args:
-          otherwise: iterations of loops whose bound is computed.
+          default_trip_count: iterations of loops whose bound is computed.
         """
         found: list[tuple[Instruction, str, int]] = []
 
@@ -139,10 +151,9 @@ class Module:
             for instruction in self.computations[name]:
                 found.append((instruction, name, times))
                 if instruction.opcode == "while":
-                    body = re.search(r"body=%([\w.\-]+)", instruction.text).group(1)
-                    visit(body, times * self.trip_count(instruction, otherwise))
+                    visit(instruction.attribute("body"), times * self.trip_count(instruction, default_trip_count))
                 elif instruction.opcode in ("call", "conditional", "async-start"):
-                    # Of several branches only the first runs: that of decoding that computes the whole canvas.
+                    # Only the first branch counts: in decoding it is the one that computes the whole canvas.
                     for called in instruction.called[:1]:
                         visit(called, times)
 
@@ -150,61 +161,61 @@ class Module:
         return found
 
     def buffers(self) -> list[tuple[str, Instruction, Shape]]:
-        """(computation, instruction, array) of all that is made outside of a fusion, arguments included."""
+        """(computation, instruction, array) for every array outside fusions, arguments included."""
         fused = {called for instructions in self.computations.values() for i in instructions if i.opcode == "fusion"
                  for called in i.called}
         return [(name, i, shape) for name, instructions in self.computations.items() if name not in fused
                 for i in instructions for shape in i.shapes]
 
-    def origins(self, chosen: Callable[[Instruction], bool]) -> dict[tuple[str, str], int]:
-        """What the result of each executed instruction is made of, by (computation, instruction).
+    def origins(self, chosen: Callable[[Instruction], bool]) -> dict[tuple[str, str], Origin]:
+        """The origin of each executed instruction's result, by (computation, instruction).
 
-        0: constants alone; CHOSEN: parameters of the program that are `chosen`, and constants; OTHER: something else
-        too. Results are followed through tuples and round loops.
+        Results are followed through tuples and loops.
+
+        Args:
+          chosen: True for the parameters of the program whose origin is Origin.CHOSEN.
         """
-        found: dict[tuple[str, str], int] = {}
+        found: dict[tuple[str, str], Origin] = {}
 
-        def visit(name: str, arguments: list[Origin]) -> Origin:
-            values: dict[str, Origin] = {}
+        def visit(name: str, arguments: list[_Origins]) -> _Origins:
+            values: dict[str, _Origins] = {}
             for i in self.computations[name]:
                 operands = [values[operand] for operand in i.operands if operand in values]
-                value: Origin = max(map(_most, operands), default=0)
+                value: _Origins = max(map(_most, operands), default=Origin.CONSTANT)
                 if i.opcode == "parameter":
-                    value = arguments[int(re.match(r"\d+", i.text).group())]
+                    value = arguments[i.number]
                 elif i.opcode == "tuple":
                     value = tuple(operands)
                 elif i.opcode == "get-tuple-element" and isinstance(operands[0], tuple):
-                    value = operands[0][int(re.search(r"index=(\d+)", i.text).group(1))]
+                    value = operands[0][int(i.attribute("index"))]
                 elif i.opcode == "optimization-barrier":
                     value = operands[0]
                 elif i.opcode == "call":
                     value = visit(i.called[0], operands)
                 elif i.opcode == "while":
-                    body, before = re.search(r"body=%([\w.\-]+)", i.text).group(1), None
-                    value = operands[0]
+                    value, before = operands[0], None
                     while value != before:
-                        before, value = value, _join(value, visit(body, [value]))
+                        before, value = value, _join(value, visit(i.attribute("body"), [value]))
                 values[i.name] = value
                 found[name, i.name] = _most(value)
                 if i.is_root:
                     root = value
             return root
 
-        inputs = {int(re.match(r"\d+", i.text).group()): CHOSEN if chosen(i) else OTHER
+        inputs = {i.number: Origin.CHOSEN if chosen(i) else Origin.OTHER
                   for i in self.computations[self.entry] if i.opcode == "parameter"}
         visit(self.entry, [inputs[number] for number in sorted(inputs)])
         return found
 
 
-CHOSEN, OTHER = 1, 2
-Origin = Any  # 0, CHOSEN or OTHER, or a tuple of origins
+_Origins = Any  # an Origin, or a (nested) tuple of them
 
 
-def _most(origin: Origin) -> int:
-    return max(map(_most, origin), default=0) if isinstance(origin, tuple) else origin
+def _most(origins: _Origins) -> Origin:
+    return max(map(_most, origins), default=Origin.CONSTANT) if isinstance(origins, tuple) else origins
 
 
-def _join(one: Origin, other: Origin) -> Origin:
+def _join(one: _Origins, other: _Origins) -> _Origins:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return tuple(_join(a, b) for a, b in zip(one, other, strict=True))
     return max(_most(one), _most(other))
@@ -212,15 +223,15 @@ def _join(one: Origin, other: Origin) -> Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device executes in one run of a program.
+    """The work of one device in one run of a program.
 
     Attributes:
-      cycles: estimated by the compiler, kernels and collectives left out.
-      hbm_bytes: read and written between memory and the chip, kernels included.
-      ici_bytes: that a device sends within its slice, for the best algorithm of each collective.
-      dcn_bytes: that a device sends to other slices.
+      cycles: the compiler's estimate, without kernels and collectives.
+      hbm_bytes: bytes read from and written to HBM, kernels included.
+      ici_bytes: bytes sent within the slice, by the best algorithm of each collective.
+      dcn_bytes: bytes sent to other slices.
       collectives: result bytes by kind.
-      kernels: how often each Pallas kernel is called, by name.
+      kernels: number of calls of each Pallas kernel, by name.
     """
 
     cycles: float
@@ -231,13 +242,13 @@ class Work:
     kernels: dict[str, int]
 
 
-def work(module: Module, num_devices: int, num_slices: int = 1, otherwise: int = 1) -> Work:
-    """Adds up what a device executes; see `Module.executed` for loops whose bound is computed."""
+def work(module: Module, num_devices: int, num_slices: int = 1, default_trip_count: int = 1) -> Work:
+    """Adds up the work of a device; for `default_trip_count` see `Module.executed`."""
     cycles = hbm = ici = dcn = 0.0
-    collectives: dict[str, float] = collections.defaultdict(float)
-    kernels: dict[str, int] = collections.defaultdict(int)
+    collectives: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
     by_computation = {name: {i.name: i for i in instructions} for name, instructions in module.computations.items()}
-    for instruction, computation, times in module.executed(otherwise):
+    for instruction, computation, times in module.executed(default_trip_count):
         cycles += times * instruction.cycles
         if instruction.opcode not in FREE:
             hbm += times * _memory_traffic(module, instruction, by_computation[computation])
@@ -246,7 +257,7 @@ def work(module: Module, num_devices: int, num_slices: int = 1, otherwise: int =
         for kind, size, text in _collectives(module, instruction):
             group, crossing = _group(text, num_devices, num_slices)
             collectives[kind] += times * size
-            # Over several slices: first inside each, then every device exchanges its own part with those of the others.
+            # Over several slices: first inside each, then every device exchanges its part with its peers in the others.
             inside = max(group // crossing, 1)
             dcn += times * size * _share_sent(kind, crossing) / inside
             ici += times * size * (_share_sent(kind, inside) if crossing == 1 or inside > 1 else 0.0)
@@ -254,7 +265,7 @@ def work(module: Module, num_devices: int, num_slices: int = 1, otherwise: int =
 
 
 def _share_sent(kind: str, group: int) -> float:
-    """What a device sends for a collective of `group` devices at least, as a multiple of the bytes of its result."""
+    """The least that a device sends in a collective of `group` devices, as a multiple of the result's bytes."""
     if group == 1:
         return 0.0
     return {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(
@@ -262,7 +273,7 @@ def _share_sent(kind: str, group: int) -> float:
 
 
 def _collectives(module: Module, instruction: Instruction) -> list[tuple[str, float, str]]:
-    """(kind, bytes of the result, text) of the collectives that an instruction starts, inside a fusion or not."""
+    """(kind, result bytes, text) of the collectives that an instruction starts, itself or inside a fusion."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         shapes = instruction.shapes
@@ -276,14 +287,14 @@ def _collectives(module: Module, instruction: Instruction) -> list[tuple[str, fl
 
 
 def _group(text: str, num_devices: int, num_slices: int) -> tuple[int, int]:
-    """(devices that take part in a collective together, slices that they lie in)."""
+    """(number of devices in a group of a collective, number of slices that they lie in)."""
     per_slice = num_devices // num_slices
     first: list[int] | np.ndarray
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:, device_ids=\([^)]*\))?\s*\{([^}]*)\}", text):
         axes = re.findall(r"'([\w]+)'=(\d+)", found.group(1))
         ids = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
-        wanted = re.findall(r"'([\w]+)'", found.group(2))
-        first = ids[tuple(slice(None) if name in wanted else 0 for name, _ in axes)].reshape(-1)
+        grouped = re.findall(r"'([\w]+)'", found.group(2))
+        first = ids[tuple(slice(None) if name in grouped else 0 for name, _ in axes)].reshape(-1)
     elif found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims, order = ([int(x) for x in (group or "").split(",") if x] for group in found.groups())
         ids = np.arange(math.prod(dims)).reshape(dims)
@@ -296,7 +307,7 @@ def _group(text: str, num_devices: int, num_slices: int) -> tuple[int, int]:
 
 
 def _memory_traffic(module: Module, instruction: Instruction, siblings: dict[str, Instruction]) -> float:
-    """Bytes that an instruction reads and writes in HBM; of an array that it slices, the slice only."""
+    """Bytes that an instruction reads and writes in HBM; for an array that it slices, those of the slice only."""
     read = {name: siblings[name].size for name in instruction.operands if name in siblings}
     written = instruction.size
     if instruction.opcode == "dynamic-slice":
@@ -305,7 +316,7 @@ def _memory_traffic(module: Module, instruction: Instruction, siblings: dict[str
         return 2 * read.get(instruction.operands[1], 0.0)
     if instruction.opcode == "fusion":
         inside = module.computations[instruction.called[0]]
-        parameters = {int(re.match(r"\d+", i.text).group()): i.name for i in inside if i.opcode == "parameter"}
+        parameters = {i.number: i.name for i in inside if i.opcode == "parameter"}
         for index, operand in enumerate(instruction.operands):
             users = [i for i in inside if parameters.get(index) in i.operands]
             if operand in read and users and all(

@@ -1,9 +1,9 @@
 """Plans as text for a terminal and as tables for a report."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from illada_jax.planning.chips import CHIPS
-from illada_jax.planning.plan import gib
+from illada_jax.planning.chips import CHIPS, GIB
 
 
 def as_text(plan: dict[str, Any]) -> str:
@@ -14,10 +14,10 @@ def as_text(plan: dict[str, Any]) -> str:
         f"versions        {', '.join(f'{name} {version}' for name, version in plan['versions'].items())}",
         f"model           {plan['model']['parameters']:,} parameters, {plan['model']['dtype']}, attention "
         f"{plan['model']['attention']}, remat {plan['model']['remat']}",
-        f"memory          {'fits' if plan['fits'] else 'DOES NOT FIT'}: arguments {gib(plan['argument_bytes'])}, "
-        f"temporaries {gib(plan['temporary_bytes'])}, together {gib(plan['total_bytes'])} of "
-        f"{gib(plan['available_bytes'])} on each device, {gib(plan['headroom_bytes'])} to spare"
-        + (f"; {gib(plan['peak_bytes'])} in use at the peak" if plan.get("peak_bytes") else ""),
+        f"memory          {'fits' if plan['fits'] else 'DOES NOT FIT'}: arguments {_gib(plan['argument_bytes'])}, "
+        f"temporaries {_gib(plan['temporary_bytes'])}, together {_gib(plan['total_bytes'])} of "
+        f"{_gib(plan['available_bytes'])} on each device, {_gib(plan['headroom_bytes'])} to spare"
+        + (f"; {_gib(plan['peak_bytes'])} in use at the peak" if plan.get("peak_bytes") else ""),
         f"compiled in     {plan['compile_seconds']} s of processor time",
     ]
     lines += _train_lines(plan) if plan["mode"] == "train" else _inference_lines(plan)
@@ -55,10 +55,9 @@ def _train_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _inference_lines(plan: dict[str, Any]) -> list[str]:
-    weights = "int8" if plan["quantize"] == "int8" else plan["model"]["dtype"]
     lines = [f"batch           {plan['rows']} rows on a canvas of {plan['canvas']:,}, block {plan['block_length']}, "
              f"cache {plan['cache']}, reveal {plan['reveal']}",
-             f"params          {gib(plan['param_bytes'])} on a device, {weights}"]
+             f"params          {_gib(plan['param_bytes'])} on a device, {_weights(plan)}"]
     lines += [f"evaluation      {name}: {1e3 * b['best']:.2f} ms at best (compute {1e3 * b['compute']:.2f}, memory "
               f"{1e3 * b['hbm']:.2f}, interconnect {1e3 * b['ici']:.2f})" for name, b in plan["bounds"].items()]
     if plan["mode"] == "score":
@@ -67,52 +66,65 @@ def _inference_lines(plan: dict[str, Any]) -> list[str]:
                     f"{rate['tokens_per_evaluation']} tokens an evaluation" for rate in plan["rates"]]
 
 
+# Tables: the head of each column, and its cells as a template.
+_TRAIN_COLUMNS = {
+    "case": "{name}", "topology": "{where}", "mesh (data, fsdp, tensor)": "{mesh_sizes}", "remat": "{model[remat]}",
+    "rows/device × micro-batches": "{rows_per_device} × {microbatches}", "arguments GiB": "{argument_gib:.2f}",
+    "temporaries GiB": "{temporary_gib:.2f}", "in use at the peak GiB": "{peak}",
+    "spare GiB": "{headroom_gib:.2f}", "fusions s": "{bounds[fusions]:.2f}",
+    "kernels s (at peak)": "{bounds[kernels]:.2f} ({bounds[kernels_at_peak]:.2f})", "HBM s": "{bounds[hbm]:.2f}",
+    "ICI s": "{bounds[ici]:.2f}", "DCN s": "{bounds[dcn]:.2f}", "step s": "{bounds[best]:.2f}",
+    "MFU bound": "{mfu_bound:.1%}", "kernels at peak": "{mfu_bound_with_kernels_at_peak:.1%}",
+    "no overlap": "{mfu_without_overlap:.1%}", "days": "{days_text}",
+    "whole logits; replicated parameters": "{buffers}",
+}
+_INFERENCE_COLUMNS = {
+    "case": "{name}", "topology": "{where}", "mesh": "{mesh_sizes}", "rows": "{rows}", "canvas": "{canvas:,}",
+    "weights": "{weights}", "params GiB": "{param_gib:.2f}", "temporaries GiB": "{temporary_gib:.2f}",
+    "spare GiB": "{headroom_gib:.2f}",
+}
+_DECODE_COLUMNS = _INFERENCE_COLUMNS | {
+    "cache": "{cache}", "ms at best: canvas; block": "{canvas_ms:,.1f}; {block_ms:,.1f}",
+    "tokens/s at best: exact 1 / 2 / 4": "{exact}", "prefix cache 1 / 2 / 4": "{prefix cache}",
+}
+_SCORE_COLUMNS = _INFERENCE_COLUMNS | {"ms at best": "{canvas_ms:,.1f}", "rows/s at best": "{rows_per_second:,.1f}"}
+_CHIP_COLUMNS = ("chip", "peak TFLOP/s (bf16)", "HBM GiB", "HBM GB/s", "links GB/s (one way)", "DCN GB/s", "clock GHz",
+                 "devices")
+
+
 def as_markdown(cases: list[dict[str, Any]]) -> str:
     """Tables of compared plans, the best first, of the chips, the arithmetic and every assumption.
 
     Args:
       cases: {"name": …, "plan": …} or {"name": …, "error": …}.
     """
-    made = [case for case in cases if "plan" in case]
-    train = sorted((c for c in made if c["plan"]["mode"] == "train"), key=lambda c: -c["plan"]["mfu_bound"])
+    planned = [case for case in cases if "plan" in case]
+    train, decode, score = ([case for case in planned if case["plan"]["mode"] == mode]
+                            for mode in ("train", "decode", "score"))
+    train.sort(key=lambda case: -case["plan"]["mfu_bound"])
     sections = []
     if train:
-        best = train[0]
-        sections += ["## Training", "", _table(
-            ["case", "topology", "mesh (data, fsdp, tensor)", "remat", "rows/device × micro-batches", "arguments GiB",
-             "temporaries GiB", "in use at the peak GiB", "spare GiB", "fusions s", "kernels s (at peak)",
-             "HBM s", "ICI s", "DCN s", "step s", "MFU bound", "kernels at peak", "no overlap", "days",
-             "whole logits; replicated parameters"],
-            [_train_row(case["name"], case["plan"]) for case in train]),
-            "", f"## The first of them in full: {best['name']}", "", "```", as_text(best["plan"]), "```"]
-    decoding = [case for case in made if case["plan"]["mode"] == "decode"]
-    if decoding:
-        sections += ["", "## Decoding", "", _table(
-            [*_INFERENCE, "cache", "ms at best: canvas; block", "tokens/s at best: exact 1 / 2 / 4",
-             "prefix cache 1 / 2 / 4"], [_decode_row(case["name"], case["plan"]) for case in decoding])]
-    scoring = [case for case in made if case["plan"]["mode"] == "score"]
-    if scoring:
-        sections += ["", "## Scoring", "", _table(
-            [*_INFERENCE, "ms at best", "rows/s at best"],
-            [[*_inference_row(case["name"], case["plan"]), f"{1e3 * case['plan']['bounds']['canvas']['best']:,.1f}",
-              f"{case['plan']['rows_per_second']:,.1f}"] for case in scoring])]
-    failed = [case for case in cases if "error" in case]
+        sections += ["## Training", "", _table(_TRAIN_COLUMNS, train),
+                     "", f"## The first of them in full: {train[0]['name']}", "", "```", as_text(train[0]["plan"]),
+                     "```"]
+    for title, columns, selected in (("Decoding", _DECODE_COLUMNS, decode), ("Scoring", _SCORE_COLUMNS, score)):
+        if selected:
+            sections += ["", f"## {title}", "", _table(columns, selected)]
+    failed = [f"- {case['name']}: {case['error']}" for case in cases if "error" in case]
     if failed:
-        sections += ["", "## What does not fit, or does not compile", "",
-                     *(f"- {case['name']}: {case['error']}" for case in failed)]
-    assumptions = dict.fromkeys(text for case in made for text in case["plan"]["assumptions"])
-    chips = [[name, f"{c.flops / 1e12:,.0f}", f"{c.hbm_bytes / 2**30:.0f}", f"{c.hbm_bandwidth / 1e9:,.0f}",
-              f"{c.ici_bandwidth / 1e9:.0f}", f"{c.dcn_bandwidth / 1e9:.2f}", f"{c.clock / 1e9:.2f}", str(c.devices)]
+        sections += ["", "## What does not fit, or does not compile", "", *failed]
+    assumptions = dict.fromkeys(text for case in planned for text in case["plan"]["assumptions"])
+    chips = [(name, f"{c.flops / 1e12:,.0f}", f"{c.hbm_bytes / GIB:.0f}", f"{c.hbm_bandwidth / 1e9:,.0f}",
+              f"{c.ici_bandwidth / 1e9:.0f}", f"{c.dcn_bandwidth / 1e9:.2f}", f"{c.clock / 1e9:.2f}", str(c.devices))
              for name, c in CHIPS.items()]
     sections += ["", "## Arithmetic", "", *(f"- {text}" for text in _ARITHMETIC),
-                 "", "## Assumptions", "", *(f"- {text}" for text in assumptions), "", "## Chips", "", _table(
-        ["chip", "peak TFLOP/s (bf16)", "HBM GiB", "HBM GB/s", "links GB/s (one way)", "DCN GB/s", "clock GHz",
-         "devices"], chips),
-        "", "Sources: the pages of each chip at https://docs.cloud.google.com/tpu/docs (see `planning/chips.py`)."]
+                 "", "## Assumptions", "", *(f"- {text}" for text in assumptions),
+                 "", "## Chips", "", _lines([_CHIP_COLUMNS, *chips]),
+                 "", "Sources: the pages of each chip at https://docs.cloud.google.com/tpu/docs (see "
+                 "`planning/chips.py`)."]
     return "\n".join(sections).lstrip("\n") + "\n"
 
 
-_INFERENCE = ["case", "topology", "mesh", "rows", "canvas", "weights", "params GiB", "temporaries GiB", "spare GiB"]
 _ARITHMETIC = [
     "it fits if arguments + outputs in memory of their own + temporaries, as the compiler lays them out, are no more "
     "than HBM; in use at the peak, arguments included, is less: the rest are gaps between arrays",
@@ -128,44 +140,38 @@ _ARITHMETIC = [
 ]
 
 
-def _mesh(plan: dict[str, Any]) -> str:
-    return ", ".join(str(size) for size in plan["mesh"].values())
+def _values(case: dict[str, Any]) -> dict[str, Any]:
+    """The values of a case's plan that the templates of the columns name."""
+    plan = case["plan"]
+    sizes = {f"{key.removesuffix('_bytes')}_gib": size / GIB for key, size in plan.items() if key.endswith("_bytes")}
+    values = plan | sizes | {"name": case["name"], "mesh_sizes": ", ".join(map(str, plan["mesh"].values()))}
+    values["where"] = plan["topology"] if plan["num_slices"] == 1 else f"{plan['num_slices']} × {plan['topology']}"
+    if plan["mode"] == "train":
+        values["peak"] = f"{sizes['peak_gib']:.2f}" if plan.get("peak_bytes") else "-"
+        values["days_text"] = f"{plan['days']:,.0f}" if plan["steps"] else "-"
+        values["buffers"] = "; ".join(str(len(plan[key]) or "none") for key in ("whole_logits", "replicated_params"))
+        return values
+    values["weights"] = _weights(plan)
+    values |= {f"{part}_ms": 1e3 * bounds["best"] for part, bounds in plan["bounds"].items()}
+    for decoding in ("exact", "prefix cache"):
+        values[decoding] = " / ".join(f"{rate['tokens_per_second']:,.0f}" for rate in plan.get("rates", ())
+                                      if rate["decoding"] == decoding)
+    return values
 
 
-def _where(plan: dict[str, Any]) -> str:
-    return plan["topology"] if plan["num_slices"] == 1 else f"{plan['num_slices']} × {plan['topology']}"
+def _weights(plan: dict[str, Any]) -> str:
+    return "int8" if plan["quantize"] == "int8" else plan["model"]["dtype"]
 
 
-def _train_row(name: str, plan: dict[str, Any]) -> list[str]:
-    b = plan["bounds"]
-    checks = "; ".join(str(len(plan[key])) if plan[key] else "none" for key in ("whole_logits", "replicated_params"))
-    return [name, _where(plan), _mesh(plan), plan["model"]["remat"],
-            f"{plan['rows_per_device']} × {plan['microbatches']}", _giga(plan["argument_bytes"]),
-            _giga(plan["temporary_bytes"]), _giga(plan["peak_bytes"]) if plan.get("peak_bytes") else "-",
-            _giga(plan["headroom_bytes"]), f"{b['fusions']:.2f}",
-            f"{b['kernels']:.2f} ({b['kernels_at_peak']:.2f})", f"{b['hbm']:.2f}", f"{b['ici']:.2f}",
-            f"{b['dcn']:.2f}", f"{b['best']:.2f}", f"{plan['mfu_bound']:.1%}",
-            f"{plan['mfu_bound_with_kernels_at_peak']:.1%}", f"{plan['mfu_without_overlap']:.1%}",
-            f"{plan['days']:,.0f}" if plan["steps"] else "-", checks]
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
 
 
-def _inference_row(name: str, plan: dict[str, Any]) -> list[str]:
-    weights = "int8" if plan["quantize"] == "int8" else plan["model"]["dtype"]
-    return [name, _where(plan), _mesh(plan), str(plan["rows"]), f"{plan['canvas']:,}", weights,
-            _giga(plan["param_bytes"]), _giga(plan["temporary_bytes"]), _giga(plan["headroom_bytes"])]
+def _table(columns: Mapping[str, str], cases: Sequence[dict[str, Any]]) -> str:
+    rows = [[cell.format_map(_values(case)) for cell in columns.values()] for case in cases]
+    return _lines([list(columns), *rows])
 
 
-def _decode_row(name: str, plan: dict[str, Any]) -> list[str]:
-    def rates(decoding: str) -> str:
-        return " / ".join(f"{rate['tokens_per_second']:,.0f}" for rate in plan["rates"] if rate["decoding"] == decoding)
-
-    bounds = "; ".join(f"{1e3 * plan['bounds'][part]['best']:,.1f}" for part in ("canvas", "block"))
-    return [*_inference_row(name, plan), plan["cache"], bounds, rates("exact"), rates("prefix cache")]
-
-
-def _giga(size: float) -> str:
-    return f"{size / 2**30:.2f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rest])

@@ -1,4 +1,4 @@
-"""From a compiled program and the figures of a chip to bounds on time: compute, memory, interconnect."""
+"""Bounds on time (compute, memory, interconnect) from a compiled program and the figures of a chip."""
 
 import dataclasses
 from typing import Any
@@ -11,8 +11,8 @@ from illada_jax.model.flops import forward_flops_per_token, training_flops_per_t
 from illada_jax.planning.chips import Topology
 from illada_jax.planning.hlo import Work
 
-# Matrix products of size T·S·H that a call of the attention kernel does for each head: scores and output forward;
-# scores again, and the gradients of scores, queries, keys and values backward.
+# Matrix products of size T·S·H per head and call of the attention kernel. Forward: scores and output. Backward: scores
+# again, and the gradients of scores, queries, keys and values.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
@@ -21,8 +21,8 @@ class StepBounds:
     """Bounds on one training step, in seconds; model FLOPs are by formula, recomputation not counted.
 
     Attributes:
-      model_flops: of one device.
-      compute: model FLOPs at the chip's peak: nothing can be faster.
+      model_flops: model FLOPs of one device.
+      compute: model FLOPs at the chip's peak, a bound on any implementation.
       fusions: the compiler's estimated cycles at the clock that gives the peak.
       kernels: attention's matrix products (recomputation counted) at `kernel_efficiency` of the peak.
       kernels_at_peak: the same at the peak.
@@ -42,21 +42,21 @@ class StepBounds:
 
     @property
     def best(self) -> float:
-        """The step if everything that can overlap does: the longest of computing, memory and networks."""
+        """Step time with perfect overlap: the longest of computing, memory and networks."""
         return max(self.fusions + self.kernels, self.hbm, self.ici, self.dcn)
 
     @property
     def without_overlap(self) -> float:
-        """The step if no collective is hidden behind computing."""
+        """Step time if no collective overlaps with computing."""
         return max(self.fusions + self.kernels, self.hbm) + self.ici + self.dcn
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step that takes this long."""
+        """Model FLOPs utilisation of a step that takes `seconds`."""
         return self.compute / seconds
 
 
 def kernel_flops(config: Config, mesh: Mesh, kernels: dict[str, int]) -> float:
-    """Operations of one device in the attention kernels of one training step, recomputation included."""
+    """FLOPs of one device in the attention kernels of one training step, recomputation included."""
     rows = config.data.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
     heads = config.model.num_heads // mesh.shape["tensor"]
     product = 2.0 * config.data.length**2 * heads * config.model.head_dim * rows
@@ -66,7 +66,7 @@ def kernel_flops(config: Config, mesh: Mesh, kernels: dict[str, int]) -> float:
 
 
 def step_bounds(config: Config, mesh: Mesh, topology: Topology, work: Work, kernel_efficiency: float) -> StepBounds:
-    """The bounds of a training step from what one device executes in it."""
+    """The bounds of a training step from the work of one device."""
     chip, share = topology.chip, 1 / topology.chip.devices
     tokens = config.data.batch_size * config.data.length
     model_flops = training_flops_per_token(config.model, config.data.length) * tokens / mesh.size
@@ -85,12 +85,12 @@ def step_bounds(config: Config, mesh: Mesh, topology: Topology, work: Work, kern
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBounds:
-    """Bounds on one evaluation of the network in decoding or scoring, in seconds; by formula, nothing compiled enters.
+    """Bounds on one evaluation of the network in decoding or scoring, in seconds, by formula.
 
     Attributes:
       compute: FLOPs at the chip's peak (int8 weights are multiplied in bfloat16).
-      hbm: the params once, and what is cached once, at the bandwidth of memory.
-      ici: partial sums of every layer over `tensor`, and the params that `fsdp` spreads, at the bandwidth of the links.
+      hbm: reading params and cache once, at the bandwidth of memory.
+      ici: all-reduces of every layer over `tensor` and all-gathers of params over `fsdp`, at the links' bandwidth.
     """
 
     compute: float
@@ -99,7 +99,7 @@ class EvaluationBounds:
 
     @property
     def best(self) -> float:
-        """The longest of the three: everything that can overlap does."""
+        """Time with perfect overlap: the longest of the three."""
         return max(self.compute, self.hbm, self.ici)
 
 
@@ -109,12 +109,12 @@ def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: in
 
     Args:
       config: its model and decode sections.
-      mesh: rows lie over data and fsdp, params over fsdp and tensor.
+      mesh: rows are sharded over data and fsdp, params over fsdp and tensor.
       topology: the devices.
-      canvas: columns.
-      param_bytes: of one device.
-      cached: only the block is computed, keys and values of the whole canvas are read from a cache; else all columns
-        are.
+      canvas: number of columns.
+      param_bytes: bytes of the params on one device.
+      cached: compute only the block and read keys and values of the whole canvas from a cache; else compute all
+        columns.
     """
     model, chip, share = config.model, topology.chip, 1 / topology.chip.devices
     rows = config.decode.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -124,7 +124,7 @@ def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: in
     head = 2.0 * model.d_model * model.vocab_size
     flops = rows * (columns * (forward_flops_per_token(model, canvas) - head) + block * head) / tensor
     cache = 2 * rows * canvas * model.num_layers * model.num_kv_heads * model.head_dim * item / tensor
-    # An all-reduce behind attention and one behind the feed-forward of each layer; each sends 2 · (n - 1) / n.
+    # An all-reduce after attention and one after the feed-forward of each layer; each sends 2 · (n - 1) / n.
     sums = 2 * model.num_layers * rows * columns * model.d_model * item * 2 * (tensor - 1) / tensor
     return EvaluationBounds(
         compute=flops / (chip.flops * share),
@@ -133,15 +133,15 @@ def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: in
 
 
 def decode_rates(config: Config, whole: EvaluationBounds, part: EvaluationBounds) -> list[dict[str, Any]]:
-    """Best-case tokens per second of the whole mesh: all rows full, nothing but evaluations takes time.
+    """Best-case tokens per second of the whole mesh: all rows are full, only evaluations take time.
 
-    `exact` computes the whole canvas at every evaluation; `prefix cache` once a block, then the block alone. An
-    evaluation reveals 1, 2 or 4 tokens of each row: what a threshold reaches depends on how sure the model is.
+    `exact` computes the whole canvas in every evaluation; `prefix cache` once per block, then the block alone. An
+    evaluation reveals 1, 2 or 4 tokens per row; with a threshold the number depends on the model's confidence.
 
     Args:
       config: its decode section.
-      whole: one evaluation of the canvas.
-      part: one of a block.
+      whole: bounds of one evaluation of the canvas.
+      part: bounds of one evaluation of a block.
     """
     block, rates = config.decode.block_length, []
     for per_evaluation in (1, 2, 4):

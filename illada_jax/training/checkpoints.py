@@ -32,7 +32,7 @@ from illada_jax.training.saved_model import (
     absolute_path,
     check_checksum,
     encode_files,
-    reading,
+    translate_read_errors,
     with_checksum,
 )
 from illada_jax.training.step import TrainState, fresh_average
@@ -166,7 +166,7 @@ class Checkpoints:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
         items = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
         items |= {"ema": abstract.ema} if has_average else {}
-        with reading():
+        with translate_read_errors():
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
                 **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()},
@@ -176,7 +176,7 @@ class Checkpoints:
             recorded = restored.meta.get("fingerprints", {}).get(name)
             different = first_difference(fingerprints(restored[name]), recorded) if recorded else None
             if different is not None:
-                raise CorruptCheckpointError(f"{name}/{different} differs from its fingerprint")
+                raise CorruptCheckpointError(f"{name}/{different} differs from what was saved")
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "

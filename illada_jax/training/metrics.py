@@ -1,7 +1,7 @@
-"""Where metrics go: `metrics.jsonl` in the workdir and, by setting, TensorBoard events. One process writes.
+"""Metrics of a run: `metrics.jsonl` in the workdir and optionally TensorBoard events, written by one process.
 
-Object storage cannot append: for a workdir such as gs://… they are written to a local directory, and copied from it
-once a minute, before every checkpoint and at the end.
+Object storage cannot append: for a workdir such as gs://… metrics are written to a local directory and copied once a
+minute, before every checkpoint and at the end.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from etils import epath
 
 from illada_jax.diffusion.objective import NUM_BUCKETS, LossSums
 from illada_jax.errors import StorageError
+from illada_jax.files import remove_leftovers, write_atomically
 from illada_jax.training.lease import is_remote
 
 NAME = "metrics.jsonl"
@@ -25,15 +26,15 @@ _PUBLISH_SECONDS = 60.0
 
 
 class MetricWriter:
-    """Appends metrics to `workdir/metrics.jsonl`, one line a call. Use as a context manager."""
+    """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager."""
 
     def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
-        """Opens the files; lines of an earlier life of the run that lie after `start_step` are dropped.
+        """Opens the files; lines after `start_step`, written before a restart, are dropped.
 
         Args:
           workdir: the working directory.
           start_step: the step at which this process starts.
-          tensorboard: also write events.
+          tensorboard: also write TensorBoard events.
         """
         self._file = None
         self._events = None
@@ -41,9 +42,8 @@ class MetricWriter:
             return
         path = workdir / NAME
         kept = [line for line, content in _lines(path) if content["step"] <= start_step] if start_step else []
-        partial = workdir / f"{NAME}.partial"
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
+        remove_leftovers(path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self._workdir, self._local = workdir, workdir
         if is_remote(workdir):
             self._local = epath.Path(tempfile.mkdtemp())
@@ -51,7 +51,7 @@ class MetricWriter:
         self._published = time.monotonic()
         self._file = (self._local / NAME).open("a")
         if tensorboard:
-            # The import takes a second: only those who want it pay.
+            # Imported here, as it takes a second.
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
@@ -60,7 +60,7 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        # What cannot be written has been said where it is the reason to end.
+        # A failure to write that ends the run has already been reported.
         with contextlib.suppress(*([] if kind is None else [OSError])):
             for sink in (self._file, self._events):
                 if sink is not None:
@@ -70,7 +70,7 @@ class MetricWriter:
                 self._local.rmtree()
 
     def write(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Writes numbers and texts under the given step.
+        """Writes numbers and texts of a step.
 
         Raises:
           StorageError: they cannot be written.
@@ -85,11 +85,11 @@ class MetricWriter:
             if time.monotonic() - self._published > _PUBLISH_SECONDS:
                 self.publish()
         except OSError as error:
-            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. When that is "
-                               "mended, type the same command again") from error
+            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. Fix that, then "
+                               "run the same command again") from error
 
     def publish(self) -> None:
-        """Brings a remote workdir up to date; what is not published is lost with the process."""
+        """Copies the metrics to a remote workdir; unpublished metrics are lost if the process dies."""
         if self._file is None or self._local == self._workdir:
             return
         for path in self._local.iterdir():
@@ -106,14 +106,14 @@ class MetricWriter:
 
 
 def read_lines(workdir: epath.Path, after: float = -math.inf, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` of the steps after < step <= up_to, in order; none where there is no file."""
+    """The lines of `metrics.jsonl` with after < step <= up_to, in order; empty if there is no file."""
     return [content for _, content in _lines(workdir / NAME) if after < content["step"] <= up_to]
 
 
 def curve_over_p(sums: LossSums) -> dict[str, float]:
-    """Cross-entropy (nats) and accuracy on masked tokens, and their number, by masking probability.
+    """Cross-entropy (nats) and accuracy on masked tokens, and their number, by bucket of masking probability.
 
-    The name of a metric holds the middle of the part; a part in which nothing was masked has none.
+    A metric's name holds the middle of its bucket; buckets without masked tokens have no metrics.
     """
     curve = {}
     for k in np.flatnonzero(sums.masked_K):
@@ -124,7 +124,7 @@ def curve_over_p(sums: LossSums) -> dict[str, float]:
 
 
 def curves_over_p(metrics: dict[str, Any]) -> dict[float, tuple[float, float, float]]:
-    """What `curve_over_p` wrote: (masked tokens, cross-entropy, accuracy) by masking probability."""
+    """Inverse of `curve_over_p`: (masked tokens, cross-entropy, accuracy) by masking probability."""
     names = {middle: [f"train_by_p/{name}/{middle}" for name in ("masked_tokens", "cross_entropy", "accuracy")]
              for middle in map(_middle, range(NUM_BUCKETS))}
     return {float(middle): tuple(metrics[key] for key in keys) for middle, keys in names.items()
@@ -132,7 +132,7 @@ def curves_over_p(metrics: dict[str, Any]) -> dict[float, tuple[float, float, fl
 
 
 def sums_of_curve(metrics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(masked_K, ce_K) of LossSums from what `curve_over_p` wrote; a line of older runs has no numbers: zeros."""
+    """(masked_K, ce_K) of LossSums from the metrics of `curve_over_p`; zeros for buckets without metrics."""
     curves = curves_over_p(metrics)
     rows = [curves.get(float(_middle(k)), (0.0, 0.0, 0.0)) for k in range(NUM_BUCKETS)]
     masked_K, mean_K, _ = np.array(rows).T
@@ -144,7 +144,7 @@ def _middle(k: int) -> str:
 
 
 def _lines(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines as text and parsed. What is no line of metrics is dropped: a killed process may leave half of one."""
+    """(text, parsed content) of each line. Invalid lines are dropped: a killed process may leave half of one."""
     lines = []
     for line in path.read_text().split("\n") if path.exists() else ():  # not splitlines: samples may hold U+2028
         try:

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule: all optax, put together from the config."""
+"""Optimizers and the learning-rate schedule, built from the config with optax."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from illada_jax.config import Config
 
-# Which axes of a stacked matrix of the layers are its input and output; the leading axis is the layer.
+# Input and output axes of the stacked matrices of the layers; the leading axis is the layer.
 MUON_DIMENSIONS = {
     "q": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
     "k": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
@@ -21,7 +21,7 @@ MUON_DIMENSIONS = {
 
 
 def make_schedule(config: Config, peak: float) -> optax.Schedule:
-    """Warm-up from 0, constant (in pieces, if asked for), decay to the floor (iLLaDA and LLaDA papers, pre-training).
+    """Warm-up from 0, (piecewise) constant, decay to the floor (iLLaDA and LLaDA papers, pre-training).
 
     Args:
       config: the experiment; its `optimizer` section gives the shape.

@@ -1,17 +1,18 @@
-"""Has the loss stopped falling? Its slope with a standard error, over the last steps at a constant learning rate.
+"""Detection of a plateau: the slope of the loss, with a standard error, over recent steps at a constant learning rate.
 
-iLLaDA's rate was constant until the loss had stopped falling and decayed from then on (its paper, pre-training): the
-decision is the operator's, this is the evidence. The loss of a step is noisy, since times and masks are drawn anew:
+iLLaDA kept its learning rate constant until the loss had stopped falling, and then decayed it (its paper,
+pre-training). The decision is the operator's; this is the evidence. The loss of a step is noisy, as times and masks are
+drawn anew:
 
 1. The window is cut into n = 20 blocks. The loss of a block is post-stratified by masking probability: the objective is
-   ∫ CE(p) dp, so it is the mean over the parts k of (0, 1] of Σ CE of the masked tokens in part k ÷ their number. How
-   many tokens were masked, and with which weight 1/p, drops out (Cochran, Sampling Techniques, §5A.9).
+   ∫ CE(p) dp, so it is the mean over buckets k of (0, 1] of Σ CE of the masked tokens in bucket k ÷ their number. The
+   number of masked tokens and their weights 1/p cancel (Cochran, Sampling Techniques, §5A.9).
 2. slope = Σ (x_b - x̄)·l_b / Σ (x_b - x̄)² by least squares over the blocks b, at steps x_b, and
    standard error = sqrt(Σ residual² / (n - 2) / Σ (x_b - x̄)²). Steps may be correlated as long as blocks hardly are:
-   the method of batch means, 10 to 30 of them (Schmeiser, Operations Research 30, 1982).
-3. The loss has stopped falling when with 99 % confidence it falls by less than a tolerated share in as many steps:
-   (-slope + 2.552·standard error)·steps < tolerance·loss, 2.552 being Student's t for 18 degrees of freedom. So noise
-   makes the report late, not wrong. It is asked four times a window.
+   the method of batch means, with 10 to 30 batches (Schmeiser, Operations Research 30, 1982).
+3. The loss has stopped falling if, with 99 % confidence, it falls by less than a tolerated share over the window:
+   (-slope + 2.552·standard error)·steps < tolerance·loss, where 2.552 is Student's t for 18 degrees of freedom. Noise
+   therefore delays the report instead of making it wrong. The test runs four times per window.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ from illada_jax.config import Config
 
 BLOCKS = 20
 _T_99 = 2.552
-_QUESTIONS = 4  # per window; more often would add up to more false alarms
+_TESTS = 4  # per window; more tests would raise more false alarms
 
 
 class Trend(NamedTuple):
@@ -46,7 +47,7 @@ class Trend(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """Sums over the steps of one line of metrics, which ended with `step`."""
+    """Sums over the steps of one line of metrics, the last of which is `step`."""
 
     step: int
     masked_K: np.ndarray
@@ -54,15 +55,15 @@ class _Line(NamedTuple):
 
 
 class PlateauWatch:
-    """Collects the sums of lines of metrics and says four times a window how the loss goes."""
+    """Collects the sums of lines of metrics and reports the trend of the loss four times per window."""
 
     def __init__(self, window: int, tolerance: float, changes: Iterable[int], last: int):
-        """Starts empty.
+        """Starts without lines.
 
         Args:
-          window: steps that a trend is taken over; 0: there is none.
-          tolerance: the share of the loss by which it may fall in as many steps and still count as flat.
-          changes: steps at which the learning rate becomes another constant; a window lies between two of them.
+          window: steps that a trend is computed over; 0 disables trends.
+          tolerance: the share of the loss by which it may fall over a window and still count as flat.
+          changes: steps at which the learning rate changes to another constant; a window never contains one.
           last: the last step at a constant rate.
         """
         self._window = window
@@ -70,25 +71,25 @@ class PlateauWatch:
         self._changes = tuple(changes)
         self._last = last
         self._lines: deque[_Line] = deque()
-        self._asked = 0
+        self._tested = 0
 
     @classmethod
     def of(cls, config: Config) -> "PlateauWatch":
-        """What `config.train` asks for, with the rates of `config.optimizer`."""
+        """The watch configured by `config.train` and the schedule of `config.optimizer`."""
         optimizer, train = config.optimizer, config.train
         changes = (optimizer.warmup_steps, *optimizer.change_steps)
         return cls(train.plateau_window, train.plateau_tolerance, changes, config.decay_start)
 
     def add(self, step: int, masked_K: np.ndarray, ce_K: np.ndarray) -> Trend | None:
-        """Takes in the sums of the steps since the last call, up to `step`.
+        """Adds the sums of the steps since the last call, up to `step`.
 
         Args:
-          step: steps taken; ascending.
-          masked_K: number of masked tokens by masking probability, see LossSums.
+          step: steps taken so far; ascending.
+          masked_K: number of masked tokens by bucket of masking probability, see LossSums.
           ce_K: Σ of their cross-entropies in nats.
 
         Returns:
-          A trend when a quarter of a window has passed since the last one and a whole one since the rate last changed.
+          A trend if a quarter of a window has passed since the last trend, and a window since the rate last changed.
         """
         if not self._window or step > self._last:
             return None
@@ -96,17 +97,17 @@ class PlateauWatch:
         while self._lines[0].step <= step - self._window:
             self._lines.popleft()
         since = max((change for change in self._changes if change <= step), default=0)
-        quarter = step * _QUESTIONS // self._window
-        if step - self._window < since or quarter == self._asked:
+        quarter = step * _TESTS // self._window
+        if step - self._window < since or quarter == self._tested:
             return None
-        self._asked = quarter
+        self._tested = quarter
         return self._trend(step)
 
     def _trend(self, step: int) -> Trend | None:
         ends = np.array([line.step for line in self._lines])
         block = (ends - 1 - (step - self._window)) * BLOCKS // self._window
         if len(np.unique(block)) < BLOCKS:
-            return None  # lines of an earlier life of the run are missing
+            return None  # lines from before a restart are missing
         sums = [np.zeros((BLOCKS, len(self._lines[0].ce_K))) for _ in range(2)]
         for total, parts in zip(sums, zip(*(line[1:] for line in self._lines), strict=True), strict=True):
             np.add.at(total, block, np.stack(parts))
@@ -123,13 +124,13 @@ class PlateauWatch:
 
 
 def advice(step: int, trend: Trend) -> str:
-    """What the operator is told when the loss has stopped falling at `step`."""
+    """The message to the operator when the loss has stopped falling at `step`."""
     return (
         f"step {step}: the loss has stopped falling: over the last {trend.steps} steps its slope is "
         f"{trend.slope:.2g} ± {trend.stderr:.2g} nats per token and step, at {trend.loss:.4g} nats per token. To decay "
-        "the learning rate, stop this run and type its command again with --config.optimizer.decay_start=N "
-        "--config.optimizer.decay_steps=M --config.train.steps=N+M: N is the step at which it says that it saved, M "
-        f"for example {max(1, step // 5)}.")
+        "the learning rate, stop this run and run its command again with --config.optimizer.decay_start=N "
+        "--config.optimizer.decay_steps=M --config.train.steps=N+M, where N is the step that it reports as saved and "
+        f"M is for example {max(1, step // 5)}.")
 
 
 def slope_and_stderr(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from illada_jax.data import shards
 from illada_jax.data.shards import open_shards
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import InputError
-from illada_jax.interop.checkpoint import read_checkpoint
+from illada_jax.interop.hf_model import open_hf_model
 from illada_jax.interop.tensors import INDEX, TensorDirectory
 from tests.data.test_shards import random_documents, write_corpus
 from tests.data.test_tokenizers import byte_level_json
@@ -129,7 +129,7 @@ def test_files_of_a_checkpoint_are_read_or_refused(checkpoint, data, name):
     changed = data.draw(spoilt(json.loads(before or '{"eos_token_id": [1, 2], "bos_token_id": 0}')) | JUNK)
     path.write_text(json.dumps(changed))
     try:
-        read_checkpoint(checkpoint)
+        open_hf_model(checkpoint)
     except InputError as error:
         assert str(checkpoint) in str(error) and "\n" not in str(error)
     finally:

@@ -96,30 +96,30 @@ def typed(endpoint, tmp_path, command, *options):
                           capture_output=True, text=True, timeout=300)
 
 
-def test_an_id_is_fetched_once_and_is_what_the_directory_is(endpoint, tmp_path):
-    fetched = typed(endpoint.url, tmp_path, "generate", f"--checkpoint={ID}", "--prompt=ab", "--max_new_tokens=32",
+def test_a_hub_id_is_downloaded_once_and_equals_its_directory(endpoint, tmp_path):
+    downloaded = typed(endpoint.url, tmp_path, "generate", f"--checkpoint={ID}", "--prompt=ab", "--max_new_tokens=32",
                     "--output=json")
-    assert fetched.returncode == 0, fetched.stderr
+    assert downloaded.returncode == 0, downloaded.stderr
     there = api.load(str(endpoint.directory)).generate(["ab"], max_new_tokens=32)[0]
-    assert json.loads(fetched.stdout)["tokens"] == there.tokens != []
+    assert json.loads(downloaded.stdout)["tokens"] == there.tokens != []
     wanted = {path.rpartition("/")[2] for path in endpoint.asked if "/resolve/" in path}
     assert wanted == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     endpoint.shutdown()
     endpoint.server_close()
-    # Now nobody answers; what was fetched serves.
+    # The server is gone: the cached download is used.
     converted = typed(endpoint.url, tmp_path, "convert", f"--source={ID}", f"--target={tmp_path / 'workdir'}")
     assert converted.returncode == 0 and converted.stdout.endswith("workdir, llada, float32\n"), converted.stderr
 
 
 @pytest.mark.parametrize("name, cut", [("someone/nothing", ""), (ID, "model.safetensors")])
-def test_what_cannot_be_fetched_is_one_line(endpoint, tmp_path, name, cut):
+def test_a_failed_download_is_one_line(endpoint, tmp_path, name, cut):
     endpoint.cut = cut
     got = typed(endpoint.url, tmp_path, "convert", f"--source={name}", f"--target={tmp_path / 'workdir'}")
     errors = [line for line in got.stderr.splitlines() if line.startswith("error: ")]
     assert got.returncode == 2 and len(errors) == 1 and "Traceback" not in got.stderr, got.stderr
-    assert f"{name}: no such directory, and it cannot be fetched from the Hub: " in errors[0]
+    assert f"{name}: no such directory, and the Hub download failed: " in errors[0]
     assert not (tmp_path / "workdir").exists()
-    if cut:  # the next attempt brings the rest
+    if cut:  # the next attempt downloads the rest
         endpoint.cut = ""
         again = typed(endpoint.url, tmp_path, "convert", f"--source={name}", f"--target={tmp_path / 'workdir'}")
         assert again.returncode == 0, again.stderr

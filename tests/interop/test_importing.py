@@ -1,4 +1,4 @@
-"""Official layouts in: logits against PyTorch's, on one device and on eight."""
+"""Imports of the official layouts: logits against PyTorch's, on one device and on eight."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_mesh_holds_the_same_params(tmp_path, case):
         assert tuple(spread.params["embedding"].sharding.spec) == ("tensor", "fsdp")
 
 
-def test_every_value_arrives_in_the_type_asked_for(tmp_path):
+def test_every_value_is_imported_in_the_requested_dtype(tmp_path):
     path = checkpoint(tmp_path, "llada-gqa-tied")
     loaded = interop.load_model(path, dtype="bfloat16")
     source = load_file(path / "model.safetensors")["model.transformer.blocks.1.q_proj.weight"]

@@ -48,10 +48,10 @@ def test_a_missing_shard_without_an_index(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (lambda whole: whole[:-3], "cut off or damaged"),
-    (lambda whole: whole[:5], "cut off or damaged"),
-    (lambda whole: b"", "cut off or damaged"),
-    (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of git-lfs"),
+    (lambda whole: whole[:-3], "truncated or corrupt"),
+    (lambda whole: whole[:5], "truncated or corrupt"),
+    (lambda whole: b"", "truncated or corrupt"),
+    (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a git-lfs pointer"),
 ])
 def test_a_truncated_shard(tmp_path, content, message):
     path = checkpoint(tmp_path, "illada-gqa-tied")
@@ -79,7 +79,7 @@ def test_a_header_that_lies(tmp_path, content):
     """Sizes are compared with the file before anything is made of that size."""
     path = checkpoint(tmp_path, "illada-gqa-tied")
     (path / "model-00003-of-00003.safetensors").write_bytes(content)
-    fails(path, "model-00003-of-00003.safetensors: cut off or damaged (")
+    fails(path, "model-00003-of-00003.safetensors: truncated or corrupt (")
 
 
 def test_a_link_to_nothing(tmp_path):
@@ -102,7 +102,7 @@ def test_remote_code_is_never_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
+def test_an_index_that_names_a_missing_file(tmp_path):
     path = checkpoint(tmp_path, "llada-mha-untied")
     edit(path / INDEX, lambda i: i["weight_map"].update({"model.transformer.ln_f.weight": "other.safetensors"}))
     fails(path, "other.safetensors: missing")
@@ -112,7 +112,7 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
         edit(path / INDEX, lambda i, name=name: i["weight_map"].update({"model.transformer.ln_f.weight": name}))
         fails(path)
     (path / INDEX).write_text("{}")
-    fails(path, INDEX, "not an index")
+    fails(path, INDEX, "must be JSON with a weight_map")
 
 
 def test_an_index_that_looks_in_the_wrong_file(tmp_path):
@@ -148,7 +148,7 @@ def test_a_file_that_the_index_does_not_know(tmp_path):
     (lambda t: t.update({"model.transformer.blocks.0.k_proj.weight": np.zeros((16, 16), np.float16)}),
      "model.transformer.blocks.0.k_proj.weight has the shape [16, 16]; by config.json it must be [8, 16]"),
     (lambda t: t.update({"model.transformer.ln_f.weight": np.ones(16, np.int8)}),
-     "the tensor model.transformer.ln_f.weight is of type I8; must be one of F32, F16, BF16"),
+     "the tensor model.transformer.ln_f.weight has the dtype I8; must be one of F32, F16, BF16"),
     (lambda t: t["model.transformer.blocks.1.ff_out.weight"].__setitem__((3, 4), np.nan),
      "the tensor model.transformer.blocks.1.ff_out.weight has values that are not finite"),
     (lambda t: t["model.transformer.wte.weight"].__setitem__((3, 4), np.inf),
@@ -195,8 +195,8 @@ def test_configs_that_are_not_supported(tmp_path, case, change, message):
     fails(checkpoint(tmp_path, case, **change), str(tmp_path / case), message)
 
 
-def test_a_config_that_does_not_say(tmp_path):
-    """Keys that the family's software leaves out where they have their default."""
+def test_keys_of_the_config_have_defaults(tmp_path):
+    """The family's software omits keys that have their default values."""
     path = checkpoint(tmp_path, "illada-gqa-tied", tie_word_embeddings=..., rope_scaling=..., attention_bias=...)
     assert interop.load_model(path).config.model.tied_head
     path = checkpoint(tmp_path, "illada-mha-untied", tie_word_embeddings=..., num_key_value_heads=None, rope_theta=...,
@@ -205,7 +205,7 @@ def test_a_config_that_does_not_say(tmp_path):
     assert not model.tied_head and model.num_kv_heads == 4 and model.rope_theta == 1234.0
 
 
-def test_what_is_not_supported_is_said_before_what_is_missing(tmp_path):
+def test_an_unsupported_config_is_reported_before_missing_files(tmp_path):
     path = checkpoint(tmp_path, "illada-gqa-tied", model_type="Dream")
     for file in path.glob("*.safetensors"):
         file.unlink()
@@ -215,7 +215,7 @@ def test_what_is_not_supported_is_said_before_what_is_missing(tmp_path):
 def test_a_checkpoint_of_pickles_only(tmp_path):
     path = checkpoint(tmp_path, "illada-mha-untied")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    fails(path, "holds no safetensors", "only pytorch_model.bin, a pickle")
+    fails(path, "contains no safetensors", "only pytorch_model.bin, a pickle")
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -262,4 +262,4 @@ def test_neither_workdir_nor_checkpoint(tmp_path):
     fails(tmp_path / "nothing", "not a checkpoint")
     fails(tmp_path, "dtype = 'int4': must be 'float32' or 'bfloat16'", dtype="int4")
     fails(tmp_path, "quantize = 'int4': must be 'none' or 'int8'", quantize="int4")
-    fails(tmp_path, "special_ids", "is no Hugging Face checkpoint", special_ids={"mask": 3})
+    fails(tmp_path, "special_ids", "is not a Hugging Face directory", special_ids={"mask": 3})

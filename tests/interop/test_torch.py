@@ -18,7 +18,7 @@ from illada_jax.config import Config, ModelConfig  # noqa: E402
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer  # noqa: E402
 from illada_jax.interop.exporting import export_model  # noqa: E402
 from illada_jax.interop.families import FAMILIES  # noqa: E402
-from illada_jax.training.saved_model import Loaded, open_model, save_model  # noqa: E402
+from illada_jax.training.saved_model import LoadedModel, open_saved_model, save_model  # noqa: E402
 from tests.fixtures import make_checkpoints  # noqa: E402
 from tests.interop import torch_oracles  # noqa: E402
 from tests.interop.util import golden, run, tokenizer_json  # noqa: E402
@@ -61,7 +61,7 @@ def test_imported_and_exported_logits_are_those_of_torch(tmp_path, family, kv_he
     agree(run(loaded.config.model, loaded.params, tokens_BL, full_BL),
           torch_logits(tmp_path / "there", tokens_BL, full_BL), full_BL, 1e-4)
     save_model(tmp_path / "here", loaded, False, family)
-    export_model(open_model(tmp_path / "here"), tmp_path / "back", FAMILIES[family], np.dtype(np.float32), 50_000)
+    export_model(open_saved_model(tmp_path / "here"), tmp_path / "back", FAMILIES[family], np.dtype(np.float32), 50_000)
     agree(torch_logits(tmp_path / "back", tokens_BL, real_BL), expected_BLV, real_BL, 1e-5)
 
 
@@ -71,8 +71,9 @@ def test_a_model_of_ours_is_the_same_in_torch(tmp_path, family, tied):
     model = ModelConfig(vocab_size=280, d_model=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, d_ff=80,
                         max_length=64, tied_head=tied)
     params = random_params(model, scale=1.5)
-    save_model(tmp_path / "here", Loaded(Config(model=model), params, ByteTokenizer(), 0), False, "")
-    export_model(open_model(tmp_path / "here"), tmp_path / "there", FAMILIES[family], np.dtype(np.float32), 50_000)
+    save_model(tmp_path / "here", LoadedModel(Config(model=model), params, ByteTokenizer(), 0), False, "")
+    saved = open_saved_model(tmp_path / "here")
+    export_model(saved, tmp_path / "there", FAMILIES[family], np.dtype(np.float32), 50_000)
     tokens_BL, real_BL = inputs(model.vocab_size)
     ours_BLV = run(model, params, tokens_BL, real_BL)
     assert np.abs(ours_BLV).mean() > 0.2

@@ -1,4 +1,4 @@
-"""Checkpoints to import: the goldens with a tokenizer beside them."""
+"""Checkpoints to import: the goldens, with a tokenizer added."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ def tokenizer_json(family: str) -> str:
 
 
 def checkpoint(directory: pathlib.Path, case: str, **config) -> pathlib.Path:
-    """A copy of a golden that may be spoilt, with a tokenizer; keywords change config.json (... removes a key)."""
+    """A modifiable copy of a golden, with a tokenizer; keywords change config.json (... removes a key)."""
     target = directory / case
     shutil.copytree(GOLDENS / case, target)
     (target / "tokenizer.json").write_text(tokenizer_json(case.partition("-")[0]))

@@ -1,4 +1,4 @@
-"""What is read from compiled programs, on programs whose traffic is known."""
+"""Compiled programs of known traffic, as the HLO reader sees them."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_what_a_device_sends(collective, sent):
     assert hlo.work(hlo.Module(compiled(collective)), 8).ici_bytes == pytest.approx(sent)
 
 
-def test_what_crosses_slices_is_told_apart():
+def test_traffic_between_slices_is_counted_apart():
     """With the outer axis over two slices a sum over it leaves the slice, one over the inner axis does not."""
     inside = hlo.work(hlo.Module(compiled(lambda x: jax.lax.psum(x, "inner"))), 8, num_slices=2)
     across = hlo.work(hlo.Module(compiled(lambda x: jax.lax.psum(x, "outer"))), 8, num_slices=2)
@@ -54,11 +54,11 @@ def test_what_crosses_slices_is_told_apart():
     assert across.dcn_bytes == pytest.approx(SIZE) and across.ici_bytes == 0
 
 
-def test_loops_inside_loops_multiply_and_computed_bounds_are_the_callers():
+def test_nested_loops_multiply_and_computed_bounds_use_the_default():
     nested = hlo.work(hlo.Module(compiled(loop(3, loop(7, lambda x: jax.lax.psum(x, "inner"))))), 8)
     assert nested.collectives["all-reduce"] == 21 * SIZE
     while_loop = compiled(lambda x: jax.lax.while_loop(lambda s: jnp.sum(s) > 0, lambda s: jax.lax.psum(s, "inner"), x))
-    assert hlo.work(hlo.Module(while_loop), 8, otherwise=11).collectives["all-reduce"] >= 11 * SIZE
+    assert hlo.work(hlo.Module(while_loop), 8, default_trip_count=11).collectives["all-reduce"] >= 11 * SIZE
 
 
 def test_of_a_sliced_array_only_the_slice_is_read():

@@ -1,4 +1,4 @@
-"""Plans, compiled here for eight CPU devices in the place of a TPU's: the same code but the compiler."""
+"""Plans compiled for eight CPU devices instead of TPUs: the same code with another compiler."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ CONFIG = Config(
 
 @pytest.fixture
 def topology():
-    return chips.Topology("v5e:2x4", 1, chips.CHIPS["v5e"], 8, tuple(jax.devices()))
+    return chips.Topology("v5e:2x4", 1, chips.CHIPS["v5e"], tuple(jax.devices()))
 
 
 def test_a_training_plan_adds_up(topology):
@@ -68,7 +68,7 @@ def test_plans_of_the_decoder_and_the_scorer(topology, mode):
 def test_whole_logits_are_found_where_nothing_is_chunked():
     mesh = make_mesh(MeshConfig(fsdp=8))
     whole = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=8), train=TrainConfig(steps=1000, logits_chunk=0))
-    module = hlo.Module(programs.compile_for(programs.lower_train(whole, mesh)).text)
+    module = hlo.Module(programs.compile_lowered(programs.lower_train(whole, mesh)).text)
     assert checks.whole_logits(module, whole, 2, 1)
 
 
@@ -119,7 +119,7 @@ def test_the_sharding_report_names_what_is_on_every_device():
 @pytest.mark.parametrize("mode", ["decode", "score"])
 def test_eight_bit_weights_are_planned_as_they_are_loaded(topology, mode):
     """Matrices take a byte and a scale for each output; the embedding, tied to the head, and the norms stay."""
-    one = dataclasses.replace(topology, num_chips=1, devices=topology.devices[:1])
+    one = dataclasses.replace(topology, devices=topology.devices[:1])
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=1))
     plan = make_plan(config, one, Options(mode=mode, canvas=48, quantize="int8"))
     layer = 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 96
@@ -191,9 +191,10 @@ def test_configs_that_do_not_fit_the_devices_are_refused(topology, change, messa
     (Options(), {"data": DataConfig(length=64, batch_size=8), "mesh": MeshConfig(fsdp=8),
                  "model": dataclasses.replace(CONFIG.model, remat="full")}, r"--config\.mesh\.tensor=2"),
     (Options(mode="decode", canvas=48), {"mesh": MeshConfig(fsdp=8)},
-     r"--quantize=int8, fewer --config\.decode\.batch_size, a larger --config\.mesh\.tensor, or a shorter --canvas"),
+     r"--quantize=int8, a smaller --config\.decode\.batch_size, a larger --config\.mesh\.tensor, or a shorter "
+     r"--canvas"),
 ], ids=["train", "train_with_least", "decode"])
-def test_what_does_not_fit_says_by_how_much_and_what_would(topology, monkeypatch, message, options, config, ways):
+def test_a_refused_program_says_by_how_much_and_what_would_help(topology, monkeypatch, message, options, config, ways):
     """The two messages are the compiler's own."""
     def refuse(_):
         raise jax.errors.JaxRuntimeError(message)
@@ -300,7 +301,7 @@ def test_compared_cases_are_made_once_and_survive_an_interruption(topology, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_the_compiler_it_says_what_to_install():
+def test_a_missing_compiler_says_what_to_install():
     command = [sys.executable, "-m", "illada_jax.aot", "--config=experiments/pretrain_8b.py", "--topology=v5p:4x4x4"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2

@@ -6,9 +6,9 @@ import pytest
 
 from illada_jax.config import from_dict, to_dict
 from illada_jax.errors import ConfigError
+from illada_jax.interop import load_model
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.optimizer import make_optimizer
-from illada_jax.training.saved_model import load_inference
 from illada_jax.training.step import abstract_state
 from tests.training.conftest import make_config
 
@@ -49,7 +49,7 @@ def test_it_is_saved_restored_and_used(run, tmp_path):
     resumed, _ = run(tmp_path / "parts", 8, **changes)
     tree_equal(whole.state, resumed.state)
     tree_equal(seen[10], whole.state.ema)
-    tree_equal(load_inference(tmp_path / "whole").params, whole.state.ema)
+    tree_equal(load_model(tmp_path / "whole").params, whole.state.ema)
     assert max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(
         jax.tree.leaves(whole.state.ema), jax.tree.leaves(whole.state.params), strict=True)) > 1e-4
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"),
@@ -72,7 +72,7 @@ def test_it_can_begin_and_end_with_a_restart(run, tmp_path):
                                              begun.state.params), atol=1e-6)
     ended, _ = run(tmp_path / "w", allowed=allowed)
     assert ended.state.ema is None
-    tree_equal(load_inference(tmp_path / "w").params, ended.state.params)
+    tree_equal(load_model(tmp_path / "w").params, ended.state.params)
 
 
 def test_off_it_takes_no_memory_and_on_one_copy_sharded_as_the_params(text_file):

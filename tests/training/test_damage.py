@@ -1,4 +1,4 @@
-"""CorruptCheckpointError checkpoints: found, named, set aside, never used; the one before takes their place."""
+"""Corrupt checkpoints are detected, named, set aside and never used; the previous one takes their place."""
 
 import shutil
 
@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from illada_jax.errors import InputError
+from illada_jax.interop import load_model
 from illada_jax.parallel import fingerprints as fingerprint_module
 from illada_jax.parallel.fingerprints import fingerprints
-from illada_jax.training.saved_model import load_inference
 
 COMMON = {"train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 3}
 
@@ -80,12 +80,12 @@ def test_without_a_whole_checkpoint_nothing_is_trained(run, finished, tmp_path):
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if "optimizer" not in name and name != "a missing item"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path, damage, dtype):
-    """The message names it, and what to take instead."""
+    """The message names it, and the other checkpoints."""
     shutil.copytree(finished[0], tmp_path / "run")
     DAMAGE[damage](tmp_path / "run" / "checkpoints" / "6")
     with pytest.raises(InputError, match=r"run/checkpoints/6(/params)?: (damaged: |not a checkpoint)"):
-        load_inference(tmp_path / "run", dtype)
-    assert load_inference(tmp_path / "run" / "checkpoints" / "4", dtype).step == 4
+        load_model(tmp_path / "run", dtype)
+    assert load_model(tmp_path / "run" / "checkpoints" / "4", dtype).step == 4
 
 
 def test_a_fingerprint_takes_no_memory_beside_its_array():

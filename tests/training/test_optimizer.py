@@ -1,4 +1,4 @@
-"""Schedules by hand values; what is decayed; what Muon acts on."""
+"""Schedules by hand values, weight decay, and the matrices that Muon updates."""
 
 import jax
 import numpy as np
@@ -51,14 +51,14 @@ def test_the_schedule_has_its_hand_values(optimizer, expected):
         ({"change_steps": (30,), "changed_rates": (1e-4,), "final_learning_rate": 2e-4}, "final_learning_rate"),
     ],
 )
-def test_pieces_that_do_not_fit_are_refused(optimizer, message):
+def test_inconsistent_schedules_are_refused(optimizer, message):
     with pytest.raises(ConfigError, match=message):
         config_with(**optimizer)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_acts_on_matrices_only(name):
-    """With zero gradients all that an update can hold is the decay."""
+    """With zero gradients an update consists of the decay only."""
     config = config_with(name=name, weight_decay=0.5)
     optimizer = make_optimizer(config)
     shapes = jax.eval_shape(lambda: model.init_params(SMALL, jax.random.key(0)))

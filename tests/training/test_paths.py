@@ -1,4 +1,4 @@
-"""Relative paths become absolute; remote ones stay what they are."""
+"""Relative paths become absolute; remote paths are unchanged."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The report that the loss has stopped falling: on series whose truth is known, and in the loop."""
+"""The plateau report: on series with known trends, and in the training loop."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ from illada_jax.data.corpus import open_corpus
 from illada_jax.data.preparing.corpora import Settings, prepare
 from illada_jax.errors import InputError
 from illada_jax.evaluation.evaluators import ratio_and_stderr
-from illada_jax.training.saved_model import load_inference
+from illada_jax.interop import load_model
 
 
 def leaves(outcome):
@@ -119,7 +119,7 @@ def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
     assert {p.name for p in workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tokenizer"}
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["10"]
     for path in (workdir, workdir / "checkpoints" / "10"):
-        loaded = load_inference(path)
+        loaded = load_model(path)
         assert loaded.step == 10
         assert loaded.tokenizer.decode(loaded.tokenizer.encode("mask")) == "mask"
         jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(outcome.state.params))

@@ -1,0 +1,168 @@
+"""A Hugging Face directory of a known family as a model: its config, ids, tokenizer, and lazily its tensors."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from illada_jax import config as config_lib
+from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig, ModelConfig
+from illada_jax.data.tokenizers.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
+from illada_jax.errors import InputError
+from illada_jax.interop.families import Family, find_family, read_model_config
+from illada_jax.interop.importing import import_params
+from illada_jax.interop.tensors import INDEX, TensorDirectory
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+DECODE_KEY = "illada_jax"  # key of generation_config.json for the sampler's settings
+_TOKENIZER_FILES = ("tokenizer.json", "sentencepiece.model", "special_ids.json", *CHAT_FILES)
+_EOT_TOKENS = ("<|eot_id|>", "<|eot|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face directory as a LazyModel.
+
+    Attributes:
+      family: its family.
+      config: its model, and the sampler that the family was published with; defaults for the rest.
+      tokenizer: its tokenizer, with the special ids of the config.
+      tensors: its tensors.
+      step: 0, as the training step is unknown.
+      quantized: False, as its matrices are not Int8.
+    """
+
+    family: Family
+    config: Config
+    tokenizer: Tokenizer
+    tensors: TensorDirectory
+    step: int = 0
+    quantized: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrower of float32 and bfloat16 that holds every tensor exactly."""
+        return _exact_dtype(self.tensors)
+
+    def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
+        """Returns the params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
+        return import_params(self.tensors, self.family, self.config.model, dtype, mesh, quantized)
+
+
+def _exact_dtype(tensors: TensorDirectory) -> np.dtype:
+    dtypes = {tensor.dtype for tensor in tensors.tensors.values()}
+    return dtypes.pop() if {dtype.name for dtype in dtypes} == {"bfloat16"} else np.dtype(np.float32)
+
+
+def is_hf_directory(directory: pathlib.Path) -> bool:
+    """True if a directory looks like a Hugging Face checkpoint, even a broken one."""
+    if (directory / INDEX).exists() or any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
+        return True
+    return (directory / CONFIG).exists() and "model_type" in _read_json(directory / CONFIG)
+
+
+def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None = None) -> HFModel:
+    """Reads everything but the weights.
+
+    Args:
+      directory: holds config.json, safetensors and a tokenizer.
+      special_ids: ids (mask, bos, eos, pad, eot) that override those of config, tokenizer and family.
+
+    Raises:
+      InputError: a file is missing, broken or not supported; names the file and the problem.
+    """
+    values = _read_json(directory / CONFIG)
+    with _naming(directory / CONFIG):
+        family = find_family(values)
+    tensors = TensorDirectory(directory)
+    with _naming(directory / CONFIG):
+        model = read_model_config(family, values, family.tensors["head"] in tensors.tensors)
+    model = dataclasses.replace(model, dtype=_exact_dtype(tensors).name)
+    generation = _read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).exists() else {}
+    tokenizer, stop_ids, eot_id = _read_tokenizer(directory, family, model, (values, generation), special_ids or {})
+    config = Config(model=model, data=DataConfig(length=model.max_length),
+                    decode=_read_decode_config(family, model, generation, stop_ids, eot_id),
+                    diffusion=DiffusionConfig(mask_id=tokenizer.mask_id))
+    return HFModel(family, config, tokenizer, tensors)
+
+
+def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig, configs: Sequence[Mapping[str, Any]],
+                    overrides: Mapping[str, int]) -> tuple[Tokenizer, tuple[int, ...], int]:
+    """(tokenizer, further stop ids, the id of EoT or -1). Earlier `configs` take precedence."""
+    files = {name: (directory / name).read_bytes() for name in _TOKENIZER_FILES if (directory / name).exists()}
+    with _naming(directory):
+        named = tokenizer_from_files(files)
+    for name in overrides:
+        if name not in (*SPECIAL_NAMES, "eot"):
+            raise InputError(f"special_ids: unknown name {name!r}; known: {', '.join(SPECIAL_NAMES)}, eot")
+    # A tokenizer of ours defines all of its ids; one of Hugging Face's may lack some (LLaDA's: MASK).
+    by_tokenizer = named.special_ids if "special_ids.json" in files else named.named_ids
+    configured = {name: [id_ for values in configs for id_ in _ids(values, name)] for name in SPECIAL_NAMES}
+    ids = {}
+    for name in SPECIAL_NAMES:
+        candidates = (overrides.get(name), *configured[name], by_tokenizer.get(name), family.special_ids[name])
+        ids[name] = next(id_ for id_ in candidates if id_ is not None)
+    # Several ids may end a text; the first is EOS. An override replaces them all.
+    stop_ids = [] if "eos" in overrides else configured["eos"]
+    for name, id_ in (*ids.items(), *(("eos", id_) for id_ in stop_ids), ("eot", overrides.get("eot", 0))):
+        if type(id_) is not int or not 0 <= id_ < model.vocab_size:
+            raise InputError(f"{directory}: the id of {name}, {id_!r}, lies outside the vocabulary of "
+                             f"{model.vocab_size}; give it with --{name}_id")
+    if ids["mask"] in (ids["eos"], ids["bos"]):
+        raise InputError(f"{directory}: MASK must not share its id {ids['mask']} with EOS or BOS; give it with "
+                         "--mask_id")
+    described = json.loads(files.get("special_ids.json", b'{"kind": "huggingface"}')) | ids
+    tokenizer = tokenizer_from_files({**files, "special_ids.json": json.dumps(described, indent=1).encode()})
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
+                         f"{model.vocab_size} rows")
+    eot_ids = [named.special_tokens[token] for token in _EOT_TOKENS if token in named.special_tokens]
+    eot_id = overrides.get("eot", (*eot_ids, family.eot_id)[0])
+    eot_id = eot_id if 0 <= eot_id < tokenizer.vocab_size else -1
+    stop_ids = [id_ for id_ in (*stop_ids, eot_id) if id_ not in (-1, tokenizer.eos_id)]
+    return tokenizer, tuple(dict.fromkeys(stop_ids)), eot_id
+
+
+def _ids(values: Mapping[str, Any], name: str) -> list[Any]:
+    """The ids that a config gives for a special token: none, one or several. Some configs write -1 for none."""
+    ids = values.get(f"{name}_token_id")
+    return [id_ for id_ in (ids if isinstance(ids, list) else [ids]) if id_ not in (None, -1)]
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Prefixes the message of an InputError with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read_decode_config(family: Family, model: ModelConfig, generation: Mapping[str, Any], stop_ids: tuple[int, ...],
+                        eot_id: int) -> DecodeConfig:
+    """The sampler: as written by an export of ours, else that of the family."""
+    if DECODE_KEY in generation:
+        return config_lib.override(DecodeConfig(), "decode", generation[DECODE_KEY])
+    block = min(family.decode.block_length, model.max_length)
+    max_new_tokens = min(family.decode.max_new_tokens, model.max_length // block * block)
+    return dataclasses.replace(family.decode, block_length=block, steps_per_block=block,
+                               max_new_tokens=max_new_tokens, stop_ids=stop_ids, eot_id=eot_id)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a JSON object")
+    return values
