@@ -28,9 +28,10 @@ from illada_jax import api, cli
 from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
 from illada_jax.errors import InputError
+from illada_jax.evaluation import code_execution, presets, settings
 from illada_jax.evaluation import manifest as manifests
-from illada_jax.evaluation import presets, programs, sandbox, settings
 from illada_jax.evaluation.work import Work
+from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.scoring.scorer import ScoreConfig
 
@@ -48,7 +49,8 @@ FEWSHOT_AS_MULTITURN = flags.DEFINE_bool("fewshot_as_multiturn", True, "with a c
 SYSTEM_INSTRUCTION = flags.DEFINE_string("system_instruction", None, "with a chat template: the system message")
 FEWSHOT_SEED = flags.DEFINE_integer("fewshot_seed", 1234, "seed of the choice of examples")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results are written; empty: they are printed only")
-ALLOW_CODE = flags.DEFINE_bool("allow_code_execution", False, "run generated programs, in a sandbox")
+ALLOW_CODE = flags.DEFINE_enum("allow_code_execution", "none", code_execution.MODES,
+                               "run generated programs: in a bubblewrap sandbox, or as lm-eval does, without isolation")
 
 
 def main(argv: list[str]) -> int | None:
@@ -60,10 +62,10 @@ def main(argv: list[str]) -> int | None:
     knobs, evaluation = plan()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     manager = load_tasks(evaluation)
-    runs_programs = programs.program_tasks(manager.task_index, evaluation["tasks"])
-    if runs_programs and not ALLOW_CODE.value:
-        raise InputError(f"task {runs_programs[0]}: runs generated programs; --allow_code_execution lets it, in a "
-                         "sandbox")
+    program_tasks = code_execution.program_tasks(manager.task_index, evaluation["tasks"])
+    if program_tasks and ALLOW_CODE.value == "none":
+        raise InputError(f"task {program_tasks[0]}: runs generated programs; allow it with "
+                         "--allow_code_execution=sandbox")
     hosts.join(PROCESSES.value)
     lm = MODEL.load()
     manifest = manifests.make_manifest(lm, MODEL.checkpoint.value, knobs, evaluation)
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int | None:
     fingerprint = manifests.manifest_fingerprint(manifest)
     work = Work(None if directory is None else directory / "chunks", fingerprint)
     started = datetime.datetime.now(datetime.UTC)
-    with programs.confined(manager, runs_programs):
+    with code_execution.metric_for(ALLOW_CODE.value, manager, program_tasks):
         results = run(lm, knobs, work, manager, evaluation)
     if jax.process_index() == 0:
         times = {"started": started.isoformat(), "finished": datetime.datetime.now(datetime.UTC).isoformat()}
@@ -106,12 +108,13 @@ def plan() -> tuple[settings.Settings, dict[str, Any]]:
     shots = NUM_FEWSHOT.value
     if shots is None and preset:
         shots = preset.num_fewshot
-    if ALLOW_CODE.value:
-        sandbox.check_supported()
+    if ALLOW_CODE.value == "sandbox":
+        code_execution.check_supported()
     return settings.make_settings(values), {
         "tasks": tasks, "preset": PRESET.value, "num_fewshot": shots, "limit": LIMIT.value, "apply_chat_template": chat,
         "fewshot_as_multiturn": chat and FEWSHOT_AS_MULTITURN.value, "system_instruction": SYSTEM_INSTRUCTION.value,
-        "fewshot_seed": FEWSHOT_SEED.value, "dtype": MODEL.dtype.value, "quantize": MODEL.quantize.value,
+        "fewshot_seed": FEWSHOT_SEED.value, "allow_code_execution": ALLOW_CODE.value,
+        "dtype": MODEL.dtype.value, "quantize": MODEL.quantize.value,
         "published": preset.target if preset else None, "metric": preset.metric if preset else None,
     }
 
@@ -161,7 +164,7 @@ def claim(directory: epath.Path, manifest: dict[str, Any]) -> None:
                              "choose another directory")
         return
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    write_atomically(path, json.dumps(manifest, indent=1) + "\n")
 
 
 def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: Any,
@@ -183,7 +186,7 @@ def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: An
             fewshot_as_multiturn=evaluation["fewshot_as_multiturn"],
             system_instruction=evaluation["system_instruction"], fewshot_random_seed=evaluation["fewshot_seed"],
             torch_random_seed=None,  # PyTorch takes no part
-            confirm_run_unsafe_code=ALLOW_CODE.value)
+            confirm_run_unsafe_code=ALLOW_CODE.value != "none")
     finally:
         evaluator.add_env_info = describe
     kept = {name: found[name] for name in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
@@ -203,11 +206,9 @@ def write(directory: epath.Path | None, report: dict[str, Any]) -> None:
     (directory / "samples").mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / "samples" / f"{task}.jsonl").write_text(lines)
-    (directory / "results.md").write_text(table + "\n")
-    unfinished = directory / ".results.json"
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(directory / "results.json")
+        write_atomically(directory / "samples" / f"{task}.jsonl", lines)
+    write_atomically(directory / "results.md", table + "\n")
+    write_atomically(directory / "results.json", json.dumps(report, indent=1) + "\n")
 
 
 def markdown(report: dict[str, Any]) -> str:

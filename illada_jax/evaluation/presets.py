@@ -53,7 +53,7 @@ class Preset:
             flags += " --confirm_run_unsafe_code" if self.code else ""
             model = f"--model hf --model_args pretrained={self.checkpoint},dtype=bfloat16"
             return f"lm_eval {model} --tasks {self.tasks}{flags}"
-        code = " --allow_code_execution" if self.code else ""
+        code = " --allow_code_execution=sandbox" if self.code else ""
         return f"python -m illada_jax.evaluate --checkpoint={self.checkpoint} --preset={self.name}{code}"
 
     @property

@@ -14,6 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax.errors import InputError
+from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
 
 
@@ -120,9 +121,7 @@ class Work:
             return _read(path, len(indices))
         answers = compute(indices)
         self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self._directory / f".{name}.{jax.process_index()}"
-        unfinished.write_text(json.dumps(answers._asdict()))
-        unfinished.replace(path)
+        write_atomically(path, json.dumps(answers._asdict()))
         # As it will be read when the run is resumed: JSON knows no tuples.
         return _read(path, len(indices))
 

@@ -93,7 +93,7 @@ metric_list:
     higher_is_better: true
 """,
 }
-# It runs programs by means of its own.
+# It runs a program by other means than the metric.
 TASKS["toy_unconfined"] = """
 output_type: generate_until
 unsafe_code: true
@@ -122,7 +122,7 @@ def passes(references, predictions):
 """
 UNCONFINED = """
 def runs(references, predictions):
-    exec(predictions[0])
+    return eval("1 + 1")
 """
 
 

@@ -27,7 +27,7 @@ from lm_eval.api.instance import Instance
 from illada_jax import api, evaluate
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.errors import InputError
-from illada_jax.evaluation import lm_eval_cli, work
+from illada_jax.evaluation import code_execution, lm_eval_cli, work
 from illada_jax.evaluation.lm_eval_model import HarnessModel
 from illada_jax.evaluation.settings import make_settings
 from illada_jax.parallel.fingerprints import fingerprint
@@ -182,16 +182,27 @@ def _noting(make, seen):
 
 
 def test_programs_are_run_in_the_sandbox_when_allowed(run, tmp_path):
+    refused = "task toy_program: runs generated programs; allow it with --allow_code_execution=sandbox"
     for tasks_ in ("toy_program", "toy_choice,toy_group"):
-        with pytest.raises(InputError, match="task toy_program: runs generated programs; --allow_code_execution"):
+        with pytest.raises(InputError, match=refused):
             run(f"--tasks={tasks_}")
     try:
-        run("--tasks=toy_program", "--allow_code_execution", f"--output_dir={tmp_path}")
+        run("--tasks=toy_program", "--allow_code_execution=sandbox", f"--output_dir={tmp_path}")
     except InputError as error:
         pytest.skip(str(error))
     assert results(tmp_path)["results"]["toy_program"]["passes,programs"] == 0.5
-    with pytest.raises(InputError, match="task toy_unconfined: runs generated programs by means of its own"):
-        run("--tasks=toy_unconfined", "--allow_code_execution")
+    assert results(tmp_path)["manifest"]["evaluation"]["allow_code_execution"] == "sandbox"
+    with pytest.raises(InputError, match="task toy_unconfined: does not run its programs through the metric code_eval"):
+        run("--tasks=toy_unconfined", "--allow_code_execution=sandbox")
+
+
+def test_without_isolation_only_when_that_is_typed(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setattr(code_execution.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="bubblewrap is not installed"):
+        run("--tasks=toy_unconfined", "--allow_code_execution=sandbox")
+    run("--tasks=toy_unconfined", "--allow_code_execution=unsafe", f"--output_dir={tmp_path}")
+    assert results(tmp_path)["results"]["toy_unconfined"]["runs,none"] == 2
 
 
 def test_answers_behind_a_thought(lm):
@@ -302,7 +313,7 @@ def test_registered_in_the_harness(places, expected_choice):
 
 def test_what_a_fine_tuned_model_has_not_seen_becomes_a_task(tmp_path):
     """Trained for two steps: the answers are wrong, and every one of them is asked for."""
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     workdir, tasks_dir, output = (str(tmp_path / name) for name in ("sft", "tasks", "output"))
 
     def command(*arguments):
