@@ -121,7 +121,7 @@ def plan() -> tuple[settings.Settings, dict[str, Any]]:
 
 def known_settings() -> set[str]:
     """Every key of --set."""
-    return {field.name for section in (ScoreConfig, DecodeConfig, settings.HarnessConfig)
+    return {field.name for section in (ScoreConfig, DecodeConfig, settings.LmEvalConfig)
             for field in dataclasses.fields(section)}
 
 
@@ -173,9 +173,9 @@ def run(lm: api.LanguageModel, knobs: settings.Settings, work: Work, manager: An
     import lm_eval
     from lm_eval import evaluator
 
-    from illada_jax.evaluation.lm_eval_model import HarnessModel
+    from illada_jax.evaluation.lm_eval_model import LmEvalModel
 
-    adapter = HarnessModel(lm, knobs, work)
+    adapter = LmEvalModel(lm, knobs, work)
     describe = evaluator.add_env_info
     evaluator.add_env_info = lambda results: None  # our manifest does; the harness would look at PyTorch
     try:

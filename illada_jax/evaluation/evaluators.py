@@ -22,7 +22,7 @@ from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.example_store import Examples
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
-from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
+from illada_jax.decoding import Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.errors import ConfigError, InputError
@@ -34,6 +34,29 @@ from illada_jax.training.loop import Evaluator
 
 _TABLE_ROWS = 6
 
+
+class EvaluatorContext(NamedTuple):
+    """Everything of a run that evaluators are built from.
+
+    Attributes:
+      config: the resolved config.
+      corpus: text, or examples of fine-tuning, with held-out parts.
+      pipeline: makes windows of held-out text.
+      mesh: the devices of the run.
+    """
+
+    config: Config
+    corpus: Corpus | Examples
+    pipeline: Batches
+    mesh: Mesh
+
+    def decoder(self, settings: DecodeConfig, params: Any) -> Decoder:
+        """A decoder of the current params."""
+        model_config = self.config.model
+        return Decoder(model.make_logits_fn(model_config, params), settings, SpecialIds.of(self.corpus.tokenizer),
+                       model_config.max_length, model.make_init_cache(model_config), self.mesh)
+
+
 def make_evaluators(
     names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
 ) -> dict[str, Evaluator]:
@@ -43,7 +66,8 @@ def make_evaluators(
       ConfigError: there is no such evaluator, or `config.decode` is no good.
     """
     check_evaluation(config, corpus.tokenizer)
-    return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
+    context = EvaluatorContext(config, corpus, pipeline, mesh)
+    return {name: EVALUATORS[name](context) for name in names}
 
 
 def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -64,13 +88,14 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
                        model.make_init_cache(config.model))
 
 
-def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def bits_per_byte(context: EvaluatorContext) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
     Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that
     of a ratio over windows, so it covers the draw of masks and the choice of text; counts are stratified within a
     batch, which makes it an overestimate rather than an underestimate.
     """
+    config, corpus, pipeline, mesh = context
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)
     rows_sharding = sharding.batch_sharding(mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -124,33 +149,28 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _decoder(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any) -> Decoder:
-    logits_fn = model.make_logits_fn(config.model, params)
-    return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length,
-                   model.make_init_cache(config.model), mesh)
-
-
-def samples(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def samples(context: EvaluatorContext) -> Evaluator:
     """Texts written by the model with the settings of `config.decode`, from `config.eval.prompts` in turn."""
-    del pipeline
+    config, tokenizer = context.config, context.corpus.tokenizer
     texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
-    prompts = [corpus.tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode(text) for text in texts]
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        written = _decoder(config, corpus, mesh, config.decode, params).generate(prompts)
-        lines = [f"[{number}] {text}{corpus.tokenizer.decode(result.tokens)}"
+        written = context.decoder(config.decode, params).generate(prompts)
+        lines = [f"[{number}] {text}{tokenizer.decode(result.tokens)}"
                  for number, (text, result) in enumerate(zip(texts, written, strict=True), 1)]
         return {"eval/samples": "\n".join(lines)}
 
     return evaluate
 
 
-def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def infill(context: EvaluatorContext) -> Evaluator:
     """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit.
 
     Gaps are filled greedily, the surest tokens first.
     """
+    config, corpus, pipeline, _ = context
     tokenizer = corpus.tokenizer
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
     whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
@@ -181,7 +201,7 @@ def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: M
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        results = _decoder(config, corpus, mesh, settings, params).infill([with_gaps(p) for p in passages])
+        results = context.decoder(settings, params).infill([with_gaps(p) for p in passages])
         hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
                 for start in starts for column in range(start, start + width)]
         lines = [f"[{number}] {show(passage, result.tokens)}"
@@ -208,7 +228,7 @@ class Questions(NamedTuple):
     sources: list[str]
 
 
-def exact_match(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def exact_match(context: EvaluatorContext) -> Evaluator:
     """Held-out prompts are decoded with config.decode and the answers compared by config.eval.answer_metric.
 
     `eval/exact_match` (the mean score; beside it that of each source) with its standard error, `eval/answer_tokens`
@@ -216,14 +236,14 @@ def exact_match(config: Config, corpus: Corpus | Examples, pipeline: Batches, me
     evaluations per answer), and a table `eval/answers`. Prompts are held-out examples; of plain documents, all up to
     and with config.eval.separator.
     """
-    del pipeline
-    questions = _questions(config, corpus)
+    config, tokenizer = context.config, context.corpus.tokenizer
+    questions = _questions(config, context.corpus)
     metric = make_answer_metric(config.eval.answer_metric)
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        decoded = _ask(config, corpus, mesh, config.decode, params, questions)
-        answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
+        decoded = context.decoder(config.decode, params).generate(questions.prompts)
+        answers = [tokenizer.decode(each.tokens) for each in decoded]
         rows = zip(questions.asked, answers, questions.answers, strict=True)
         scores = np.array([float(metric(*row)) for row in rows])
         results: dict[str, float | str] = {"eval/exact_match": float(scores.mean())}
@@ -251,10 +271,10 @@ def _table(questions: Questions, answers: list[str], scores: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def decoding_orders(context: EvaluatorContext) -> Evaluator:
     """A table of exact match by order and number of steps: why it pays to reveal first what is surest."""
-    del pipeline
-    questions = _questions(config, corpus)
+    config, tokenizer = context.config, context.corpus.tokenizer
+    questions = _questions(config, context.corpus)
     steps = config.decode.steps_per_block
     variants = [(order, count) for count in sorted({steps, max(1, steps // 4), 1}, reverse=True)
                 for order in ("low_confidence", "random")]
@@ -264,8 +284,8 @@ def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches
         lines = ["order            steps  evaluations  exact match"]
         for order, count in variants:
             settings = dataclasses.replace(config.decode, confidence=order, steps_per_block=count)
-            decoded = _ask(config, corpus, mesh, settings, params, questions)
-            answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
+            decoded = context.decoder(settings, params).generate(questions.prompts)
+            answers = [tokenizer.decode(each.tokens) for each in decoded]
             share = float(np.mean([a == b for a, b in zip(answers, questions.answers, strict=True)]))
             nfe = float(np.mean([each.nfe for each in decoded]))
             error = math.sqrt(share * (1 - share) / len(answers))
@@ -298,12 +318,7 @@ def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
     return Questions([corpus.tokenizer.encode(text) for text in asked], asked, [answer for *_, answer in parts], [])
 
 
-def _ask(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any,
-         questions: Questions) -> list[Decoded]:
-    return _decoder(config, corpus, mesh, settings, params).generate(questions.prompts)
-
-
-EVALUATORS: dict[str, Callable[[Config, Corpus | Examples, Batches, Mesh], Evaluator]] = {
+EVALUATORS: dict[str, Callable[[EvaluatorContext], Evaluator]] = {
     "bits_per_byte": bits_per_byte,
     "samples": samples,
     "infill": infill,

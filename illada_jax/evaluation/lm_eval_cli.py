@@ -15,14 +15,14 @@ from lm_eval.api.registry import register_model
 
 from illada_jax import api
 from illada_jax.errors import InputError
-from illada_jax.evaluation.lm_eval_model import HarnessModel
+from illada_jax.evaluation.lm_eval_model import LmEvalModel
 from illada_jax.evaluation.settings import make_settings, parse_settings
 
 _MODEL = ("dtype", "quantize")
 
 
 @register_model("illada_jax")
-class IlladaJax(HarnessModel):
+class IlladaJax(LmEvalModel):
     """A model that the harness loads by its arguments."""
 
     def __init__(self, checkpoint: str = "", batch_size: int | str | None = None, max_batch_size: Any = None,

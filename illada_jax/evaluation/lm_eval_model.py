@@ -25,7 +25,7 @@ _CHAT = "\ue000chat:"
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
-class HarnessModel(LM):
+class LmEvalModel(LM):
     """The adapter.
 
     It takes all requests on every process and spreads them itself, so the harness sees one process (rank 0 of 1).
@@ -79,10 +79,10 @@ class HarnessModel(LM):
         window's is.
         """
         del disable_tqdm
-        draws = {"method": "monte_carlo", "mc_num": self.settings.harness.rolling_mc_num}
+        draws = {"method": "monte_carlo", "mc_num": self.settings.lm_eval.rolling_mc_num}
         scorer = self.lm.scorer(**{**_fields(self.settings.score), **draws})
         room = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos
-        stride = self.settings.harness.rolling_stride or max(1, room // 2)
+        stride = self.settings.lm_eval.rolling_stride or max(1, room // 2)
         if stride > room:
             raise InputError(f"setting rolling_stride = {stride}: exceeds the context of {room} tokens")
         windows, owners = [], []
@@ -144,7 +144,7 @@ class HarnessModel(LM):
                                     for index, prompt in members], compute)
 
     def _answer(self, result: Any) -> str:
-        think_end = self.settings.harness.think_end
+        think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
         # Where it is a special token, the text does not show it.
@@ -169,12 +169,12 @@ class HarnessModel(LM):
             settings["end_of_thinking_ids"] = self._think_end_ids()
         until = arguments.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
-        if self.settings.harness.ignore_until:
+        if self.settings.lm_eval.ignore_until:
             stop = []
         return settings, sorted({text for text in stop if text})
 
     def _think_end_ids(self) -> list[int]:
-        text = self.settings.harness.think_end or "</think>"
+        text = self.settings.lm_eval.think_end or "</think>"
         token = self.lm.tokenizer.special_tokens.get(text)
         return self.lm.tokenizer.encode(text) if token is None else [token]
 
@@ -208,7 +208,7 @@ class HarnessModel(LM):
     def _cut(self, kind: str, ids: list[int], room: int) -> list[int]:
         if len(ids) <= room:
             return ids
-        if self.settings.harness.over_length == "error":
+        if self.settings.lm_eval.over_length == "error":
             raise InputError(f"a context of {len(ids)} tokens does not fit: there is room for {room} "
                              f"(setting over_length='truncate' drops its beginning)")
         self.truncated[kind] += 1

@@ -32,7 +32,7 @@ def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str,
         # Tasks may set max_new_tokens and temperature where the settings do not: see their configs in the results.
         "decode": to_dict(override(lm.config.decode, "decode", _without_missing_ids(settings.decode))),
         "decode_given": dict(settings.decode),
-        "harness": dataclasses.asdict(settings.harness),
+        "lm_eval": dataclasses.asdict(settings.lm_eval),
         "checkpoint": {"path": checkpoint, "params": fingerprint(lm.params), "model": to_dict(lm.config.model)},
         "tokenizer": lm.tokenizer.fingerprint,
         "libraries": {name: _version(name) for name in LIBRARIES},

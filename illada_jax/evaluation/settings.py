@@ -16,7 +16,7 @@ from illada_jax.scoring.scorer import ScoreConfig
 
 
 @dataclass(frozen=True)
-class HarnessConfig:
+class LmEvalConfig:
     """How a model meets the harness.
 
     Attributes:
@@ -48,12 +48,12 @@ class Settings:
     Attributes:
       score: the scorers.
       decode: fields of DecodeConfig that differ from the checkpoint's own.
-      harness: the rest.
+      lm_eval: the rest.
     """
 
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     decode: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    harness: HarnessConfig = dataclasses.field(default_factory=HarnessConfig)
+    lm_eval: LmEvalConfig = dataclasses.field(default_factory=LmEvalConfig)
 
 
 def _names(section: type) -> set[str]:
@@ -66,15 +66,15 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
       InputError: an unknown key (with those that are near) or a wrong value.
     """
-    known = _names(ScoreConfig) | _names(DecodeConfig) | _names(HarnessConfig)
+    known = _names(ScoreConfig) | _names(DecodeConfig) | _names(LmEvalConfig)
     for key in values:
         if key not in known:
             raise InputError(f"setting {key!r}: unknown{near(key, known)}")
     parts = [{key: value for key, value in values.items() if key in _names(section)}
-             for section in (ScoreConfig, DecodeConfig, HarnessConfig)]
+             for section in (ScoreConfig, DecodeConfig, LmEvalConfig)]
     override(DecodeConfig(), "decode", {**_follow_block(parts[1])})  # to find mistakes before a model is loaded
     return Settings(override(ScoreConfig(), "score", parts[0]), parts[1],
-                    override(HarnessConfig(), "harness", parts[2]))
+                    override(LmEvalConfig(), "lm_eval", parts[2]))
 
 
 def _follow_block(decode: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from illada_jax import api, evaluate
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.errors import InputError
 from illada_jax.evaluation import code_execution, lm_eval_cli, work
-from illada_jax.evaluation.lm_eval_model import HarnessModel
+from illada_jax.evaluation.lm_eval_model import LmEvalModel
 from illada_jax.evaluation.settings import make_settings
 from illada_jax.parallel.fingerprints import fingerprint
 from tests.evaluation import lm_eval_toys as toys
@@ -206,11 +206,11 @@ def test_without_isolation_only_when_that_is_typed(run, tmp_path, monkeypatch):
 
 
 def test_answers_behind_a_thought(lm):
-    model = HarnessModel(lm, make_settings({"think_end": "</t>"}))
+    model = LmEvalModel(lm, make_settings({"think_end": "</t>"}))
     assert model._answer(SimpleNamespace(text="a</t>b</t> c", tokens=[])) == " c"
     assert model._answer(SimpleNamespace(text="abc", tokens=[])) == "abc"
     # A special token is not seen in the text.
-    model = HarnessModel(lm, make_settings({"think_end": "<pad>"}))
+    model = LmEvalModel(lm, make_settings({"think_end": "<pad>"}))
     tokens = [*toys.TOKENIZER.encode("thought"), toys.TOKENIZER.pad_id, *toys.TOKENIZER.encode("it")]
     assert model._answer(SimpleNamespace(text="thoughtit", tokens=tokens)) == "it"
 
@@ -245,7 +245,7 @@ def test_without_the_extra(run, monkeypatch):
 def test_bad_candidates(lm, candidate, message):
     request = Instance("loglikelihood", {}, ("question", candidate), 0, ("some_task", 3, 1))
     with pytest.raises(InputError, match=f"task some_task, item 3: candidate .* {message}"):
-        HarnessModel(lm).loglikelihood([request])
+        LmEvalModel(lm).loglikelihood([request])
 
 
 def test_long_contexts_lose_their_beginning_and_are_counted(run, tmp_path, lm):

@@ -17,7 +17,7 @@ def test_settings_are_read_and_written():
     assert parse_settings(format_settings(values)) == values
     settings = make_settings(values)
     assert settings.score.mc_num == 4 and settings.decode == {"temperature": 0.5, "stop_ids": (7, 8)}
-    assert settings.harness.think_end == "</think>"
+    assert settings.lm_eval.think_end == "</think>"
     shared = make_settings({"cfg_scale": 1.0, "seed": 3, "batch_size": 2})
     assert (shared.score.cfg_scale, shared.score.seed, shared.score.batch_size) == (1.0, 3, 2)
     assert shared.decode == {"cfg_scale": 1.0, "seed": 3, "batch_size": 2}
