@@ -1,7 +1,7 @@
-"""What runs during training: the bound on held-out text, and what the model writes.
+"""Evaluators, which run during training: the bound on held-out text, samples, infilling and exact match.
 
-The one place where training and decoding meet. An evaluator is a function (params, step) → {name: number or
-text} that `main` builds from `config.eval` and hands to the loop.
+An evaluator is a function (params, step) → {name: number or text}. `main` builds those that `config.eval` names and
+passes them to the training loop, which knows nothing of decoding.
 """
 
 import dataclasses
@@ -60,10 +60,10 @@ class EvaluatorContext(NamedTuple):
 def make_evaluators(
     names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
 ) -> dict[str, Evaluator]:
-    """Builds the evaluators called `names`.
+    """Builds evaluators by name.
 
     Raises:
-      ConfigError: there is no such evaluator, or `config.decode` is no good.
+      ConfigError: an evaluator is unknown, or `config.decode` is invalid.
     """
     check_evaluation(config, corpus.tokenizer)
     context = EvaluatorContext(config, corpus, pipeline, mesh)
@@ -71,14 +71,14 @@ def make_evaluators(
 
 
 def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
-    """What evaluators would find wrong with the config when a run is under way.
+    """Checks evaluators and decoding settings before the run starts.
 
     Args:
       config: the resolved config.
-      tokenizer: that of the run; without it ids are not checked.
+      tokenizer: the run's tokenizer; None skips the check of `config.decode`.
 
     Raises:
-      ConfigError: an unknown evaluator, or `config.decode` is no good.
+      ConfigError: an evaluator is unknown, or `config.decode` is invalid.
     """
     for name in (*config.eval.evaluators, *config.eval.final):
         if name not in EVALUATORS:
@@ -91,9 +91,9 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
 def bits_per_byte(context: EvaluatorContext) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
-    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that
-    of a ratio over windows, so it covers the draw of masks and the choice of text; counts are stratified within a
-    batch, which makes it an overestimate rather than an underestimate.
+    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error of the
+    ratio over windows covers both the random masks and the choice of text. Mask counts are stratified within a batch,
+    so it errs on the large side.
     """
     config, corpus, pipeline, mesh = context
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)
@@ -111,7 +111,7 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
         return jnp.sum(weights_BL * ce_BL, axis=1)
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step  # the same masks every time: evaluations of one run are paired
+        del step  # the same masks every time, so that evaluations of a run are comparable
         key = key_for(config.seed, Purpose.EVALUATION)
         num_rows = len(windows.tokens_BL)
         nats_N = np.zeros(num_rows)
@@ -150,7 +150,7 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def samples(context: EvaluatorContext) -> Evaluator:
-    """Texts written by the model with the settings of `config.decode`, from `config.eval.prompts` in turn."""
+    """Texts decoded with `config.decode` from `config.eval.prompts`, which take turns."""
     config, tokenizer = context.config, context.corpus.tokenizer
     texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
     prompts = [tokenizer.encode(text) for text in texts]
@@ -166,17 +166,22 @@ def samples(context: EvaluatorContext) -> Evaluator:
 
 
 def infill(context: EvaluatorContext) -> Evaluator:
-    """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit.
+    """Held-out passages whose gaps the model fills in, shown with the truth, and the share of correct tokens.
 
-    Gaps are filled greedily, the surest tokens first.
+    There are `config.eval.gaps` gaps per passage. Decoding is greedy, most confident positions first.
+
+    Raises:
+      InputError: no held-out window is full.
+      ConfigError: the gaps do not fit into a window.
     """
     config, corpus, pipeline, _ = context
     tokenizer = corpus.tokenizer
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
     whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
     if not len(whole):
-        raise InputError(f"the evaluator infill needs held-out windows of config.data.length = {config.data.length} "
-                         f"tokens, and {corpus.heldout.num_tokens} tokens are held out (config.data.heldout_fraction)")
+        raise InputError("evaluator infill: needs a held-out window of config.data.length = "
+                         f"{config.data.length} tokens, but only {corpus.heldout.num_tokens} tokens are held out "
+                         "(config.data.heldout_fraction)")
     chosen = whole[np.linspace(0, len(whole) - 1, config.eval.rows + 2).astype(int)[1:-1]]
     passages = [windows.tokens_BL[row].tolist() for row in chosen]
     width, count = config.eval.gap_length, config.eval.gaps
@@ -193,9 +198,9 @@ def infill(context: EvaluatorContext) -> Evaluator:
     def show(passage: list[int], filled: list[int]) -> str:
         text, end = "", 0
         for start in starts:
-            guess, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
+            predicted, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
             text += tokenizer.decode(passage[end:start])
-            text += f"⟦{guess} ✓⟧" if guess == truth else f"⟦{guess} ✗ {truth}⟧"
+            text += f"⟦{predicted} ✓⟧" if predicted == truth else f"⟦{predicted} ✗ {truth}⟧"
             end = start + width
         return text + tokenizer.decode(passage[end:])
 
@@ -213,28 +218,32 @@ def infill(context: EvaluatorContext) -> Evaluator:
 
 
 class Questions(NamedTuple):
-    """Held-out things to ask.
+    """Held-out prompts with reference answers.
 
     Attributes:
-      prompts: ids.
-      asked: the prompts as text.
+      prompts: ids of each prompt.
+      texts: the prompts as text.
       answers: the reference answers as text.
-      sources: the name of the source of each; empty where there is only one.
+      sources: the data source of each; empty if there is only one.
     """
 
     prompts: list[list[int]]
-    asked: list[str]
+    texts: list[str]
     answers: list[str]
     sources: list[str]
 
 
 def exact_match(context: EvaluatorContext) -> Evaluator:
-    """Held-out prompts are decoded with config.decode and the answers compared by config.eval.answer_metric.
+    """Answers to held-out prompts, decoded with `config.decode` and scored by `config.eval.answer_metric`.
 
-    `eval/exact_match` (the mean score; beside it that of each source) with its standard error, `eval/answer_tokens`
-    (without the end token), `eval/ended` (the share that ended by EOS or another end token), `eval/nfe` (network
-    evaluations per answer), and a table `eval/answers`. Prompts are held-out examples; of plain documents, all up to
-    and with config.eval.separator.
+    Reports `eval/exact_match` (the mean score, overall and per source) with its standard error, `eval/answer_tokens`
+    (without the end token), `eval/ended` (the share that stopped at EOS or another end token), `eval/nfe` (network
+    evaluations per answer) and a table `eval/answers`. Prompts come from held-out examples, or are held-out documents
+    up to and including `config.eval.separator`.
+
+    Raises:
+      InputError: nothing is held out.
+      ConfigError: the answer metric is unknown, or a document lacks the separator.
     """
     config, tokenizer = context.config, context.corpus.tokenizer
     questions = _questions(config, context.corpus)
@@ -244,7 +253,7 @@ def exact_match(context: EvaluatorContext) -> Evaluator:
         del step
         decoded = context.decoder(config.decode, params).generate(questions.prompts)
         answers = [tokenizer.decode(each.tokens) for each in decoded]
-        rows = zip(questions.asked, answers, questions.answers, strict=True)
+        rows = zip(questions.texts, answers, questions.answers, strict=True)
         scores = np.array([float(metric(*row)) for row in rows])
         results: dict[str, float | str] = {"eval/exact_match": float(scores.mean())}
         results["eval/exact_match_stderr"] = float(scores.std() / math.sqrt(len(scores)))
@@ -261,18 +270,18 @@ def exact_match(context: EvaluatorContext) -> Evaluator:
 
 
 def _table(questions: Questions, answers: list[str], scores: np.ndarray) -> str:
-    """A few answers, spread over all, with their scores."""
+    """A few answers, evenly spread, with their scores."""
     lines = []
     for row in dict.fromkeys(np.linspace(0, len(answers) - 1, _TABLE_ROWS).astype(int)):
-        asked, answer, reference = (" ".join(text.split()) for text in (
-            questions.asked[row], answers[row], questions.answers[row]))
+        prompt, answer, reference = (" ".join(text.split()) for text in (
+            questions.texts[row], answers[row], questions.answers[row]))
         verdict = "✓" if scores[row] == 1 else f"✗ {reference}"
-        lines.append(f"{asked[-60:]} ⟦{answer[:80]}⟧ {verdict[:80]}")
+        lines.append(f"{prompt[-60:]} ⟦{answer[:80]}⟧ {verdict[:80]}")
     return "\n".join(lines)
 
 
 def decoding_orders(context: EvaluatorContext) -> Evaluator:
-    """A table of exact match by order and number of steps: why it pays to reveal first what is surest."""
+    """A table of exact match by confidence and steps per block: revealing the most confident first pays off."""
     config, tokenizer = context.config, context.corpus.tokenizer
     questions = _questions(config, context.corpus)
     steps = config.decode.steps_per_block
@@ -296,26 +305,26 @@ def decoding_orders(context: EvaluatorContext) -> Evaluator:
 
 
 def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
-    """At most config.eval.rows held-out questions: examples spread evenly over all, or the first documents."""
+    """At most `config.eval.rows` held-out questions: evenly spread examples, or the first documents."""
     available = corpus.heldout.num_documents
     if not available:
-        raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to ask")
+        raise InputError("config.data.heldout_fraction: nothing is held out, so there are no prompts to evaluate")
     count = min(config.eval.rows, available)
     decode = corpus.tokenizer.decode
     if isinstance(corpus, Examples):
         chosen = [index * available // count for index in range(count)]
-        asked = [corpus.heldout.question(index) for index in chosen]
+        examples = [corpus.heldout.question(index) for index in chosen]
         sources = [corpus.sources[corpus.heldout.sources_N[index]] for index in chosen]
-        return Questions([each.prompt for each in asked], [decode(each.prompt) for each in asked],
-                         [decode(each.answer) for each in asked], sources if len(corpus.sources) > 1 else [])
+        return Questions([each.prompt for each in examples], [decode(each.prompt) for each in examples],
+                         [decode(each.answer) for each in examples], sources if len(corpus.sources) > 1 else [])
     separator = config.eval.separator
     texts = [decode(corpus.heldout.document(index)) for index in range(count)]
     for index, text in enumerate(texts):
         if separator not in text:
             raise ConfigError(f"config.eval.separator = {separator!r}: not in held-out document {index}: {text[:60]!r}")
     parts = [text.partition(separator) for text in texts]
-    asked = [prompt + found for prompt, found, _ in parts]
-    return Questions([corpus.tokenizer.encode(text) for text in asked], asked, [answer for *_, answer in parts], [])
+    prompts = [before + found for before, found, _ in parts]
+    return Questions([corpus.tokenizer.encode(text) for text in prompts], prompts, [answer for *_, answer in parts], [])
 
 
 EVALUATORS: dict[str, Callable[[EvaluatorContext], Evaluator]] = {
