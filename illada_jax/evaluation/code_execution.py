@@ -1,8 +1,9 @@
 """Generated programs, run in a bubblewrap sandbox, and the tasks of lm-evaluation-harness that need them.
 
 The sandbox (`bwrap`) has its own processes, network, IPC and mounts. It shows the system's libraries and this Python,
-read-only, and an empty /tmp; no home directory, no other file, no environment variable, no process outside. rlimits and
-a timeout bound what a program can use; memory is limited per process, and by the size of /tmp.
+read-only, and an empty /tmp: no home directory, no other file, no environment variable, no process outside. A timeout,
+the size of /tmp and rlimits per process bound what a program can use; if memory still runs out, the kernel kills the
+program first.
 
 A program passes if it ran to its end: leaving early or printing a verdict fails. A program that inspects the memory of
 its own process to find the token that says so can forge the verdict; this is out of scope.
@@ -51,11 +52,12 @@ def check_supported() -> None:
     if not shutil.which("bwrap"):
         raise InputError("--allow_code_execution=sandbox: bubblewrap is not installed; install it "
                          f"(apt-get install bubblewrap), {_ALTERNATIVE}")
-    outcome = run("pass", seconds=60)
-    if not outcome.passed:
-        raise InputError(f"--allow_code_execution=sandbox: {outcome.reason}; bubblewrap 0.7 or later needs user "
-                         "namespaces or root (a container: started with --privileged); allow them, "
-                         f"{_ALTERNATIVE}")
+    try:
+        run("pass")
+    except InputError as error:
+        raise InputError(f"--allow_code_execution=sandbox: {error}; it needs bubblewrap 0.7 or later, and user "
+                         "namespaces or root (in a container: docker run --privileged); provide them, "
+                         f"{_ALTERNATIVE}") from error
 
 
 def run(program: str, seconds: float = 5.0, megabytes: int = 1024) -> Outcome:
@@ -65,6 +67,9 @@ def run(program: str, seconds: float = 5.0, megabytes: int = 1024) -> Outcome:
       program: its source.
       seconds: wall-clock time from its start; all its processes are killed then.
       megabytes: address space of each of its processes.
+
+    Raises:
+      InputError: the sandbox did not start, which says nothing about the program.
     """
     token = secrets.token_hex(16)
     task = {"program": program, "token": token, "seconds": math.ceil(seconds) + 1, "megabytes": megabytes}
@@ -84,18 +89,19 @@ def run(program: str, seconds: float = 5.0, megabytes: int = 1024) -> Outcome:
             _kill(process)
         errors = process.stderr.read().decode(errors="replace").strip()
     if not started:
-        return Outcome(False, f"the sandbox did not start ({errors.splitlines()[-1] if errors else 'no message'})")
+        raise InputError(f"the sandbox did not start ({errors.splitlines()[-1] if errors else 'no message'})")
     if report == token.encode():
         return Outcome(True, "passed")
     return Outcome(False, report.decode(errors="replace") or ("timed out" if timed_out else "ended early"))
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kills all processes of a sandbox: with its first one, the child of bwrap, the kernel kills the others."""
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in children:
+    """Kills all processes of a sandbox: when the first one, bwrap's child, dies, the kernel kills the others."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids = children.read_text().split() if children.exists() else []
+    for pid in pids:
         os.kill(int(pid), signal.SIGKILL)
-    if not children:
+    if not pids:  # --die-with-parent has the same effect, but bwrap could not reap its child
         process.kill()
 
 
@@ -114,7 +120,7 @@ def _command() -> list[str]:
     command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop",
                "ALL"]
     if os.geteuid() == 0:
-        # The runner becomes an unprivileged user, which a new user namespace would not let root do.
+        # The runner switches to an unprivileged user; a user namespace would map root only.
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
                     "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:

@@ -1,5 +1,6 @@
 """Hostile programs: none of them hangs, exhausts, reads or reaches anything outside of the sandbox, and none passes."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -36,23 +37,22 @@ def run():
     return lambda program, **limits: code_execution.run(textwrap.dedent(program), **limits)
 
 
-def running(name: str) -> bool:
-    """True if a process of that name, zombies included, is still there after a while."""
-    def found():
-        for path in pathlib.Path("/proc").glob("[0-9]*/comm"):
-            try:
-                if path.read_text().strip() == name:
-                    return True
-            except OSError:  # it has ended
-                continue
-        return False
+def states(name: str) -> list[str]:
+    """States of the processes of that name: R, S, Z and so on."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            lines = path.read_text().splitlines()
+            found += [line.split()[1] for line in lines if line.startswith("State:") and f"Name:\t{name}" in lines]
+    return found
 
-    deadline = time.monotonic() + 5
-    while found():
-        if time.monotonic() > deadline:
-            return True
+
+def wait_until(condition, seconds):
+    """Fails if the condition stays False."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    return False
 
 
 def test_good_and_bad_programs(run):
@@ -95,7 +95,7 @@ def test_endless(run, program):
     start = time.monotonic()
     assert not run(NAMED.format(name) + program, seconds=0.5).passed
     assert time.monotonic() - start < 30
-    assert not running(name)
+    wait_until(lambda: not states(name), 5)
 
 
 def test_processes_are_limited_and_none_is_left(run):
@@ -103,12 +103,12 @@ def test_processes_are_limited_and_none_is_left(run):
     assert run(f"{name}import os\nwhile True: os.fork()")[1].startswith("BlockingIOError")
     threads = "import threading, time\nfor _ in range(100): threading.Thread(target=time.sleep, args=(9,)).start()"
     assert run(threads)[1].startswith("RuntimeError")
-    assert not running(bomb)
+    wait_until(lambda: not states(bomb), 5)
     # Zombies, and a process that outlives the program.
     name = NAMED.format(orphan := secrets.token_hex(6))
     assert run(f"{name}import os\nfor _ in range(9): os.fork() or os._exit(0)").passed
     assert run(f"{name}import os, time\nif not os.fork():\n    os.setsid()\n    os.fork()\n    time.sleep(60)").passed
-    assert not running(orphan)
+    wait_until(lambda: not states(orphan), 5)
 
 
 def test_nothing_outlives_a_killed_evaluator(run, tmp_path):
@@ -116,26 +116,11 @@ def test_nothing_outlives_a_killed_evaluator(run, tmp_path):
     program = f"{NAMED.format(name)}import time\ntime.sleep(60)"
     command = f"from illada_jax.evaluation import code_execution\ncode_execution.run({program!r}, seconds=60)"
     evaluator = subprocess.Popen([sys.executable, "-c", command])
-    deadline = time.monotonic() + 60
-    while not any(path.read_text().strip() == name for path in pathlib.Path("/proc").glob("[0-9]*/comm")
-                  if path.exists()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: states(name), 60)
     evaluator.send_signal(signal.SIGKILL)
     evaluator.wait()
     # A zombie may remain: whether orphans are reaped is up to the system.
-    deadline = time.monotonic() + 5
-    while any(name in status and "State:\tZ" not in status for status in _statuses()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def _statuses():
-    for path in pathlib.Path("/proc").glob("[0-9]*/status"):
-        try:
-            yield path.read_text()
-        except OSError:
-            continue
+    wait_until(lambda: set(states(name)) <= {"Z"}, 5)
 
 
 def test_memory(run):
@@ -161,7 +146,12 @@ def test_files_outside_are_neither_seen_nor_changed(run, tmp_path):
     for path in (tmp_path, "/etc/shadow", "/etc/passwd", pathlib.Path.home() / ".bashrc", "/sys", "/var", "/home",
                  pathlib.Path(code_execution.__file__)):
         assert run(f"open({str(path)!r})")[1].startswith("FileNotFoundError"), path
-    # FS_IOC_SETFLAGS: to append only. Nothing of the system or of this Python may change.
+    assert run("""
+        for line in open("/proc/self/mounts"):
+            _, target, kind, options, *_ = line.split()
+            assert options.startswith("ro,") or target.startswith(("/proc", "/dev/")) or target == "/tmp", line
+        """) == (True, "passed")
+    # 0x40086602 is FS_IOC_SETFLAGS. Nothing of the system or of this Python may change.
     for path in (os.__file__, "/usr/bin/env"):
         for attempt in ("open(P, 'r+')", "os.remove(P)", "os.rename(P, P + '2')", "os.truncate(P, 0)", "os.chmod(P, 0)",
                         "os.utime(P)", "os.link(P, '/tmp/link')", "os.setxattr(P, 'user.x', b'1')",
@@ -178,7 +168,7 @@ def test_the_evaluator_is_out_of_reach(run, monkeypatch):
     assert run("import os\nassert os.getppid() == 1").passed
     assert run(f"import os\nos.kill({os.getpid()}, 9)")[1].startswith("ProcessLookupError")
     run("import os\nos.kill(-1, 9)\nos.kill(1, 9)")
-    # A signal to whom a pipe is told to belong: F_SETSIG (10) and F_SETOWN (8), then something happens to the pipe.
+    # F_SETSIG (10) and F_SETOWN (8) make the kernel signal a process when something happens to a pipe.
     for owner in (os.getpid(), -os.getpgrp(), 1):
         run(f"""
             import fcntl, os
@@ -203,7 +193,7 @@ def test_network(run):
 @pytest.mark.parametrize("bwrap, message", [
     (None, "bubblewrap is not installed; install it .apt-get install bubblewrap., or run programs without isolation: "
            "--allow_code_execution=unsafe"),
-    ("/bin/false", "the sandbox did not start .no message.; bubblewrap 0.7 or later needs user namespaces"),
+    ("/bin/false", "the sandbox did not start .no message.; it needs bubblewrap 0.7 or later, and user namespaces"),
 ])
 def test_an_unsupported_system_is_an_error(monkeypatch, bwrap, message):
     monkeypatch.setattr(code_execution.shutil, "which", lambda name: bwrap)
