@@ -386,24 +386,24 @@ class FaultConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated while training, see `illada_jax/evaluation/evaluators.py`.
+    """Evaluation during training, see `illada_jax/evaluation/evaluators.py`.
 
     Attributes:
       every: steps between evaluations; the last step is always evaluated.
-      every_epochs: the same in epochs, where train.epochs decides the steps; 0: `every` decides.
-      evaluators: names of those that run at every evaluation.
-      final: names of those that run once more, after the last step, for the closing report.
+      every_epochs: epochs between evaluations, if train.epochs sets the number of steps; 0 leaves it to `every`.
+      evaluators: names of the evaluators that run at every evaluation.
+      final: names of the evaluators that run once after the last step, for the final report.
       batch_size: rows per evaluation batch.
-      windows: held-out windows of the bound; 0: all of them.
-      draws: masks drawn per held-out window.
-      rows: held-out examples (exact_match, infill) or texts (samples) that are decoded.
+      windows: held-out windows for the bound; 0 takes all.
+      draws: random masks per held-out window.
+      rows: number of held-out examples (exact_match, infill) or texts (samples) to decode.
       gaps: gaps per held-out passage in `infill`.
-      gap_length: tokens of a gap.
-      prompts: prompts of `samples`, in turn; an empty string starts from nothing.
-      separator: `exact_match` takes a held-out document up to and with it as the prompt, the rest as the answer.
-        Fine-tuning examples know their answers.
-      answer_metric: how `exact_match` compares, see `illada_jax/evaluation/answer_metrics.py`: `exact`, `numeric` (the last number) or
-        `package.module:function`, called as function(prompt, answer, reference).
+      gap_length: tokens per gap.
+      prompts: prompts of `samples`, which take turns; an empty string is the empty prompt.
+      separator: splits a held-out document for `exact_match`: the prompt ends with it, the rest is the answer. Unused
+        for fine-tuning examples.
+      answer_metric: metric of `exact_match`, see `illada_jax/evaluation/answer_metrics.py`: `exact`, `numeric` (the
+        last number) or `package.module:function`, called as function(prompt, answer, reference).
     """
 
     every: int = 1000

@@ -26,7 +26,7 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "she
 CALLS = {"eval", "exec", "compile", "__import__", "extractall", "import_module"}
 # Where code is run on purpose: a generated program in its sandbox; a scorer that the user's own config names; the
 # standard library's own documentation.
-ALLOWED = {"evaluation/sandboxed.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"import_module"},
+ALLOWED = {"evaluation/code_runner.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"import_module"},
            "data/sources/builtin.py": {"import_module"}}
 
 

@@ -21,7 +21,7 @@ from absl import flags
 from illada_jax import api, cli, model
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.errors import InputError
-from illada_jax.evaluation.evaluators import bits_per_byte
+from illada_jax.evaluation.evaluators import EvaluatorContext, bits_per_byte
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.run import open_data
 
@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
     print("bytes: float32 {:,}, bfloat16 {:,}, bfloat16 with matrices in int8 {:,}".format(*sizes)
           + f" = {sizes[2] / sizes[1]:.3f} x bfloat16")
     config, corpus, batches = open_data(lm.config)
-    bound = bits_per_byte(config, corpus, batches, make_mesh(config.mesh))
+    bound = bits_per_byte(EvaluatorContext(config, corpus, batches, make_mesh(config.mesh)))
     prompts, score, infill = decode.held_out_task(lm, corpus)
     settings = dataclasses.replace(config.decode, temperature=0.0, reveal="schedule", confidence="low_confidence",
                                    steps_per_block=config.decode.block_length)

@@ -1,8 +1,9 @@
-"""Evaluation: what runs during training, and tasks of lm-evaluation-harness with every setting recorded.
+"""Evaluation: evaluators that run during training, and tasks of lm-evaluation-harness with every setting recorded.
 
 Begin with `evaluators`, functions (params, step) → numbers and texts that the training loop calls, and with
-`lm_eval_model`, a model as lm-eval wants it. `presets` holds the settings behind each published number, `settings` parses
-them, `manifest` records them, `work` makes long evaluations resumable, `sandbox` runs generated programs.
+`lm_eval_model`, the adapter of a model to lm-evaluation-harness. `settings` parses settings, `presets` holds those
+behind each published number, `manifest` records them, `work` makes long evaluations resumable, `code_execution` runs
+generated programs in a sandbox.
 
-May import everything below the commands: training, decoding and scoring meet here.
+May import every package below the commands: training, decoding and scoring meet here.
 """

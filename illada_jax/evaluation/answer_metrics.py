@@ -1,4 +1,4 @@
-"""How a decoded answer is compared with the reference: a function (prompt, answer, reference) → number in [0, 1]."""
+"""Metrics that compare a decoded answer with the reference: functions (prompt, answer, reference) → [0, 1]."""
 
 import importlib
 import math
@@ -15,7 +15,7 @@ def make_answer_metric(name: str) -> AnswerMetric:
     """The metric `exact` or `numeric`, or the function that `package.module:function` names.
 
     Raises:
-      ConfigError: there is no such metric.
+      ConfigError: the name is neither known nor that of a function that can be imported.
     """
     if name in ANSWER_METRICS:
         return ANSWER_METRICS[name]
@@ -28,21 +28,21 @@ def make_answer_metric(name: str) -> AnswerMetric:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"config.eval.answer_metric = {name!r}: {error}; it {allowed}") from error
     if not callable(found):
-        raise ConfigError(f"config.eval.answer_metric = {name!r}: is no function; it {allowed}")
+        raise ConfigError(f"config.eval.answer_metric = {name!r}: is not a function; it {allowed}")
     return found
 
 
 def exact(prompt: str, answer: str, reference: str) -> float:
-    """1 if the answer is the reference, white space at the ends aside."""
+    """1 if answer and reference are equal after stripping white space."""
     del prompt
     return float(answer.strip() == reference.strip())
 
 
 def numeric(prompt: str, answer: str, reference: str) -> float:
-    """1 if the last numbers of both are equal; thousands may be separated by commas."""
+    """1 if the last numbers in both texts are equal; commas may separate thousands."""
     del prompt
-    got, wanted = _last_number(answer), _last_number(reference)
-    return float(got is not None and wanted is not None and math.isclose(got, wanted, rel_tol=1e-9))
+    found, expected = _last_number(answer), _last_number(reference)
+    return float(found is not None and expected is not None and math.isclose(found, expected, rel_tol=1e-9))
 
 
 def _last_number(text: str) -> float | None:

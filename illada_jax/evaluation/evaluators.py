@@ -1,7 +1,7 @@
-"""What runs during training: the bound on held-out text, and what the model writes.
+"""Evaluators, which run during training: the bound on held-out text, samples, infilling and exact match.
 
-The one place where training and decoding meet. An evaluator is a function (params, step) → {name: number or
-text} that `main` builds from `config.eval` and hands to the loop.
+An evaluator is a function (params, step) → {name: number or text}. `main` builds those that `config.eval` names and
+passes them to the training loop, which knows nothing of decoding.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.example_store import Examples
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
-from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
+from illada_jax.decoding import Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.diffusion.token_losses import token_losses
@@ -35,27 +35,51 @@ from illada_jax.training.loop import Evaluator
 
 _TABLE_ROWS = 6
 
+
+class EvaluatorContext(NamedTuple):
+    """Everything of a run that evaluators are built from.
+
+    Attributes:
+      config: the resolved config.
+      corpus: text, or examples of fine-tuning, with held-out parts.
+      pipeline: makes windows of held-out text.
+      mesh: the devices of the run.
+    """
+
+    config: Config
+    corpus: Corpus | Examples
+    pipeline: Batches
+    mesh: Mesh
+
+    def decoder(self, settings: DecodeConfig, params: Any) -> Decoder:
+        """A decoder of the current params."""
+        model_config = self.config.model
+        return Decoder(model.make_logits_fn(model_config, params), settings, SpecialIds.of(self.corpus.tokenizer),
+                       model_config.max_length, model.make_init_cache(model_config), self.mesh)
+
+
 def make_evaluators(
     names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
 ) -> dict[str, Evaluator]:
-    """Builds the evaluators called `names`.
+    """Builds evaluators by name.
 
     Raises:
-      ConfigError: there is no such evaluator, or `config.decode` is no good.
+      ConfigError: an evaluator is unknown, or `config.decode` is invalid.
     """
     check_evaluation(config, corpus.tokenizer)
-    return {name: EVALUATORS[name](config, corpus, pipeline, mesh) for name in names}
+    context = EvaluatorContext(config, corpus, pipeline, mesh)
+    return {name: EVALUATORS[name](context) for name in names}
 
 
 def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
-    """What evaluators would find wrong with the config when a run is under way.
+    """Checks evaluators and decoding settings before the run starts.
 
     Args:
       config: the resolved config.
-      tokenizer: that of the run; without it ids are not checked.
+      tokenizer: the run's tokenizer; None skips the check of `config.decode`.
 
     Raises:
-      ConfigError: an unknown evaluator, or `config.decode` is no good.
+      ConfigError: an evaluator is unknown, or `config.decode` is invalid.
     """
     for name in (*config.eval.evaluators, *config.eval.final):
         if name not in EVALUATORS:
@@ -65,13 +89,14 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
                        model.make_init_cache(config.model))
 
 
-def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
+def bits_per_byte(context: EvaluatorContext) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
-    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error is that
-    of a ratio over windows, so it covers the draw of masks and the choice of text; counts are stratified within a
-    batch, which makes it an overestimate rather than an underestimate.
+    Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error of the
+    ratio over windows covers both the random masks and the choice of text. Mask counts are stratified within a batch,
+    so it errs on the large side.
     """
+    config, corpus, pipeline, mesh = context
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)
     rows_sharding = sharding.batch_sharding(mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -86,7 +111,7 @@ def bits_per_byte(config: Config, corpus: Corpus | Examples, pipeline: Batches, 
         return objective(losses, hidden_BLD, batch, corrupted)[1].nats_B
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step  # the same masks every time: evaluations of one run are paired
+        del step  # the same masks every time, so that evaluations of a run are comparable
         key = key_for(config.seed, Purpose.EVALUATION)
         num_rows = len(windows.tokens_BL)
         nats_N = np.zeros(num_rows)
@@ -124,39 +149,39 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _decoder(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any) -> Decoder:
-    logits_fn = model.make_logits_fn(config.model, params)
-    return Decoder(logits_fn, settings, SpecialIds.of(corpus.tokenizer), config.model.max_length,
-                   model.make_init_cache(config.model), mesh)
-
-
-def samples(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
-    """Texts written by the model with the settings of `config.decode`, from `config.eval.prompts` in turn."""
-    del pipeline
+def samples(context: EvaluatorContext) -> Evaluator:
+    """Texts decoded with `config.decode` from `config.eval.prompts`, which take turns."""
+    config, tokenizer = context.config, context.corpus.tokenizer
     texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
-    prompts = [corpus.tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode(text) for text in texts]
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        written = _decoder(config, corpus, mesh, config.decode, params).generate(prompts)
-        lines = [f"[{number}] {text}{corpus.tokenizer.decode(result.tokens)}"
+        written = context.decoder(config.decode, params).generate(prompts)
+        lines = [f"[{number}] {text}{tokenizer.decode(result.tokens)}"
                  for number, (text, result) in enumerate(zip(texts, written, strict=True), 1)]
         return {"eval/samples": "\n".join(lines)}
 
     return evaluate
 
 
-def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
-    """Held-out passages with `config.eval.gaps` gaps filled in, truth beside, and the share of tokens that were hit.
+def infill(context: EvaluatorContext) -> Evaluator:
+    """Held-out passages whose gaps the model fills in, shown with the truth, and the share of correct tokens.
 
-    Gaps are filled greedily, the surest tokens first.
+    There are `config.eval.gaps` gaps per passage. Decoding is greedy, most confident positions first.
+
+    Raises:
+      InputError: no held-out window is full.
+      ConfigError: the gaps do not fit into a window.
     """
+    config, corpus, pipeline, _ = context
     tokenizer = corpus.tokenizer
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, 0)
     whole = np.flatnonzero(windows.maskable_BL.all(axis=1))
     if not len(whole):
-        raise InputError(f"the evaluator infill needs held-out windows of config.data.length = {config.data.length} "
-                         f"tokens, and {corpus.heldout.num_tokens} tokens are held out (config.data.heldout_fraction)")
+        raise InputError("evaluator infill: needs a held-out window of config.data.length = "
+                         f"{config.data.length} tokens, but only {corpus.heldout.num_tokens} tokens are held out "
+                         "(config.data.heldout_fraction)")
     chosen = whole[np.linspace(0, len(whole) - 1, config.eval.rows + 2).astype(int)[1:-1]]
     passages = [windows.tokens_BL[row].tolist() for row in chosen]
     width, count = config.eval.gap_length, config.eval.gaps
@@ -173,15 +198,15 @@ def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: M
     def show(passage: list[int], filled: list[int]) -> str:
         text, end = "", 0
         for start in starts:
-            guess, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
+            predicted, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
             text += tokenizer.decode(passage[end:start])
-            text += f"⟦{guess} ✓⟧" if guess == truth else f"⟦{guess} ✗ {truth}⟧"
+            text += f"⟦{predicted} ✓⟧" if predicted == truth else f"⟦{predicted} ✗ {truth}⟧"
             end = start + width
         return text + tokenizer.decode(passage[end:])
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        results = _decoder(config, corpus, mesh, settings, params).infill([with_gaps(p) for p in passages])
+        results = context.decoder(settings, params).infill([with_gaps(p) for p in passages])
         hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
                 for start in starts for column in range(start, start + width)]
         lines = [f"[{number}] {show(passage, result.tokens)}"
@@ -193,38 +218,42 @@ def infill(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: M
 
 
 class Questions(NamedTuple):
-    """Held-out things to ask.
+    """Held-out prompts with reference answers.
 
     Attributes:
-      prompts: ids.
-      asked: the prompts as text.
+      prompts: ids of each prompt.
+      texts: the prompts as text.
       answers: the reference answers as text.
-      sources: the name of the source of each; empty where there is only one.
+      sources: the data source of each; empty if there is only one.
     """
 
     prompts: list[list[int]]
-    asked: list[str]
+    texts: list[str]
     answers: list[str]
     sources: list[str]
 
 
-def exact_match(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
-    """Held-out prompts are decoded with config.decode and the answers compared by config.eval.answer_metric.
+def exact_match(context: EvaluatorContext) -> Evaluator:
+    """Answers to held-out prompts, decoded with `config.decode` and scored by `config.eval.answer_metric`.
 
-    `eval/exact_match` (the mean score; beside it that of each source) with its standard error, `eval/answer_tokens`
-    (without the end token), `eval/ended` (the share that ended by EOS or another end token), `eval/nfe` (network
-    evaluations per answer), and a table `eval/answers`. Prompts are held-out examples; of plain documents, all up to
-    and with config.eval.separator.
+    Reports `eval/exact_match` (the mean score, overall and per source) with its standard error, `eval/answer_tokens`
+    (without the end token), `eval/ended` (the share that stopped at EOS or another end token), `eval/nfe` (network
+    evaluations per answer) and a table `eval/answers`. Prompts come from held-out examples, or are held-out documents
+    up to and including `config.eval.separator`.
+
+    Raises:
+      InputError: nothing is held out.
+      ConfigError: the answer metric is unknown, or a document lacks the separator.
     """
-    del pipeline
-    questions = _questions(config, corpus)
+    config, tokenizer = context.config, context.corpus.tokenizer
+    questions = _questions(config, context.corpus)
     metric = make_answer_metric(config.eval.answer_metric)
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        decoded = _ask(config, corpus, mesh, config.decode, params, questions)
-        answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
-        rows = zip(questions.asked, answers, questions.answers, strict=True)
+        decoded = context.decoder(config.decode, params).generate(questions.prompts)
+        answers = [tokenizer.decode(each.tokens) for each in decoded]
+        rows = zip(questions.texts, answers, questions.answers, strict=True)
         scores = np.array([float(metric(*row)) for row in rows])
         results: dict[str, float | str] = {"eval/exact_match": float(scores.mean())}
         results["eval/exact_match_stderr"] = float(scores.std() / math.sqrt(len(scores)))
@@ -241,20 +270,20 @@ def exact_match(config: Config, corpus: Corpus | Examples, pipeline: Batches, me
 
 
 def _table(questions: Questions, answers: list[str], scores: np.ndarray) -> str:
-    """A few answers, spread over all, with their scores."""
+    """A few answers, evenly spread, with their scores."""
     lines = []
     for row in dict.fromkeys(np.linspace(0, len(answers) - 1, _TABLE_ROWS).astype(int)):
-        asked, answer, reference = (" ".join(text.split()) for text in (
-            questions.asked[row], answers[row], questions.answers[row]))
+        prompt, answer, reference = (" ".join(text.split()) for text in (
+            questions.texts[row], answers[row], questions.answers[row]))
         verdict = "✓" if scores[row] == 1 else f"✗ {reference}"
-        lines.append(f"{asked[-60:]} ⟦{answer[:80]}⟧ {verdict[:80]}")
+        lines.append(f"{prompt[-60:]} ⟦{answer[:80]}⟧ {verdict[:80]}")
     return "\n".join(lines)
 
 
-def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh) -> Evaluator:
-    """A table of exact match by order and number of steps: why it pays to reveal first what is surest."""
-    del pipeline
-    questions = _questions(config, corpus)
+def decoding_orders(context: EvaluatorContext) -> Evaluator:
+    """A table of exact match by confidence and steps per block: revealing the most confident first pays off."""
+    config, tokenizer = context.config, context.corpus.tokenizer
+    questions = _questions(config, context.corpus)
     steps = config.decode.steps_per_block
     variants = [(order, count) for count in sorted({steps, max(1, steps // 4), 1}, reverse=True)
                 for order in ("low_confidence", "random")]
@@ -264,8 +293,8 @@ def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches
         lines = ["order            steps  evaluations  exact match"]
         for order, count in variants:
             settings = dataclasses.replace(config.decode, confidence=order, steps_per_block=count)
-            decoded = _ask(config, corpus, mesh, settings, params, questions)
-            answers = [corpus.tokenizer.decode(each.tokens) for each in decoded]
+            decoded = context.decoder(settings, params).generate(questions.prompts)
+            answers = [tokenizer.decode(each.tokens) for each in decoded]
             share = float(np.mean([a == b for a, b in zip(answers, questions.answers, strict=True)]))
             nfe = float(np.mean([each.nfe for each in decoded]))
             error = math.sqrt(share * (1 - share) / len(answers))
@@ -276,34 +305,29 @@ def decoding_orders(config: Config, corpus: Corpus | Examples, pipeline: Batches
 
 
 def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
-    """At most config.eval.rows held-out questions: examples spread evenly over all, or the first documents."""
+    """At most `config.eval.rows` held-out questions: evenly spread examples, or the first documents."""
     available = corpus.heldout.num_documents
     if not available:
-        raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to ask")
+        raise InputError("config.data.heldout_fraction: nothing is held out, so there are no prompts to evaluate")
     count = min(config.eval.rows, available)
     decode = corpus.tokenizer.decode
     if isinstance(corpus, Examples):
         chosen = [index * available // count for index in range(count)]
-        asked = [corpus.heldout.question(index) for index in chosen]
+        examples = [corpus.heldout.question(index) for index in chosen]
         sources = [corpus.sources[corpus.heldout.sources_N[index]] for index in chosen]
-        return Questions([each.prompt for each in asked], [decode(each.prompt) for each in asked],
-                         [decode(each.answer) for each in asked], sources if len(corpus.sources) > 1 else [])
+        return Questions([each.prompt for each in examples], [decode(each.prompt) for each in examples],
+                         [decode(each.answer) for each in examples], sources if len(corpus.sources) > 1 else [])
     separator = config.eval.separator
     texts = [decode(corpus.heldout.document(index)) for index in range(count)]
     for index, text in enumerate(texts):
         if separator not in text:
             raise ConfigError(f"config.eval.separator = {separator!r}: not in held-out document {index}: {text[:60]!r}")
     parts = [text.partition(separator) for text in texts]
-    asked = [prompt + found for prompt, found, _ in parts]
-    return Questions([corpus.tokenizer.encode(text) for text in asked], asked, [answer for *_, answer in parts], [])
+    prompts = [before + found for before, found, _ in parts]
+    return Questions([corpus.tokenizer.encode(text) for text in prompts], prompts, [answer for *_, answer in parts], [])
 
 
-def _ask(config: Config, corpus: Corpus | Examples, mesh: Mesh, settings: DecodeConfig, params: Any,
-         questions: Questions) -> list[Decoded]:
-    return _decoder(config, corpus, mesh, settings, params).generate(questions.prompts)
-
-
-EVALUATORS: dict[str, Callable[[Config, Corpus | Examples, Batches, Mesh], Evaluator]] = {
+EVALUATORS: dict[str, Callable[[EvaluatorContext], Evaluator]] = {
     "bits_per_byte": bits_per_byte,
     "samples": samples,
     "infill": infill,

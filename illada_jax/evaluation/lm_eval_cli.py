@@ -1,10 +1,11 @@
-"""lm-evaluation-harness with this model registered as `illada_jax` (extra: eval).
+"""The command line of lm-evaluation-harness with the model `illada_jax` registered (extra: eval).
 
-    python -m illada_jax.evaluation.lm_eval_cli --model illada_jax --model_args checkpoint=workdirs/sudoku --tasks arc_easy
+    python -m illada_jax.evaluation.lm_eval_cli --model illada_jax --tasks arc_easy \\
+        --model_args checkpoint=workdirs/sudoku
 
-It is the harness's own command line. Versions of the harness after 0.4.13 find the model by its entry point, so that
-`lm_eval --model illada_jax …` works too. `--model_args` takes `checkpoint`, `dtype`, `quantize` and every setting of
-`python -m illada_jax.evaluate --set=help`; of the harness's own arguments `--batch_size` sets rows at a time.
+Versions of the harness after 0.4.13 find the model by its entry point: `lm_eval --model illada_jax …` works too.
+`--model_args` takes `checkpoint`, `dtype`, `quantize` and every setting of `python -m illada_jax.evaluate --set=help`;
+the harness's own `--batch_size` sets the rows per batch.
 """
 
 import sys
@@ -15,26 +16,26 @@ from lm_eval.api.registry import register_model
 
 from illada_jax import api
 from illada_jax.errors import InputError
-from illada_jax.evaluation.lm_eval_model import HarnessModel
+from illada_jax.evaluation.lm_eval_model import LmEvalModel
 from illada_jax.evaluation.settings import make_settings, parse_settings
 
 _MODEL = ("dtype", "quantize")
 
 
 @register_model("illada_jax")
-class IlladaJax(HarnessModel):
-    """A model that the harness loads by its arguments."""
+class IlladaJax(LmEvalModel):
+    """A model that the harness loads by its `--model_args`."""
 
     def __init__(self, checkpoint: str = "", batch_size: int | str | None = None, max_batch_size: Any = None,
                  device: str | None = None, **arguments: Any):
         """Loads the model.
 
         Args:
-          checkpoint: what `illada_jax.load` takes.
-          batch_size: rows at a time.
-          max_batch_size: without effect; nothing is found out by trying.
-          device: without effect; JAX has its own choice.
-          **arguments: dtype, quantize, and settings.
+          checkpoint: see `illada_jax.load`.
+          batch_size: rows per batch.
+          max_batch_size: ignored; batch sizes are not searched.
+          device: ignored; JAX chooses.
+          **arguments: `dtype`, `quantize` and settings.
 
         Raises:
           InputError: an argument is unknown or wrong.
@@ -52,12 +53,12 @@ class IlladaJax(HarnessModel):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "IlladaJax":
-        """The harness's way to make a model from `key=value,key=value`."""
+        """The model of `key=value,key=value`, as the harness creates it."""
         return cls.create_from_arg_obj(parse_settings(arg_string), additional_config)
 
 
 def main() -> None:
-    """The harness's command line."""
+    """Runs the harness's command line; bad input is one line on stderr and exit code 2."""
     try:
         cli_evaluate()
     except InputError as error:

@@ -1,6 +1,6 @@
-"""A language model as lm-evaluation-harness wants it (extra: eval).
+"""The adapter of a language model to lm-evaluation-harness (extra: eval).
 
-Law: what a request gets depends on the request and the settings alone (float32), not on batches, order, limits, other
+In float32 the result of a request depends on the request and the settings only, not on batches, order, limits, other
 tasks or the number of processes.
 """
 
@@ -20,18 +20,18 @@ from illada_jax.errors import InputError
 from illada_jax.evaluation.settings import Settings
 from illada_jax.evaluation.work import Answers, Request, Work
 
-# What a chat template gives: the harness hands contexts around as text, but special tokens must not come from text.
+# Marks a conversation: the harness passes contexts as text, but text must never become special tokens.
 _CHAT = "\ue000chat:"
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
-class HarnessModel(LM):
-    """The adapter.
+class LmEvalModel(LM):
+    """A language model behind the harness's interface.
 
-    It takes all requests on every process and spreads them itself, so the harness sees one process (rank 0 of 1).
+    Every process gets all requests and computes its share, so the harness sees a single process (rank 0 of 1).
 
     Attributes:
-      truncated: contexts whose beginning was dropped, by kind of request.
+      truncated: number of contexts whose beginning was dropped, by kind of request.
     """
 
     def __init__(self, lm: Any, settings: Settings | None = None, work: Work | None = None):
@@ -39,8 +39,8 @@ class HarnessModel(LM):
 
         Args:
           lm: an `illada_jax.LanguageModel`.
-          settings: the knobs.
-          work: where finished requests are kept.
+          settings: of scorers, sampler and adapter.
+          work: computes the requests, and keeps the finished ones.
         """
         super().__init__()
         self.lm = lm
@@ -49,12 +49,12 @@ class HarnessModel(LM):
         self.truncated: dict[str, int] = collections.Counter()
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(Score in nats, greedy decoding writes the candidate) of (context, candidate) texts.
+        """(Score in nats, True if greedy decoding writes the candidate) of (context, candidate) texts.
 
-        `greedy` is known by method=confidence only, and False by monte_carlo.
+        Only method=confidence computes the second; with monte_carlo it is False.
 
         Raises:
-          InputError: a candidate is empty or longer than the context.
+          InputError: a candidate is empty or does not fit into the context.
         """
         del disable_tqdm
         scorer = self.lm.scorer(**_fields(self.settings.score))
@@ -72,25 +72,27 @@ class HarnessModel(LM):
         return [(value, greedy) for value, greedy in answers]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts in nats, by Monte-Carlo whatever the method (a likelihood is asked for).
+        """Log-likelihoods of whole texts in nats, always by Monte-Carlo: confidence scores are not likelihoods.
 
-        A text is cut into windows of `rolling_stride` new tokens; before them stand as many of the earlier tokens as
-        the context holds, visible. The sum over windows is a lower bound on the log-likelihood of the text, as each
-        window's is.
+        A text is cut into windows of `rolling_stride` new tokens, each after as many of the earlier tokens as fit.
+        Every window's score is a lower bound on its log-likelihood, so the sum is one on the text's.
+
+        Raises:
+          InputError: `rolling_stride` exceeds the context.
         """
         del disable_tqdm
-        draws = {"method": "monte_carlo", "mc_num": self.settings.harness.rolling_mc_num}
+        draws = {"method": "monte_carlo", "mc_num": self.settings.lm_eval.rolling_mc_num}
         scorer = self.lm.scorer(**{**_fields(self.settings.score), **draws})
-        room = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos
-        stride = self.settings.harness.rolling_stride or max(1, room // 2)
-        if stride > room:
-            raise InputError(f"setting rolling_stride = {stride}: exceeds the context of {room} tokens")
+        length = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos
+        stride = self.settings.lm_eval.rolling_stride or max(1, length // 2)
+        if stride > length:
+            raise InputError(f"setting rolling_stride = {stride}: exceeds the context of {length} tokens")
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.lm.tokenizer.encode(request.args[0])
             for start in range(0, len(tokens), stride):
                 new = tokens[start : start + stride]
-                windows.append((tokens[max(0, start + len(new) - room) : start], new))
+                windows.append((tokens[max(0, start + len(new) - length) : start], new))
                 owners.append(owner)
 
         def compute(indices: list[int]) -> Answers:
@@ -106,7 +108,7 @@ class HarnessModel(LM):
         return totals.tolist()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after (context, generation arguments), up to the first stop string."""
+        """Texts decoded from (context, generation arguments), each up to its first stop string."""
         del disable_tqdm
         texts: list[str] = [""] * len(requests)
         groups = collections.defaultdict(list)
@@ -116,7 +118,7 @@ class HarnessModel(LM):
             settings, stop = self._generation(request.args[1])
             prompt, chat = self._prompt(request.args[0], settings)
             groups[json.dumps([settings, stop, chat], sort_keys=True)].append((index, prompt))
-            # A row draws by its prompt, and repeats of one prompt by their number.
+            # Random numbers depend on the prompt and, if it is repeated, on the number of the repeat.
             rows.append((zlib.crc32(np.array(prompt, np.int32).tobytes()) + seen[tuple(prompt)]) % 2**31)
             seen[tuple(prompt)] += 1
         for number, (key, members) in enumerate(groups.items()):
@@ -144,10 +146,10 @@ class HarnessModel(LM):
                                     for index, prompt in members], compute)
 
     def _answer(self, result: Any) -> str:
-        think_end = self.settings.harness.think_end
+        think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
-        # Where it is a special token, the text does not show it.
+        # A special token does not show in the text.
         token = self.lm.tokenizer.special_tokens.get(think_end)
         if token is not None and token in result.tokens:
             last = len(result.tokens) - result.tokens[::-1].index(token)
@@ -155,7 +157,7 @@ class HarnessModel(LM):
         return result.text.rpartition(think_end)[2]
 
     def _generation(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """(Settings of the sampler, stop strings) of a task's arguments; the evaluation's own settings go first."""
+        """(Settings of the sampler, stop strings); the evaluation's settings override the task's arguments."""
         for key in sorted(set(arguments) - _GENERATION_KEYS):
             logging.log_first_n(logging.WARNING, "generation argument %r of a task is ignored", 1, key)
         settings: dict[str, Any] = {"temperature": 0.0}
@@ -169,12 +171,12 @@ class HarnessModel(LM):
             settings["end_of_thinking_ids"] = self._think_end_ids()
         until = arguments.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
-        if self.settings.harness.ignore_until:
+        if self.settings.lm_eval.ignore_until:
             stop = []
         return settings, sorted({text for text in stop if text})
 
     def _think_end_ids(self) -> list[int]:
-        text = self.settings.harness.think_end or "</think>"
+        text = self.settings.lm_eval.think_end or "</think>"
         token = self.lm.tokenizer.special_tokens.get(text)
         return self.lm.tokenizer.encode(text) if token is None else [token]
 
@@ -184,55 +186,55 @@ class HarnessModel(LM):
         if ids is not None:
             before, after = ids, self.lm.tokenizer.encode(candidate)
         else:
-            # Blanks at the end of a context belong to the candidate, as the harness has it.
+            # White space at the end of a context belongs to the candidate, as in the harness.
             bare = context.rstrip()
             before, after = self.lm.encode_pair(bare, context[len(bare) :] + candidate)
-        room = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos - len(after)
-        if not after or room < 0:
+        space = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos - len(after)
+        if not after or space < 0:
             what = "is empty" if not after else (f"has {len(after)} tokens, which exceed the context of "
                                                  f"{self.lm.config.model.max_length}")
             raise InputError(f"task {request.task_name}, item {request.doc_id}: candidate {candidate[:40]!r} {what}")
-        return self._cut("loglikelihood", before, room), after
+        return self._cut("loglikelihood", before, space), after
 
     def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], bool]:
-        """(Ids of the prompt, whether it is a conversation)."""
+        """(Ids of the prompt, True if it is a conversation)."""
         ids = self._chat_ids(context)
         chat = ids is not None
         ids = self.lm.tokenizer.encode(context) if ids is None else ids
         bos = [self.lm.tokenizer.bos_id] * (self.settings.score.bos or not ids)
         length = self.lm.config.model.max_length
-        # A long answer takes at most half of the context; the decoder cuts its budget to what a long prompt leaves.
+        # Reserve at most half of the context for the answer; the decoder cuts the budget if a prompt leaves less.
         budget = min(settings.get("max_new_tokens", self.lm.config.decode.max_new_tokens), length // 2)
         return bos + self._cut("generate_until", ids, length - budget - len(bos)), chat
 
-    def _cut(self, kind: str, ids: list[int], room: int) -> list[int]:
-        if len(ids) <= room:
+    def _cut(self, kind: str, ids: list[int], space: int) -> list[int]:
+        if len(ids) <= space:
             return ids
-        if self.settings.harness.over_length == "error":
-            raise InputError(f"a context of {len(ids)} tokens does not fit: there is room for {room} "
-                             f"(setting over_length='truncate' drops its beginning)")
+        if self.settings.lm_eval.over_length == "error":
+            raise InputError(f"a context of {len(ids)} tokens does not fit into {space}; over_length=truncate drops "
+                             "its beginning")
         self.truncated[kind] += 1
-        return ids[len(ids) - room :]
+        return ids[len(ids) - space :]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation, marked as one: its ids are made when it is used."""
+        """The conversation as marked text, which `_chat_ids` tokenizes."""
         if self.lm.tokenizer.chat_template is None and self.lm.config.sft.format == "none":
-            raise InputError("chat template: this checkpoint has none, and it was not fine-tuned on conversations; "
-                             "evaluate it without --apply_chat_template")
+            raise InputError("--apply_chat_template: the checkpoint has no chat template and was not fine-tuned on "
+                             "conversations; leave the flag out")
         return _CHAT + json.dumps([chat_history, add_generation_prompt], ensure_ascii=False)
 
     def _chat_ids(self, context: str) -> list[int] | None:
-        """The ids of a conversation; None if the context is plain text."""
+        """Ids of a conversation; None if the context is plain text."""
         if not context.startswith(_CHAT):
             return None
         messages, add_generation_prompt = json.loads(context.removeprefix(_CHAT))
         if add_generation_prompt:
             return encode_chat(self.lm.tokenizer, messages, True)
-        # The last message is the beginning of the answer that is asked for.
+        # The last message begins the answer.
         return encode_chat(self.lm.tokenizer, messages[:-1], True) + self.lm.tokenizer.encode(messages[-1]["content"])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, for the records of the harness."""
+        """The template's text, which the harness records."""
         return (self.lm.tokenizer.chat_template or DEFAULT_TEMPLATE) if chat_template else None
 
     @property

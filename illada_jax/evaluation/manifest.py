@@ -1,4 +1,4 @@
-"""The manifest of an evaluation: everything that its numbers depend on, so that they can be made again."""
+"""The manifest of an evaluation: everything needed to reproduce its numbers."""
 
 import dataclasses
 import importlib.metadata
@@ -18,21 +18,21 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers",
 
 
 def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, as JSON would have it.
+    """The manifest as a JSON-compatible dict.
 
     Args:
       lm: the `LanguageModel`.
-      checkpoint: where it was loaded from.
-      settings: a `scoring.settings.Settings`.
-      evaluation: what is evaluated: tasks, few-shot, limit, preset, seeds and the like.
+      checkpoint: the path or id it was loaded from.
+      settings: an `evaluation.settings.Settings`.
+      evaluation: tasks, few-shot examples, limit, preset, seeds and the like.
     """
     manifest = {
         "evaluation": evaluation,
         "score": dataclasses.asdict(settings.score),
-        # Tasks may set max_new_tokens and temperature where the settings do not: see their configs in the results.
+        # Tasks may set max_new_tokens and temperature unless the settings do; the results hold their configs.
         "decode": to_dict(override(lm.config.decode, "decode", _without_missing_ids(settings.decode))),
         "decode_given": dict(settings.decode),
-        "harness": dataclasses.asdict(settings.harness),
+        "lm_eval": dataclasses.asdict(settings.lm_eval),
         "checkpoint": {"path": checkpoint, "params": fingerprint(lm.params), "model": to_dict(lm.config.model)},
         "tokenizer": lm.tokenizer.fingerprint,
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -44,12 +44,12 @@ def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str,
 
 
 def _without_missing_ids(decode: Any) -> dict[str, Any]:
-    """Ids of the end of thinking are looked up when a prompt is decoded."""
-    return {**decode, "end_of_thinking_ids": decode.get("end_of_thinking_ids", (0,))} if decode.get("end_of_thinking_boost") else dict(decode)
+    """The settings with a placeholder for end_of_thinking_ids, which are looked up when a prompt is decoded."""
+    return {"end_of_thinking_ids": (0,), **decode} if decode.get("end_of_thinking_boost") else dict(decode)
 
 
 def manifest_fingerprint(manifest: dict[str, Any]) -> str:
-    """Identifies a manifest."""
+    """The checksum that identifies a manifest."""
     return digest(json.dumps(manifest, sort_keys=True))
 
 
@@ -61,7 +61,7 @@ def _version(name: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with `+` if files were changed; None where it is no checkout."""
+    """The commit of the checkout, followed by `+` if tracked files differ; None outside of a git checkout."""
     here = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,9 +1,9 @@
-"""The settings behind every cell of the paper's tables, with the published number beside each.
+"""The settings behind every cell of the papers' tables, with the published numbers.
 
-Facts from the iLLaDA paper (tables of Base and Instruct models, ablation of scoring, evaluation settings), the LLaDA
-paper with its evaluation notes, and the published evaluation scripts of both. Where script and paper differ, both are
-here and `note` says so. Everywhere one token is written per step. A metric marked † is not published: it is the one of
-lm-eval under which Qwen2.5's published number is its known one.
+Sources: the iLLaDA paper (tables of Base and Instruct models, ablation of scoring, evaluation settings), the LLaDA
+paper with its evaluation notes, and the published evaluation scripts of both. Where script and paper differ, there is a
+preset for each and `note` says so. All presets write one token per step. The papers do not name a metric marked †; it
+is the metric of lm-eval that gives Qwen2.5's published number.
 """
 
 from collections.abc import Mapping
@@ -11,54 +11,54 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from illada_jax.errors import InputError
-from illada_jax.evaluation.settings import format_settings, near
+from illada_jax.evaluation.settings import did_you_mean, format_settings
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How one number was made.
+    """The setup of one published number.
 
     Attributes:
-      name: MODEL/BENCHMARK, with -VARIANT where a model has several.
-      checkpoint: the official weights.
-      tasks: task of lm-eval.
-      num_fewshot: examples in the prompt; None leaves it to the task.
-      settings: keys of `scoring.settings`.
-      chat: the chat template is applied, few-shot examples as turns.
-      metric: metric of lm-eval that is compared.
-      target: the published number, in per cent; None where none was published.
-      offline: the same items as a local task (see `experiments/tasks/prepare.py`), or nothing.
-      code: answers are programs, which are run.
-      note: what else is to be known.
+      name: MODEL/BENCHMARK, or MODEL/BENCHMARK-VARIANT.
+      checkpoint: Hub id of the official weights.
+      task: task of lm-eval.
+      num_fewshot: examples in the prompt; None takes the task's default.
+      settings: keys and values for `settings.make_settings`.
+      chat: applies the chat template, with few-shot examples as turns.
+      metric: the metric of lm-eval to compare.
+      target: the published number in per cent; None if there is none.
+      local_task: task with the same items for use offline (`experiments/tasks/prepare.py`); empty if there is none.
+      runs_programs: answers are programs to run.
+      note: differences from the published setup, and their reasons.
     """
 
     name: str
     checkpoint: str
-    tasks: str
+    task: str
     num_fewshot: int | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
     metric: str = "acc"
     target: float | None = None
-    offline: str = ""
-    code: bool = False
+    local_task: str = ""
+    runs_programs: bool = False
     note: str = ""
 
     @property
     def command(self) -> str:
-        """The command that makes the number."""
+        """The command that reproduces the number."""
         if self.autoregressive:
             flags = " --apply_chat_template --fewshot_as_multiturn True" if self.chat else ""
             flags += "" if self.num_fewshot is None else f" --num_fewshot {self.num_fewshot}"
-            flags += " --confirm_run_unsafe_code" if self.code else ""
+            flags += " --confirm_run_unsafe_code" if self.runs_programs else ""
             model = f"--model hf --model_args pretrained={self.checkpoint},dtype=bfloat16"
-            return f"lm_eval {model} --tasks {self.tasks}{flags}"
-        code = " --allow_code_execution" if self.code else ""
+            return f"lm_eval {model} --tasks {self.task}{flags}"
+        code = " --allow_code_execution=sandbox" if self.runs_programs else ""
         return f"python -m illada_jax.evaluate --checkpoint={self.checkpoint} --preset={self.name}{code}"
 
     @property
     def autoregressive(self) -> bool:
-        """The model is no diffusion model: lm-eval's own back end runs it."""
+        """True if lm-eval's own back end runs the model."""
         return self.checkpoint.startswith("Qwen/")
 
 
@@ -116,12 +116,12 @@ def _fixed(max_new_tokens: int, block_length: int | None = None, **others: Any) 
 
 
 def _thinking(max_new_tokens: int, block_length: int = 32, power: float = 3.0) -> dict[str, Any]:
-    """Thoughts may hold a task's stop strings; the answer follows them."""
-    return _blocks(max_new_tokens, block_length, end_of_thinking_boost=100.0, end_of_thinking_power=power, ignore_until=True,
-                   think_end="</think>")
+    """Stop strings are ignored: a thought may contain them."""
+    return _blocks(max_new_tokens, block_length, end_of_thinking_boost=100.0, end_of_thinking_power=power,
+                   ignore_until=True, think_end="</think>")
 
 
-_REASONING = "the published task has a prompt of its own, which lm-eval does not have; the items are the same"
+_REASONING = "same items as the published task, whose prompt lm-eval does not have"
 _ILLADA_BASE = {
     "mmlu": (_likelihood(1, bos=True, eos=True), ""),
     "bbh": (_blocks(1024, 32), ""),
@@ -149,7 +149,7 @@ _ILLADA_INSTRUCT = {
     "humaneval": (_thinking(2048, power=1.0), _REASONING),
     "mbpp": (_thinking(2048, 16), _REASONING),
 }
-_WITH_GUIDANCE = "with guidance, which the LLaDA paper's table leaves out"
+_WITH_GUIDANCE = "with guidance, which the LLaDA paper's table omits"
 _LLADA_BASE = {
     "mmlu": (_likelihood(1), ""),
     "bbh": (_fixed(1024), ""),
@@ -169,8 +169,8 @@ _LAST = {"confidence_eos_eot_inf": True, "eot_id": 126348}
 _LLADA_INSTRUCT = {
     "mmlu": (_fixed(3), ""),
     "mmlu-pro": (_fixed(256), ""),
-    "mmlu-redux": (_fixed(3), "LLaDA's settings are not published: those of MMLU"),
-    "gsm8k": (_fixed(256, 8), "blocks; LLaDA's own figure is 78.6"),
+    "mmlu-redux": (_fixed(3), "settings of MMLU, as LLaDA's are not published"),
+    "gsm8k": (_fixed(256, 8), "blocks; the LLaDA paper reports 78.6"),
     "gsm8k-diffusion": (_fixed(512, **_LAST), "pure diffusion"),
     "math": (_fixed(512, 64), "blocks"),
     "math-diffusion": (_fixed(512, **_LAST), "pure diffusion"),
@@ -184,20 +184,20 @@ def _presets(model: str, checkpoint: str, rows: dict[str, tuple[dict[str, Any], 
              published: dict[str, tuple], others: dict[str, float], chat: bool) -> list[Preset]:
     made = []
     for row, (settings, note) in rows.items():
-        # Variants are called after their benchmark.
+        # A variant's name begins with its benchmark.
         benchmark = max((name for name in tasks if row == name or row.startswith(f"{name}-")), key=len)
-        task, shots, metric, offline, code = tasks[benchmark]
+        task, shots, metric, local_task, runs_programs = tasks[benchmark]
         target = others.get(row)
         if target is None and benchmark in published:
             target = published[benchmark][MODELS.index(model.partition("-")[0])]
-        made.append(Preset(f"{model}/{row}", checkpoint, task, shots, settings, chat, metric, target, offline, code,
-                           note))
+        made.append(Preset(f"{model}/{row}", checkpoint, task, shots, settings, chat, metric, target, local_task,
+                           runs_programs, note))
     return made
 
 
 def _autoregressive(kind: str, checkpoint: str, tasks: dict[str, tuple], published: dict[str, tuple],
                     chat: bool) -> list[Preset]:
-    rows = {benchmark: ({}, "runs through lm-eval's own hf back end") for benchmark in published}
+    rows = {benchmark: ({}, "lm-eval's hf back end") for benchmark in published}
     return _presets(f"qwen2.5-{kind}", checkpoint, rows, tasks, published, {}, chat)
 
 
@@ -213,24 +213,24 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in [
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises InputError with near names."""
+    """The preset of that name. Raises InputError with similar names."""
     if name not in PRESETS:
-        raise InputError(f"--preset={name}: unknown{near(name, PRESETS)} (--list_presets shows all)")
+        raise InputError(f"--preset={name}: unknown{did_you_mean(name, PRESETS)} (--list_presets prints all)")
     return PRESETS[name]
 
 
 def list_presets() -> str:
-    """All presets as Markdown, with settings, targets and, for autoregressive rows, commands."""
+    """All presets as a Markdown table; autoregressive models have a command in place of settings."""
     lines = ["| preset | task of lm-eval (local items) | shots | settings | metric | published |",
              "|---|---|---|---|---|---|"]
     for preset in PRESETS.values():
-        tasks = f"{preset.tasks} ({preset.offline})" if preset.offline else preset.tasks
+        task = f"{preset.task} ({preset.local_task})" if preset.local_task else preset.task
         settings = f"`{preset.command}`" if preset.autoregressive else format_settings(preset.settings)
         target = "" if preset.target is None else f"{preset.target:.1f}"
         note = f" — {preset.note}" if preset.note and not preset.autoregressive else ""
-        cells = (preset.name, tasks, str(preset.num_fewshot), settings + note, preset.metric, target)
+        cells = (preset.name, task, str(preset.num_fewshot), settings + note, preset.metric, target)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Published beside them, not run here: Dream 7B, which predicts the next position."]
+    lines += ["", "Also published, but without presets here: Dream 7B, which predicts the next position."]
     for kind, table in (("base", BASE), ("instruct", INSTRUCT)):
         cells = [f"{name} {row[MODELS.index('dream')]}" for name, row in table.items()]
         lines.append(f"dream-{kind}: {', '.join(cells)}")

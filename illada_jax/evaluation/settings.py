@@ -1,6 +1,6 @@
-"""Settings of an evaluation: those of the scorers, those of the sampler, and how they meet the harness.
+"""Settings of an evaluation: of the scorers, the sampler and the adapter to lm-evaluation-harness.
 
-They are written `key=value,key=value`, as lm-eval's `--model_args`; presets and the command line use the same keys.
+They are written `key=value,key=value` like lm-eval's `--model_args`; presets and the command line use the same keys.
 """
 
 import ast
@@ -16,17 +16,17 @@ from illada_jax.scoring.scorer import ScoreConfig
 
 
 @dataclass(frozen=True)
-class HarnessConfig:
-    """How a model meets the harness.
+class LmEvalConfig:
+    """Settings of the adapter to lm-evaluation-harness.
 
     Attributes:
-      over_length: what happens to a context that does not fit before its candidate or answer: `truncate` (its beginning
-        is dropped, and counted in the results) or `error`.
-      rolling_stride: new tokens of a window of `loglikelihood_rolling`; 0 takes half of the context. As many tokens
-        before them as fit are visible.
-      rolling_mc_num: draws for each window.
-      ignore_until: stop strings of tasks are ignored: only EOS and stop ids end an answer (a thought may hold them).
-      think_end: where an answer begins: text up to the last of these is dropped; empty keeps all.
+      over_length: treatment of a context that is too long: `truncate` (drop its beginning; the results count such
+        contexts) or `error`.
+      rolling_stride: new tokens per window of `loglikelihood_rolling`; 0 is half of the context. Each window also sees
+        as many of the earlier tokens as fit.
+      rolling_mc_num: Monte-Carlo draws per window.
+      ignore_until: ignore the stop strings of tasks, which a thought may contain: only EOS and stop ids end an answer.
+      think_end: string that ends a thought; the answer is the text after its last occurrence. Empty: all of the text.
     """
 
     over_length: Literal["truncate", "error"] = "truncate"
@@ -43,42 +43,45 @@ class HarnessConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """All knobs of an evaluation.
+    """All settings of an evaluation.
 
     Attributes:
-      score: the scorers.
-      decode: fields of DecodeConfig that differ from the checkpoint's own.
-      harness: the rest.
+      score: of the scorers.
+      decode: fields of DecodeConfig that override the checkpoint's config.
+      lm_eval: of the adapter.
     """
 
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     decode: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    harness: HarnessConfig = dataclasses.field(default_factory=HarnessConfig)
+    lm_eval: LmEvalConfig = dataclasses.field(default_factory=LmEvalConfig)
 
 
 def _names(section: type) -> set[str]:
     return {field.name for field in dataclasses.fields(section)}
 
 
+def known_settings() -> set[str]:
+    """Every key of a setting."""
+    return _names(ScoreConfig) | _names(DecodeConfig) | _names(LmEvalConfig)
+
+
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """The settings that keys name. A key that scorers and sampler share (cfg_scale, seed, batch_size) sets both.
+    """Settings from keys and values. A key that scorers and sampler share (cfg_scale, seed, batch_size) sets both.
 
     Raises:
-      InputError: an unknown key (with those that are near) or a wrong value.
+      InputError: a key is unknown (the message suggests similar ones) or a value is invalid.
     """
-    known = _names(ScoreConfig) | _names(DecodeConfig) | _names(HarnessConfig)
     for key in values:
-        if key not in known:
-            raise InputError(f"setting {key!r}: unknown{near(key, known)}")
-    parts = [{key: value for key, value in values.items() if key in _names(section)}
-             for section in (ScoreConfig, DecodeConfig, HarnessConfig)]
-    override(DecodeConfig(), "decode", {**_follow_block(parts[1])})  # to find mistakes before a model is loaded
-    return Settings(override(ScoreConfig(), "score", parts[0]), parts[1],
-                    override(HarnessConfig(), "harness", parts[2]))
+        if key not in known_settings():
+            raise InputError(f"setting {key!r}: unknown{did_you_mean(key, known_settings())}")
+    score, decode, lm_eval = ({key: value for key, value in values.items() if key in _names(section)}
+                              for section in (ScoreConfig, DecodeConfig, LmEvalConfig))
+    override(DecodeConfig(), "decode", _complete(decode))  # finds mistakes before a model is loaded
+    return Settings(override(ScoreConfig(), "score", score), decode, override(LmEvalConfig(), "lm_eval", lm_eval))
 
 
-def _follow_block(decode: dict[str, Any]) -> dict[str, Any]:
-    """With another block length alone, steps follow it, as in `LanguageModel.generate`."""
+def _complete(decode: dict[str, Any]) -> dict[str, Any]:
+    """Adds what `LanguageModel.generate` would: steps_per_block follows block_length, ids follow the tokenizer."""
     lenient = {"end_of_thinking_ids": (0,)} if decode.get("end_of_thinking_boost") else {}
     if "block_length" in decode:
         return {"steps_per_block": decode["block_length"], **lenient, **decode}
@@ -86,10 +89,10 @@ def _follow_block(decode: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Keys and values of `key=value,key=value`; values are Python literals, or text.
+    """Keys and values of `key=value,key=value`; a value is a Python literal or text.
 
     Raises:
-      InputError: something is no key=value.
+      InputError: a part is not key=value.
     """
     values = {}
     for part in filter(None, (part.strip() for part in _split(text))):
@@ -101,7 +104,7 @@ def parse_settings(text: str) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """Cuts at commas outside of brackets."""
+    """The parts between commas outside of brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
@@ -127,7 +130,7 @@ def format_settings(values: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in values.items())
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """The end of a message that says which known names are near an unknown one."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that suggests known names; empty if none is similar."""
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""

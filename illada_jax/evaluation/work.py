@@ -1,7 +1,7 @@
-"""Many requests: cut into chunks, spread over processes, kept on disk, gathered in order.
+"""Resumable work: requests are cut into chunks, distributed over processes, saved to disk and returned in order.
 
-A chunk is what is computed together, saved together and done again together when a run was killed within it: so the
-numbers of a resumed run are those of an uninterrupted one bit by bit, and those of many processes are those of one.
+A chunk is computed, saved and, after an interruption, repeated as a whole. So a resumed run gives bit for bit the
+numbers of an uninterrupted one, and several processes give those of one.
 """
 
 import hashlib
@@ -14,16 +14,17 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax.errors import InputError
+from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
 
 
 class Request(NamedTuple):
-    """One thing to compute.
+    """One unit of work.
 
     Attributes:
-      content: what it asks, as JSON would have it: requests of the same content have the same answer.
-      group: requests of one group come one after another and stay in one chunk.
-      size: requests of similar size are computed together.
+      content: JSON-compatible; requests of equal content have equal answers.
+      group: requests of a group are adjacent and stay in one chunk.
+      size: requests of similar size share a chunk.
     """
 
     content: Any
@@ -32,11 +33,11 @@ class Request(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a chunk gave.
+    """The results of a chunk.
 
     Attributes:
-      answers: one for each of its requests, as JSON would have it.
-      evaluations: network evaluations that it took.
+      answers: one per request, JSON-compatible.
+      evaluations: network evaluations that they took.
     """
 
     answers: list[Any]
@@ -50,18 +51,18 @@ class Work:
     """Answers requests in chunks.
 
     Attributes:
-      evaluations: network evaluations of all chunks so far, on all processes, also those that were found on disk.
+      evaluations: network evaluations of all chunks so far, on all processes, including chunks read from disk.
     """
 
     def __init__(self, directory: str | epath.Path | None = None, fingerprint: str = "", chunk: int = 64,
                  progress: bool = True):
-        """Prepares; nothing is written yet.
+        """Takes the settings; writes nothing yet.
 
         Args:
-          directory: where finished chunks are kept; None keeps none.
-          fingerprint: identifies everything that answers depend on besides the requests: chunks of another fingerprint
-            are not used.
-          chunk: requests of a chunk, about.
+          directory: for finished chunks; None keeps none.
+          fingerprint: of everything besides the requests that answers depend on; saved chunks with another fingerprint
+            are ignored.
+          chunk: approximate number of requests per chunk.
           progress: show a progress bar.
         """
         self.evaluations = 0
@@ -74,21 +75,21 @@ class Work:
         """The answers, in the order of the requests.
 
         Args:
-          kind: a name for files and the progress bar.
-          requests: what is to be computed.
-          compute: indices of requests to their answers, in their order.
+          kind: name of the files and the progress bar.
+          requests: the work; the same on every process.
+          compute: maps indices of requests to their answers, in the same order.
         """
         chunks = self._chunks(requests)
         done: dict[int, Answers] = {}
         rank, processes = jax.process_index(), jax.process_count()
-        quiet = None if self._progress and rank == 0 else True  # None: where standard error is no terminal
+        quiet = None if self._progress and rank == 0 else True  # None: unless standard error is a terminal
         with tqdm(total=len(requests), unit="request", desc=kind, disable=quiet) as bar:
             for number, indices in enumerate(chunks):
                 if number % processes == rank:
                     done[number] = self._chunk_answers(kind, number, indices, requests, compute)
                 bar.update(len(indices))
-        everywhere = hosts.gather({str(number): chunk._asdict() for number, chunk in done.items()})
-        done = {int(number): Answers(**chunk) for part in everywhere for number, chunk in part.items()}
+        gathered = hosts.gather({str(number): chunk._asdict() for number, chunk in done.items()})
+        done = {int(number): Answers(**chunk) for part in gathered for number, chunk in part.items()}
         self.evaluations += sum(chunk.evaluations for chunk in done.values())
         answers: list[Any] = [None] * len(requests)
         for number, indices in enumerate(chunks):
@@ -97,7 +98,7 @@ class Work:
         return answers
 
     def _chunks(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of each chunk: groups in the order of their largest request, so that a chunk is of one size."""
+        """Indices of each chunk: groups are sorted by their largest request, so that a chunk has similar sizes."""
         groups: dict[Hashable, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.group, []).append(index)
@@ -120,10 +121,8 @@ class Work:
             return _read(path, len(indices))
         answers = compute(indices)
         self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self._directory / f".{name}.{jax.process_index()}"
-        unfinished.write_text(json.dumps(answers._asdict()))
-        unfinished.replace(path)
-        # As it will be read when the run is resumed: JSON knows no tuples.
+        write_atomically(path, json.dumps(answers._asdict()))
+        # Read back as a resumed run will: JSON turns tuples into lists.
         return _read(path, len(indices))
 
 
@@ -131,7 +130,8 @@ def _read(path: epath.Path, count: int) -> Answers:
     try:
         answers = Answers(**json.loads(path.read_text()))
     except (json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path}: is broken; remove it and run the command again") from error
+        raise InputError(f"{path}: is not a valid chunk; remove it and run the command again") from error
     if len(answers.answers) != count:
-        raise InputError(f"{path}: has {len(answers.answers)} answers, expected {count}; remove it and run again")
+        raise InputError(f"{path}: has {len(answers.answers)} answers, expected {count}; remove it and run the command "
+                         "again")
     return answers

@@ -16,7 +16,7 @@ from tests.util import random_params
 TOKENIZER = ByteTokenizer()
 MODEL = ModelConfig(vocab_size=TOKENIZER.vocab_size, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
                     d_ff=32, max_length=64)
-# It writes printable text, capital letters only.
+# It writes capital letters only.
 CONFIG = Config(model=MODEL, data=DataConfig(length=64), decode=DecodeConfig(
     max_new_tokens=8, block_length=8, steps_per_block=8, batch_size=4,
     suppressed_ids=(*range(4 + 65), *range(4 + 91, 4 + 256))))
@@ -93,7 +93,7 @@ metric_list:
     higher_is_better: true
 """,
 }
-# It runs programs by means of its own.
+# It runs a program by other means than the metric.
 TASKS["toy_unconfined"] = """
 output_type: generate_until
 unsafe_code: true
@@ -106,7 +106,7 @@ metric_list:
     higher_is_better: true
 """
 GROUPS = {"toy_group": "group: toy_group\ntask: [toy_choice, {group: inner, task: [{task: toy_program}]}]\n"}
-# As the harness's own code tasks do it: the metric is loaded when the file is.
+# As in the harness's own code tasks, the metric is loaded when the file is imported.
 FUNCTIONS = """
 import evaluate
 
@@ -122,7 +122,7 @@ def passes(references, predictions):
 """
 UNCONFINED = """
 def runs(references, predictions):
-    exec(predictions[0])
+    return eval("1 + 1")
 """
 
 

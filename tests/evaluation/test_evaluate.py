@@ -27,8 +27,8 @@ from lm_eval.api.instance import Instance
 from illada_jax import api, evaluate
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.errors import InputError
-from illada_jax.evaluation import lm_eval_cli, work
-from illada_jax.evaluation.lm_eval_model import HarnessModel
+from illada_jax.evaluation import code_execution, lm_eval_cli, work
+from illada_jax.evaluation.lm_eval_model import LmEvalModel
 from illada_jax.evaluation.settings import make_settings
 from illada_jax.parallel.fingerprints import fingerprint
 from tests.evaluation import lm_eval_toys as toys
@@ -92,7 +92,7 @@ def test_results_are_what_the_model_says(run, lm, tmp_path, expected_choice):
     assert (choice["acc,none"], choice["acc_norm,none"]) == expected_choice
     assert choice["acc_stderr,none"] == pytest.approx(
         math.sqrt(expected_choice[0] * (1 - expected_choice[0]) / (len(toys.QUESTIONS) - 1)))
-    # Rolling: windows of 20 new tokens, before them what fits into 63 beside BOS.
+    # Rolling: windows of 20 new tokens after as many of the earlier ones as fit into 63 beside BOS.
     total = 0.0
     for item in toys.TEXTS:
         ids = toys.TOKENIZER.encode(item["text"])
@@ -148,11 +148,11 @@ def test_a_request_does_not_depend_on_the_others(run, tmp_path):
 
 
 def test_conversations(lm, run, monkeypatch):
-    """Few-shot examples are turns, special tokens come from the template and never from text."""
+    """Few-shot examples are turns; special tokens come from the template, never from text."""
     chatting = api.LanguageModel(toys.CONFIG, lm.params, toys.TOKENIZER)
     seen = []
     monkeypatch.setattr(api.LanguageModel, "scorer", _noting(api.LanguageModel.scorer, seen))
-    with pytest.raises(InputError, match="chat template: this checkpoint has none"):
+    with pytest.raises(InputError, match="--apply_chat_template: the checkpoint has no chat template"):
         run("--tasks=toy_shots", "--limit=2", "--apply_chat_template", "--set=over_length=error")
     tokenizer = type(toys.TOKENIZER)()
     tokenizer.chat_files = {"chat_template.jinja": b"{% for m in messages %}<bos>{{ m.role[0] }}{{ m.content }}"
@@ -182,37 +182,48 @@ def _noting(make, seen):
 
 
 def test_programs_are_run_in_the_sandbox_when_allowed(run, tmp_path):
+    refused = "task toy_program: runs generated programs; allow it with --allow_code_execution=sandbox"
     for tasks_ in ("toy_program", "toy_choice,toy_group"):
-        with pytest.raises(InputError, match="task toy_program: runs generated programs; --allow_code_execution"):
+        with pytest.raises(InputError, match=refused):
             run(f"--tasks={tasks_}")
     try:
-        run("--tasks=toy_program", "--allow_code_execution", f"--output_dir={tmp_path}")
+        run("--tasks=toy_program", "--allow_code_execution=sandbox", f"--output_dir={tmp_path}")
     except InputError as error:
         pytest.skip(str(error))
     assert results(tmp_path)["results"]["toy_program"]["passes,programs"] == 0.5
-    with pytest.raises(InputError, match="task toy_unconfined: runs generated programs by means of its own"):
-        run("--tasks=toy_unconfined", "--allow_code_execution")
+    assert results(tmp_path)["manifest"]["evaluation"]["allow_code_execution"] == "sandbox"
+    with pytest.raises(InputError, match="task toy_unconfined: does not run its programs through the metric code_eval"):
+        run("--tasks=toy_unconfined", "--allow_code_execution=sandbox")
 
 
-def test_answers_behind_a_thought(lm):
-    model = HarnessModel(lm, make_settings({"think_end": "</t>"}))
+def test_without_isolation_only_when_that_is_typed(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setattr(code_execution.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="bubblewrap is not installed"):
+        run("--tasks=toy_unconfined", "--allow_code_execution=sandbox")
+    run("--tasks=toy_unconfined", "--allow_code_execution=unsafe", f"--output_dir={tmp_path}")
+    assert results(tmp_path)["results"]["toy_unconfined"]["runs,none"] == 2
+
+
+def test_answers_after_a_thought(lm):
+    model = LmEvalModel(lm, make_settings({"think_end": "</t>"}))
     assert model._answer(SimpleNamespace(text="a</t>b</t> c", tokens=[])) == " c"
     assert model._answer(SimpleNamespace(text="abc", tokens=[])) == "abc"
-    # A special token is not seen in the text.
-    model = HarnessModel(lm, make_settings({"think_end": "<pad>"}))
+    # A special token does not show in the text.
+    model = LmEvalModel(lm, make_settings({"think_end": "<pad>"}))
     tokens = [*toys.TOKENIZER.encode("thought"), toys.TOKENIZER.pad_id, *toys.TOKENIZER.encode("it")]
     assert model._answer(SimpleNamespace(text="thoughtit", tokens=tokens)) == "it"
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--tasks: give at least one, or a --preset"),
+    ([], "--tasks: give at least one task, or a --preset"),
     (["--tasks=toy_choise"], "--tasks=toy_choise: unknown; did you mean 'toy_choice'"),
     (["--preset=illada-bas/gsm8k"], "--preset=illada-bas/gsm8k: unknown; did you mean 'illada-base/gsm8k'"),
-    (["--preset=qwen2.5-base/gsm8k"], "its command is: lm_eval --model hf"),
+    (["--preset=qwen2.5-base/gsm8k"], "not a diffusion model; run instead: lm_eval --model hf"),
     (["--tasks=toy_choice", "--set=mc=3"], "setting 'mc': unknown"),
     (["--tasks=toy_choice", "--set=help"], "--set takes: batch_size, block_length"),
     (["--tasks=toy_choice", "--include_path=nowhere"], "--include_path=nowhere: no such directory"),
-    (["--tasks=toy_choice", "--system_instruction=x"], "--system_instruction: is for --apply_chat_template"),
+    (["--tasks=toy_choice", "--system_instruction=x"], "--system_instruction: requires --apply_chat_template"),
     (["--tasks=toy_choice", "--set=rolling_stride=-1"], "rolling_stride = -1: must be 0 or more"),
 ])
 def test_bad_flags(run, arguments, message, monkeypatch):
@@ -234,17 +245,17 @@ def test_without_the_extra(run, monkeypatch):
 def test_bad_candidates(lm, candidate, message):
     request = Instance("loglikelihood", {}, ("question", candidate), 0, ("some_task", 3, 1))
     with pytest.raises(InputError, match=f"task some_task, item 3: candidate .* {message}"):
-        HarnessModel(lm).loglikelihood([request])
+        LmEvalModel(lm).loglikelihood([request])
 
 
 def test_long_contexts_lose_their_beginning_and_are_counted(run, tmp_path, lm):
     run("--tasks=toy_shots", "--num_fewshot=5", "--limit=1", f"--output_dir={tmp_path}")
     assert results(tmp_path)["truncated_contexts"] == {"loglikelihood": 4}
-    with pytest.raises(InputError, match="does not fit: there is room for"):
+    with pytest.raises(InputError, match=r"does not fit into .*; over_length=truncate drops its beginning"):
         run("--tasks=toy_shots", "--num_fewshot=5", "--limit=1", "--set=over_length=error")
 
 
-# A stand-in that is found first, and notes which module imports it.
+# A stand-in for PyTorch, first in the path, that notes which module imports it.
 TORCH = """
 import sys
 frame = sys._getframe(1)
@@ -256,7 +267,7 @@ raise ImportError("torch")
 
 
 def test_two_processes_give_the_numbers_of_one(places, tmp_path, run):
-    """And nothing imports PyTorch on the way, installed or not: a stand-in, found first, would leave a mark."""
+    """And nothing imports PyTorch, whether it is installed or not: a stand-in would leave a mark."""
     stub = tmp_path / "stub" / "torch"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(TORCH.format(path=str(tmp_path / "importers")))
@@ -300,9 +311,9 @@ def test_registered_in_the_harness(places, expected_choice):
     assert points.get("illada_jax") == "illada_jax.evaluation.lm_eval_cli:IlladaJax"
 
 
-def test_what_a_fine_tuned_model_has_not_seen_becomes_a_task(tmp_path):
-    """Trained for two steps: the answers are wrong, and every one of them is asked for."""
-    root = pathlib.Path(__file__).parents[1]
+def test_heldout_examples_of_fine_tuning_become_a_task(tmp_path):
+    """After two steps of training the answers are wrong, and each of them is evaluated."""
+    root = pathlib.Path(__file__).parents[2]
     workdir, tasks_dir, output = (str(tmp_path / name) for name in ("sft", "tasks", "output"))
 
     def command(*arguments):

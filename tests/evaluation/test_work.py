@@ -1,4 +1,4 @@
-"""Chunks: order, groups, what a killed run leaves, fingerprints."""
+"""Chunks: order, groups, resuming a killed run, fingerprints."""
 
 import json
 
@@ -11,7 +11,7 @@ REQUESTS = [Request([n, "text"], n // 3, 100 - n // 6) for n in range(30)]
 
 
 class Recorder:
-    """Answers with the request's number and notes which came together; dies after some chunks."""
+    """Answers with the number of the request and records the chunks; raises after `lives` chunks."""
 
     def __init__(self, lives=100):
         self.chunks, self.lives = [], lives
@@ -37,7 +37,7 @@ def test_answers_are_in_order_and_groups_together(tmp_path):
         assert sizes == sorted(sizes)
 
 
-def test_a_killed_run_goes_on_with_the_same_chunks(tmp_path):
+def test_a_killed_run_resumes_with_the_same_chunks(tmp_path):
     whole = Recorder()
     expected = Work(tmp_path / "whole", "f", 8, False).run("kind", REQUESTS, whole)
     killed, rest = Recorder(lives=2), Recorder()
@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_with_the_same_chunks(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["fingerprint", "kind", "content"])
-def test_other_work_is_not_mixed_up(tmp_path, change):
+def test_chunks_of_other_work_are_not_used(tmp_path, change):
     Work(tmp_path, "f", 8, False).run("kind", REQUESTS, Recorder())
     again = Recorder()
     requests = [Request([n, "other"], n // 3, 100 - n // 6) for n in range(30)] if change == "content" else REQUESTS
@@ -59,7 +59,7 @@ def test_other_work_is_not_mixed_up(tmp_path, change):
     assert len(again.chunks) == 5
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_an_invalid_chunk_is_named(tmp_path):
     Work(tmp_path, "f", 30, False).run("kind", REQUESTS, Recorder())
     path = next(tmp_path.glob("kind-*.json"))
     for content in ("{", json.dumps({"answers": [1], "evaluations": 1}), "[1]"):
