@@ -22,8 +22,10 @@ import shlex
 from absl import flags
 
 from illada_jax import cli
-from illada_jax.data.preparing import corpora as preparing
-from illada_jax.data.preparing.jobs import Engine, LocalEngine
+from illada_jax.data.preparing.jobs import Engine
+from illada_jax.data.preparing.local import LocalEngine
+from illada_jax.data.preparing.settings import Settings
+from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 
 _SOURCE = flags.DEFINE_multi_string("source", None, "what to read, KIND or KIND:PATH[#FIELD]; may be given repeatedly")
@@ -48,7 +50,7 @@ def main(_: list[str]) -> None:
         raise InputError("--target is required: the directory to write")
     if _PROCESSES.value < 0:
         raise InputError(f"--processes={_PROCESSES.value}: must be 0 or more")
-    settings = preparing.Settings(
+    settings = Settings(
         sources=tuple(_SOURCE.value),
         tokenizer=_TOKENIZER.value,
         vocab_size=_VOCAB_SIZE.value,
@@ -57,7 +59,7 @@ def main(_: list[str]) -> None:
         shard_bytes=int(_SHARD_MEGABYTES.value * 2**20),
     )
     target = pathlib.Path(_TARGET.value)
-    manifest = preparing.prepare(settings, target, _engine())
+    manifest = prepare(settings, target, _engine())
     for split, infos in manifest.splits.items():
         tokens, documents, num_bytes = (sum(getattr(info, f"num_{what}") for info in infos)
                                         for what in ("tokens", "documents", "bytes"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from illada_jax import api
-from illada_jax.data.example_store import answer_spans
+from illada_jax.data.shards import answer_spans
 from illada_jax.errors import InputError
 from tests.evaluation import lm_eval_toys as toys
 

@@ -12,7 +12,8 @@ import pytest
 
 from illada_jax.config import DataConfig
 from illada_jax.data.corpus import open_corpus
-from illada_jax.data.preparing.corpora import Settings, prepare
+from illada_jax.data.preparing.settings import Settings
+from illada_jax.data.preparing.text import prepare
 from illada_jax.data.sources import examples
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import InputError

@@ -22,8 +22,9 @@ from illada_jax import cli
 from illada_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import open_corpus
+from illada_jax.data.manifest import Manifest
 from illada_jax.data.pipeline import Pipeline
-from illada_jax.data.shards import Manifest, ShardWriter
+from illada_jax.data.shards import ShardWriter
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 
 _LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row")
@@ -42,15 +43,15 @@ def write_corpus(directory: pathlib.Path, num_tokens: int, num_shards: int, seed
     tokenizer, draw, infos = ByteTokenizer(), np.random.default_rng(seed), []
     tokenizer.save(directory / "tokenizer")
     for n in range(num_shards):
-        writer = ShardWriter(directory / f"train-{n:06d}.array_record", tokenizer)
+        writer = ShardWriter(directory / f"train-{n:06d}.array_record", tokenizer.vocab_size)
         left = num_tokens // num_shards
         while left > 0:
             size = min(left, int(draw.exponential(1000)) + 1)
             first = 4 + _IDS_PER_CORPUS * seed
-            writer.add(draw.integers(first, first + _IDS_PER_CORPUS, size).tolist(), size)
+            writer.add([*draw.integers(first, first + _IDS_PER_CORPUS, size), tokenizer.eos_id], size)
             left -= size + 1
         infos.append(writer.close())
-    manifest = Manifest((f"random:{seed}",), tokenizer.fingerprint, tokenizer.vocab_size, 0.0, {},
+    manifest = Manifest((f"random:{seed}",), tokenizer.fingerprint, tokenizer.vocab_size, 0.0,
                         {"train": tuple(infos), "heldout": ()})
     manifest.save(directory)
 

@@ -29,8 +29,8 @@ from etils import epath
 from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
-from illada_jax.data.batches import Batches
-from illada_jax.data.example_store import Question
+from illada_jax.data.pipeline import Batches
+from illada_jax.data.shards import Question
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.interop import load_model

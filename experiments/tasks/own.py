@@ -23,8 +23,7 @@ from absl import flags
 
 from illada_jax import api, cli
 from illada_jax.config import Config
-from illada_jax.data.corpus import open_corpus
-from illada_jax.data.example_store import open_examples
+from illada_jax.data.corpus import open_corpus, open_examples
 from illada_jax.errors import InputError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a training run", required=True)

@@ -1,20 +1,24 @@
-"""From `config.data` to token streams: a small corpus prepares itself into a cache, a prepared one is opened."""
+"""From `config.data` to tokens: opens prepared corpora; prepares small corpora and examples in a cache first."""
 
 import hashlib
 import os
 import pathlib
-import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from illada_jax.config import DataConfig
-from illada_jax.data import shards
-from illada_jax.data.preparing import corpora as preparing
-from illada_jax.data.shards import TokenStream
+from illada_jax.config import Config, DataConfig
+from illada_jax.data.manifest import MANIFEST, open_shards
+from illada_jax.data.preparing.examples import list_example_parts, prepare_examples
+from illada_jax.data.preparing.settings import ExampleSettings, Settings, content_key, given_tokenizer
+from illada_jax.data.preparing.text import list_parts, prepare
+from illada_jax.data.shards import ExampleSet, TokenStream
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
+from illada_jax.files import new_directory
 
 _PREPARED = "prepared:"
-_LARGEST_BYTES = 2**30  # what prepares itself
+_LARGEST_BYTES = 2**30  # of a corpus that is prepared on the fly
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Component:
     """One prepared corpus of a mixture.
 
     Attributes:
-      name: its directory; where it has prepared itself, its sources.
+      name: its directory; its sources if it was prepared on the fly.
       train: its training stream.
       weight: share of the rows that come from it; all weights together are 1.
     """
@@ -37,10 +41,10 @@ class Corpus:
     """Text as tokens.
 
     Attributes:
-      tokenizer: what made the tokens.
-      components: what is mixed; a single one if there is one corpus.
-      train: the streams to learn from, one after the other.
-      heldout: the streams that training never sees; empty if nothing is held out.
+      tokenizer: the tokenizer of all components.
+      components: the corpora of the mixture; a single one without a mixture.
+      train: the training streams, concatenated.
+      heldout: the held-out streams, concatenated; empty if nothing is held out.
       statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora and mixtures.
       fingerprint: identifies tokens and split.
     """
@@ -53,18 +57,42 @@ class Corpus:
     fingerprint: str
 
 
-def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
-    """Opens what the config names.
+@dataclass(frozen=True)
+class Examples:
+    """Examples as tokens: the counterpart of a Corpus in fine-tuning.
 
-    Sources other than `prepared:DIR` are prepared into the cache first, if they are not there; the key is a hash of
-    their content and of the settings.
+    Attributes:
+      tokenizer: the tokenizer.
+      train: the examples to learn from.
+      heldout: the held-out examples.
+      statistics: empty; see Corpus.
+      dropped: what was left out or cut, a line per reason; empty if nothing was.
+      sources: their names, as in the config; `ExampleSet.sources_N` holds indices into them.
+      fingerprint: identifies tokens and split.
+    """
+
+    tokenizer: Tokenizer
+    train: ExampleSet
+    heldout: ExampleSet
+    statistics: dict[str, float]
+    dropped: str
+    sources: tuple[str, ...]
+    fingerprint: str
+
+
+def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
+    """Opens the text of a config.
+
+    Sources other than `prepared:DIR` are prepared into the cache unless they are there; the key is a hash of their
+    content, the tokenizer and the settings.
 
     Args:
       data: the section of the config.
       progress: show a bar on stderr while preparing.
 
     Raises:
-      InputError: a source, the tokenizer or a shard is no good; names it.
+      ConfigError: the sources cannot be combined, or weights do not apply.
+      InputError: a source, the tokenizer or a shard cannot be read; names it.
     """
     prepared = [pathlib.Path(spec.removeprefix(_PREPARED)) for spec in data.sources if spec.startswith(_PREPARED)]
     if not prepared:
@@ -78,8 +106,47 @@ def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     return _open(prepared, list(map(str, prepared)), data.weights)
 
 
+def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: bool = True) -> Examples:
+    """Opens the examples of a config; prepares them into the cache unless they are there.
+
+    Args:
+      config: the config; the key in the cache is a hash of files, tokenizer and the settings that matter.
+      tokenizer: that of config.init.checkpoint, if config.data.tokenizer is `checkpoint`.
+      progress: show a bar on stderr while preparing.
+
+    Raises:
+      InputError: a source or the tokenizer cannot be read, no example is left to learn from, or one was left out and
+        config.sft.strict forbids that; names it.
+    """
+    data, sft = config.data, config.sft
+    if data.weights:
+        raise InputError(f"config.data.weights = {data.weights!r}: weights are for prepared corpora; every example is "
+                         "seen once per epoch")
+    settings = ExampleSettings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction,
+                               length=data.length, over_length=sft.over_length, format=sft.format)
+    parts = list_example_parts(data.sources)
+    tokenizer = tokenizer or given_tokenizer(data.tokenizer)
+    key = content_key(settings, [part for of_source in parts for part in of_source], tokenizer)
+    directory = _cached(data, f"examples-{key}",
+                        lambda target: prepare_examples(settings, parts, target, tokenizer, progress))
+    manifest, tokenizer, streams = open_shards(directory)
+    if sft.strict and manifest.dropped:
+        raise InputError(f"config.sft.strict: {'; '.join(manifest.dropped)}")
+    if not streams["train"].num_documents:
+        raise InputError(f"config.data.sources = {data.sources!r}: no example is left to learn from"
+                         + "".join(f"; {line}" for line in manifest.dropped))
+    return Examples(tokenizer, streams["train"], streams["heldout"], manifest.statistics,
+                    "\n".join(manifest.dropped + manifest.divided), manifest.sources, manifest.fingerprint)
+
+
+def report_dropped(examples: Examples) -> None:
+    """Prints on stderr which examples were left out or cut."""
+    if examples.dropped:
+        print(examples.dropped, file=sys.stderr, flush=True)
+
+
 def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[float, ...]) -> Corpus:
-    opened = [shards.open_shards(directory) for directory in directories]
+    opened = [open_shards(directory) for directory in directories]
     manifests, tokenizers, streams = zip(*opened, strict=True)
     for directory, tokenizer in zip(directories, tokenizers, strict=True):
         if tokenizer.fingerprint != tokenizers[0].fingerprint:
@@ -101,37 +168,27 @@ def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[floa
 
 
 def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
-    settings = preparing.Settings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction)
-    parts = preparing.list_parts(data.sources)
+    settings = Settings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction)
+    parts = list_parts(data.sources)
     size = sum(part.num_bytes for part in parts)
     if size > _LARGEST_BYTES:
         raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB are too much to prepare on "
                          f"the fly; type: python -m illada_jax.prepare --source={','.join(data.sources)} --target=DIR "
                          f"--tokenizer={data.tokenizer}, then set config.data.sources to ('prepared:DIR',)")
-    cache = cache_directory(data)
-    target = cache / preparing.content_key(settings, parts)
-    if not (target / shards.MANIFEST).exists():
-        unfinished = shards.temporary_name(target)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            preparing.prepare(settings, unfinished, progress=progress)
-            rename_finished(unfinished, target, shards.MANIFEST)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    key = content_key(settings, parts, given_tokenizer(data.tokenizer))
+    return _cached(data, key, lambda target: prepare(settings, target, progress=progress))
+
+
+def _cached(data: DataConfig, name: str, prepare_in: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A directory of the cache, prepared if it is missing. Safe against kills and other processes."""
+    target = _cache_directory(data) / name
+    if not (target / MANIFEST).exists():
+        with new_directory(target, keep_existing=True) as unfinished:
+            prepare_in(unfinished)
     return target
 
 
-def rename_finished(source: pathlib.Path, target: pathlib.Path, last_file: str) -> None:
-    """Moves a directory, whole or not at all, to its place in the cache; `last_file` shows that one is whole."""
-    try:
-        os.rename(source, target)
-    except OSError:
-        if not (target / last_file).exists():  # else another process was faster, with the same result
-            raise
-
-
-def cache_directory(data: DataConfig) -> pathlib.Path:
-    """Where small corpora and examples are prepared."""
+def _cache_directory(data: DataConfig) -> pathlib.Path:
     if data.cache_dir:
         return pathlib.Path(data.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

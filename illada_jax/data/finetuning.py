@@ -1,22 +1,22 @@
-"""Batches of examples: iLLaDA's windows of concatenated examples, and LLaDA's padded rows (papers, fine-tuning).
+"""Batches of examples: iLLaDA's windows of concatenated examples and LLaDA's padded rows (papers, fine-tuning).
 
-The order of an epoch is a permutation drawn from (seed, epoch), so the order, and with it the cumulative lengths, of
-any epoch is known without going through those before it. Windows and batches run on across the boundary of epochs.
+The order of an epoch is a permutation drawn from (seed, epoch). So the order of any epoch, and with it the cumulative
+lengths, is known without going through earlier epochs. Windows and batches cross the boundaries of epochs.
 """
 
 import abc
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from illada_jax.config import Config
-from illada_jax.data import packing
 from illada_jax.data.batch import Batch
-from illada_jax.data.batches import Batches
-from illada_jax.data.example_store import Examples, ExampleSet, answer_spans
-from illada_jax.errors import InputError
+from illada_jax.data.corpus import Examples
+from illada_jax.data.pipeline import Batches, pack
+from illada_jax.data.shards import answer_spans
 
 _ORDER, _TURN = 11, 12  # purposes of random draws: part of the format of a run
 _CACHED_EPOCHS = 3
@@ -26,45 +26,52 @@ class Epoch(NamedTuple):
     """One pass over the examples.
 
     Attributes:
-      order_N: int64, the examples in the order in which they are seen.
-      ends_N: int64, for each in that order, the tokens up to and with it.
+      order_N: int64 indices of the examples, in the order of the pass.
+      ends_N: int64 cumulative tokens, in that order.
     """
 
     order_N: np.ndarray
     ends_N: np.ndarray
 
 
+class _Piece(NamedTuple):
+    """Tokens [start, stop) of an example."""
+
+    example: int
+    start: int
+    stop: int
+
+
 class _ExampleBatches(Batches):
-    """What both formats share: the order of the examples, and the end of the run."""
+    """The order of the examples and the end of the run, in either format."""
 
     def __init__(self, config: Config, examples: Examples):
-        super().__init__(config)
+        super().__init__(config, examples.tokenizer.pad_id)
         self.fingerprint = examples.fingerprint
         self._examples = examples.train
-        self._pad_id = examples.tokenizer.pad_id
         self._eos_id = examples.tokenizer.eos_id
         self.epoch = functools.lru_cache(_CACHED_EPOCHS)(self._draw_epoch)
 
     @property
     @abc.abstractmethod
     def units_per_epoch(self) -> int:
-        """What an epoch is counted in: tokens, or examples."""
+        """Tokens or examples of an epoch."""
 
     @property
     @abc.abstractmethod
     def units_per_step(self) -> int:
-        """What a step takes of them."""
+        """Tokens or examples of a step."""
 
     @property
     def num_steps(self) -> int:
-        """The steps of config.train.epochs; of config.train.steps, if that decides."""
+        """Steps of config.train.epochs, or config.train.steps if epochs is 0."""
         if not self._config.train.epochs:
             return self._config.train.steps
         return -(-self._config.train.epochs * self.units_per_epoch // self.units_per_step)
 
     @property
     def _end(self) -> int | None:
-        """Units after which the run ends; None where train.steps decides and the examples go round for ever."""
+        """Units after which the run ends; None if train.steps decides and the examples repeat without end."""
         return self._config.train.epochs * self.units_per_epoch or None
 
     def epochs(self, step: int) -> dict[str, float]:
@@ -72,94 +79,90 @@ class _ExampleBatches(Batches):
         units = step * self.units_per_step
         return {"examples": min(units, self._end or units) / self.units_per_epoch}
 
-    def heldout_windows(self, heldout: ExampleSet, length: int, count: int) -> Batch:
-        """See Batches. In both formats: held-out examples one after the other, all of them maskable."""
-        if not heldout.num_documents:
-            raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to evaluate on")
-        stream = np.concatenate([heldout.document(i) for i in range(heldout.num_documents)])
-        available = packing.num_windows(len(stream), length)
-        count = min(count or available, available)
-        bounds = [packing.window_bounds(i * available // count, len(stream), length) for i in range(count)]
-        return packing.pack([stream[start:stop] for start, stop in bounds], length, self._pad_id)
-
     def _draw_epoch(self, number: int) -> Epoch:
         order_N = np.random.default_rng((self._config.seed, _ORDER, number)).permutation(self._examples.num_documents)
         return Epoch(order_N, np.cumsum(self._examples.lengths_N[order_N]))
 
 
 class ConcatenatedExamples(_ExampleBatches):
-    """iLLaDA: windows of data.length over the examples of all epochs put end to end.
+    """iLLaDA: windows of data.length over the concatenated examples of all epochs.
 
-    Everything may be masked, prompts too (unless sft.mask_prompts is off: an ablation).
-
-    Window k begins at token k · length of that stream. Only the run's last window is padded; rows beyond it are empty.
+    Everything may be masked, prompts too (unless sft.mask_prompts is off: an ablation). Window k begins at token
+    k · length of that stream. Only the run's last window is padded; rows after it are empty.
     """
 
     @property
     def units_per_epoch(self) -> int:
-        """Tokens."""
+        """Tokens of an epoch."""
         return self._examples.num_tokens
 
     @property
     def units_per_step(self) -> int:
-        """Tokens."""
+        """Tokens of a step."""
         return self._data.batch_size * self._data.length
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
         """See Batches."""
         rows = [int(row) for row in rows]
-        cut = [self._window(step * self._data.batch_size + row) for row in rows]
-        windows, answers, starts = (list(column) for column in zip(*cut, strict=True))
-        if not self._data.isolate_documents:
-            starts = [np.empty(0, np.int64)] * len(rows)
-        batch = packing.pack(windows, self._data.length, self._pad_id, self.split(windows, starts, step, rows))
+        pieces = [self._pieces(step * self._data.batch_size + row) for row in rows]
+        windows = [_join(self._examples.document, of_row, np.int32) for of_row in pieces]
+        starts = [_example_starts(of_row) if self._data.isolate_documents else np.empty(0, np.int64)
+                  for of_row in pieces]
+        batch = pack(windows, self._data.length, self._pad_id, self.split(windows, starts, step, rows))
         if self._config.sft.mask_prompts:
             return batch
-        maskable = np.zeros(batch.maskable_BL.shape, bool)
-        for row, is_answer in zip(maskable, answers, strict=True):
-            row[: len(is_answer)] = is_answer
-        return batch._replace(maskable_BL=maskable, weights_BL=maskable.astype(np.float32))
+        answers = [_join(self._examples.is_answer, of_row, np.int8) for of_row in pieces]
+        maskable_BL = pack(answers, self._data.length, 0).tokens_BL > 0
+        return batch._replace(maskable_BL=maskable_BL, weights_BL=maskable_BL.astype(np.float32))
 
-    def _window(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens of a window, which of them are answers, and the columns where an example begins."""
+    def _pieces(self, index: int) -> list[_Piece]:
+        """The examples in a window, in order."""
         position = index * self._data.length
-        stop = position + self._data.length
+        window_end = position + self._data.length
         if self._end is not None:
-            stop = min(stop, self._end)
-        pieces, answers, starts, filled = [np.empty(0, np.int32)], [np.empty(0, bool)], [], 0
-        while position < stop:
+            window_end = min(window_end, self._end)
+        pieces = []
+        while position < window_end:
             number, within = divmod(position, self.units_per_epoch)
             epoch = self.epoch(number)
             place = int(np.searchsorted(epoch.ends_N, within, "right"))
-            example = self._examples.document(epoch.order_N[place])
-            skipped = within - (int(epoch.ends_N[place]) - len(example))
-            piece = example[skipped : skipped + stop - position]
-            answers.append(self._examples.is_answer(epoch.order_N[place])[skipped : skipped + len(piece)])
-            if not skipped:
-                starts.append(filled)
-            pieces.append(piece)
-            filled += len(piece)
-            position += len(piece)
-        return np.concatenate(pieces), np.concatenate(answers), np.asarray(starts, np.int64)
+            example = int(epoch.order_N[place])
+            length = int(self._examples.lengths_N[example])
+            start = within - (int(epoch.ends_N[place]) - length)
+            stop = min(length, start + window_end - position)
+            pieces.append(_Piece(example, start, stop))
+            position += stop - start
+        return pieces
+
+
+def _join(read: Callable[[int], np.ndarray], pieces: list[_Piece], dtype: type) -> np.ndarray:
+    """Values per token of the pieces, concatenated, [T]."""
+    return np.concatenate([np.empty(0, dtype), *(read(example)[start:stop] for example, start, stop in pieces)])
+
+
+def _example_starts(pieces: list[_Piece]) -> np.ndarray:
+    """Columns of a window where an example begins."""
+    columns = itertools.accumulate((stop - start for _, start, stop in pieces), initial=0)
+    return np.array([column for column, piece in zip(columns, pieces, strict=False) if not piece.start], np.int64)
 
 
 class PaddedExamples(_ExampleBatches):
-    """LLaDA: an example a row; the prompt is never masked, the answer is padded with EOS, which is learnt.
+    """LLaDA: one example per row; the prompt is never masked, the answer is padded with EOS, which is learnt.
 
-    Rows are as long as the longest of the GLOBAL batch, rounded up to a multiple of sft.bucket: a function of the step
-    and the order, and the one exception to the law that a row does not depend on its neighbours. A position weighs 1 /
-    (length of the answer with its padding), so each row weighs 1. Of a conversation with several answers one is drawn
-    each epoch; what comes before it is the prompt and what comes after it is left out (LLaDA paper, appendix).
+    Rows are as long as the longest row of the GLOBAL batch, rounded up to a multiple of sft.bucket. That is a function
+    of the step and the order, and the one exception to the law that a row does not depend on its neighbours. The weight
+    of a position is 1 / (length of the answer with its padding), so each row weighs 1. One answer of a conversation is
+    drawn in each epoch; the turns before it are the prompt, the turns after it are left out (LLaDA paper, appendix).
     """
 
     @property
     def units_per_epoch(self) -> int:
-        """Examples."""
+        """Examples of an epoch."""
         return self._examples.num_documents
 
     @property
     def units_per_step(self) -> int:
-        """Examples."""
+        """Examples of a step."""
         return self._data.batch_size
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
@@ -187,7 +190,7 @@ class PaddedExamples(_ExampleBatches):
         return Batch(tokens, maskable, segments, positions, weights.astype(np.float32))
 
     def _answer(self, k: int) -> tuple[int, int, int] | None:
-        """The example of row k of the run, with the columns [start, stop) of the answer that is learnt."""
+        """The example of row k of the run and the columns [start, stop) of its answer; None after the run's end."""
         if self._end is not None and k >= self._end:
             return None
         number, within = divmod(k, self._examples.num_documents)

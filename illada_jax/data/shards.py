@@ -1,38 +1,33 @@
-"""Token shards: the token stream of a corpus in ArrayRecord files, with a manifest that makes them a whole.
+"""Token shards: the documents of a corpus, text or examples, as tokens in ArrayRecord files.
 
-A directory holds `manifest.json`, `tokenizer/` and shards. A shard holds the tokens of whole documents, each followed
-by EOS, as records of `CHUNK_TOKENS` little-endian ids (the last one shorter), and after them the documents' offsets
-in the shard, as records of as many uint64. The training length is not part of the format. Everything is written under a
-temporary name and renamed, the manifest last: a directory without one is not a corpus.
+A shard holds the tokens of whole documents, each with its end token, as records of `CHUNK_TOKENS` little-endian ids
+(the last record may be shorter). After them come the offsets of the documents in the shard, as records of as many
+uint64. Ids of text are uint16, or uint32 if the vocabulary is larger. Ids of examples are int32, and their sign bit is
+the answer mask: set for the tokens of answers. The training length is not part of the format.
 """
 
-import concurrent.futures
+import bisect
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import os
+import itertools
 import pathlib
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError, StorageError
+from illada_jax.files import temporary_path
 
-FORMAT_VERSION = 1
 CHUNK_TOKENS = 8192
-MANIFEST = "manifest.json"
-TOKENIZER_DIRECTORY = "tokenizer"
-SPLITS = ("train", "heldout")
 
 _OPEN_READERS = 256
-_CACHED_CHUNKS = 1024
-_STAT_THREADS = 32
+_ID_BITS = 2**31 - 1
+_ANSWER_BIT = -(2**31)
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class ShardInfo:
       num_records: records in the file.
       size: bytes of the file.
       sha256: checksum of the file.
+      source: index of the source that its examples are from; 0 for text.
     """
 
     name: str
@@ -56,6 +52,7 @@ class ShardInfo:
     num_records: int
     size: int
     sha256: str
+    source: int
 
     def checked(self) -> "ShardInfo":
         """Itself. Raises TypeError where something is no such value, or the numbers contradict each other."""
@@ -72,108 +69,43 @@ class ShardInfo:
         return self
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared directory holds.
-
-    Attributes:
-      sources: the sources that were read.
-      tokenizer: fingerprint of the tokenizer.
-      vocab_size: its size; ids take uint16 if they fit, else uint32.
-      heldout_fraction: share of the documents that was to be held out.
-      statistics: figures to compare a model with, by name, in bits per byte; for small corpora only.
-      splits: the shards of each split.
-    """
-
-    sources: tuple[str, ...]
-    tokenizer: str
-    vocab_size: int
-    heldout_fraction: float
-    statistics: dict[str, float]
-    splits: dict[str, tuple[ShardInfo, ...]]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identifies tokens and split: a hash over the tokenizer and the shards."""
-        content = [self.tokenizer, {name: [shard.sha256 for shard in shards] for name, shards in self.splits.items()}]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def save(self, directory: pathlib.Path) -> None:
-        """Writes `manifest.json`."""
-        totals = {
-            split: {f"num_{what}": sum(getattr(shard, f"num_{what}") for shard in shards)
-                    for what in ("tokens", "documents", "bytes")}
-            for split, shards in self.splits.items()
-        }
-        content = {"format_version": FORMAT_VERSION, "chunk_tokens": CHUNK_TOKENS, "totals": totals,
-                   **dataclasses.asdict(self)}
-        write_atomically(directory / MANIFEST, json.dumps(content, indent=1).encode())
-
-    @classmethod
-    def load(cls, directory: pathlib.Path) -> "Manifest":
-        """Reads `manifest.json`.
-
-        Raises:
-          InputError: it is missing, broken, or of another format version.
-        """
-        path = directory / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing, so it was never finished); "
-                             "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
-                             f"--target={directory} makes one") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}")
-        try:
-            if content["chunk_tokens"] != CHUNK_TOKENS:
-                raise InputError(f"{path}: chunk_tokens {content['chunk_tokens']!r}, this program reads {CHUNK_TOKENS}")
-            values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
-            values["sources"] = tuple(values["sources"])
-            values["splits"] = {split: tuple(ShardInfo(**shard).checked() for shard in values["splits"][split])
-                                for split in SPLITS}
-            if not isinstance(values["statistics"], dict):
-                raise TypeError("statistics is no object")
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: broken: {error}") from error
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = temporary_name(path)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def temporary_name(path: pathlib.Path) -> pathlib.Path:
-    """Where a file or directory is written before it is renamed. Another process, on any host, writes elsewhere."""
-    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-
-
 class ShardWriter:
     """Writes one shard. Nothing is at `path` before `close`. `add` and `close` raise StorageError if writing fails."""
 
-    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, path: pathlib.Path, vocab_size: int, has_answers: bool = False, source: int = 0):
+        """Prepares writing; the file is created with the first full record.
+
+        Args:
+          path: the shard.
+          vocab_size: decides on the type of the ids.
+          has_answers: the documents are examples, with an answer mask.
+          source: index of the source that the examples are from.
+        """
         self._path = path
-        self._temporary = temporary_name(path)
+        self._source = source
+        self._temporary = temporary_path(path)
         self._writer = None
-        self._dtype = _id_dtype(tokenizer.vocab_size)
-        self._eos_id = tokenizer.eos_id
+        self._dtype = _id_dtype(vocab_size, has_answers)
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._offsets: list[int] = []
         self._num_tokens = self._num_bytes = self._num_records = 0
 
-    def add(self, ids: list[int], num_bytes: int) -> None:
-        """Adds a document: its ids without EOS, and how many bytes of UTF-8 they stand for."""
+    def add(self, ids: Sequence[int], num_bytes: int, is_answer: Sequence[bool] = ()) -> None:
+        """Adds a document.
+
+        Args:
+          ids: its tokens, the end token included.
+          num_bytes: bytes of UTF-8 that they stand for.
+          is_answer: of examples, for each token: it belongs to an answer.
+        """
+        values = np.array(ids, self._dtype)
+        if len(is_answer):
+            values[np.asarray(is_answer, bool)] |= _ANSWER_BIT
         self._offsets.append(self._num_tokens)
-        self._pending.append(np.array([*ids, self._eos_id], self._dtype))
-        self._pending_tokens += len(ids) + 1
-        self._num_tokens += len(ids) + 1
+        self._pending.append(values)
+        self._pending_tokens += len(values)
+        self._num_tokens += len(values)
         self._num_bytes += num_bytes
         if self._pending_tokens >= CHUNK_TOKENS:
             tokens = np.concatenate(self._pending)
@@ -182,7 +114,7 @@ class ShardWriter:
             self._pending, self._pending_tokens = [tokens[whole:]], len(tokens) - whole
 
     def close(self) -> ShardInfo | None:
-        """Finishes the file and puts it at its place; None if there was no document."""
+        """Finishes the file and moves it into place; returns None if there was no document."""
         if not self._offsets:
             return None
         self._write_records(np.concatenate(self._pending))
@@ -190,8 +122,8 @@ class ShardWriter:
         with self._writing():
             self._writer.close()
         info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes, self._num_records,
-                         self._temporary.stat().st_size, file_sha256(self._temporary))
-        os.replace(self._temporary, self._path)
+                         self._temporary.stat().st_size, file_sha256(self._temporary), self._source)
+        self._temporary.replace(self._path)
         return info
 
     def _write_records(self, values: np.ndarray) -> None:
@@ -212,30 +144,34 @@ class ShardWriter:
 
 
 class TokenStream:
-    """The tokens of shards one after the other, with random access to any stretch of them.
+    """The tokens of consecutive shards, with random access to any range of them.
 
     Shards are opened when they are first read; a bounded number of open files and chunks is kept. Safe to share between
     threads.
 
     Attributes:
-      num_tokens: tokens, EOS included.
+      num_tokens: tokens, end tokens included.
       num_bytes: UTF-8 bytes of the original text.
       num_documents: documents.
-      eos_id: the id that ends every document.
+      eos_id: id of EOS, which ends every document of text.
     """
 
-    def __init__(self, shards: list[tuple[pathlib.Path, ShardInfo]], vocab_size: int, eos_id: int):
+    _has_answers = False
+    _cached_chunks = 1024
+
+    def __init__(self, shards: Sequence[tuple[pathlib.Path, ShardInfo]], vocab_size: int, eos_id: int):
         self._shards = shards
-        self._dtype = _id_dtype(vocab_size)
+        self._dtype = _id_dtype(vocab_size, self._has_answers)
         self._vocab_size = vocab_size
         self.eos_id = eos_id
         self.num_tokens = sum(info.num_tokens for _, info in shards)
         self.num_bytes = sum(info.num_bytes for _, info in shards)
         self.num_documents = sum(info.num_documents for _, info in shards)
-        self._token_starts = np.cumsum([0] + [info.num_tokens for _, info in shards])
-        self._document_starts = np.cumsum([0] + [info.num_documents for _, info in shards])
+        # Where each shard begins, and the end.
+        self._token_starts = list(itertools.accumulate((info.num_tokens for _, info in shards), initial=0))
+        self._document_starts = list(itertools.accumulate((info.num_documents for _, info in shards), initial=0))
         self._reader = functools.lru_cache(_OPEN_READERS)(self._open)
-        self._record = functools.lru_cache(_CACHED_CHUNKS)(self._read_record)
+        self._record = functools.lru_cache(self._cached_chunks)(self._read_record)
 
     @classmethod
     def concatenate(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
@@ -247,45 +183,45 @@ class TokenStream:
         """Tokens [start, stop) as int32.
 
         Raises:
-          IndexError: they are not all there.
+          IndexError: some of them do not exist.
           InputError: a shard cannot be read; names it.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {self.num_tokens}")
         out = np.empty(stop - start, np.int32)
         position = start
-        shard = int(np.searchsorted(self._token_starts, start, "right")) - 1
+        shard = bisect.bisect_right(self._token_starts, start) - 1
         while position < stop:
-            local = position - int(self._token_starts[shard])
-            if local >= self._shards[shard][1].num_tokens:
+            if position == self._token_starts[shard + 1]:
                 shard += 1
-                continue
-            chunk, offset = divmod(local, CHUNK_TOKENS)
+            chunk, offset = divmod(position - self._token_starts[shard], CHUNK_TOKENS)
             piece = self._record(shard, chunk)[offset : offset + stop - position]
             out[position - start : position - start + len(piece)] = piece
             position += len(piece)
         return out
 
     def document(self, index: int) -> np.ndarray:
-        """The ids of a document (int32), its EOS included.
+        """The ids of a document (int32), its end token included.
 
         Raises:
           IndexError: there is no such document.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        shard = int(np.searchsorted(self._document_starts, index, "right")) - 1
-        local = index - int(self._document_starts[shard])
-        info = self._shards[shard][1]
-        start = self._document_offset(shard, local)
-        stop = self._document_offset(shard, local + 1) if local + 1 < info.num_documents else info.num_tokens
-        base = int(self._token_starts[shard])
-        return self.read(base + start, base + stop)
+        return self.read(self._document_offset(index), self._document_offset(index + 1))
 
-    def _document_offset(self, shard: int, local: int) -> int:
+    def _document_offset(self, index: int) -> int:
+        """Where a document begins in the stream; of the one after the last, the end."""
+        if index == self.num_documents:
+            return self.num_tokens
+        shard = bisect.bisect_right(self._document_starts, index) - 1
+        record, offset = divmod(index - self._document_starts[shard], CHUNK_TOKENS)
+        return self._token_starts[shard] + int(self._offsets(shard, record)[offset])
+
+    def _offsets(self, shard: int, record: int) -> np.ndarray:
+        """A record of document offsets of a shard, uint64."""
         first = -(-self._shards[shard][1].num_tokens // CHUNK_TOKENS)
-        record, offset = divmod(local, CHUNK_TOKENS)
-        return int(self._record(shard, first + record).view("<u8")[offset])
+        return self._record(shard, first + record).view("<u8")
 
     def _open(self, shard: int) -> ArrayRecordReader:
         directory, info = self._shards[shard]
@@ -300,53 +236,76 @@ class TokenStream:
         return reader
 
     def _read_record(self, shard: int, record: int) -> np.ndarray:
+        directory, info = self._shards[shard]
+        reader = self._reader(shard)
         try:
-            return np.frombuffer(self._reader(shard).read([record])[0], self._dtype)
-        except InputError:
-            raise
+            values = np.frombuffer(reader.read([record])[0], self._dtype)
         except Exception as error:
-            directory, info = self._shards[shard]
             raise InputError(f"{directory / info.name}: record {record} cannot be read: "
                              f"{str(error).splitlines()[0]}") from error
+        expected = min(CHUNK_TOKENS, info.num_tokens - record * CHUNK_TOKENS)  # negative for records of offsets
+        if 0 < expected != len(values):
+            raise InputError(f"{directory / info.name}: record {record} holds {len(values)} ids, the manifest says "
+                             f"{expected}")
+        return values
 
 
-def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str, TokenStream]]:
-    """Opens a prepared directory: manifest, tokenizer, and a stream for each split.
+class Question(NamedTuple):
+    """An example as a prompt and the answer to it.
 
-    Raises:
-      InputError: it is not whole, a shard does not have its size, or the tokenizer is not the one that made the shards;
-        names the file.
+    Attributes:
+      prompt: ids up to its last answer.
+      answer: ids of that answer, without its end token.
     """
-    manifest = Manifest.load(directory)
-    tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
-    if (tokenizer.fingerprint, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
-        raise InputError(f"{directory / MANIFEST}: made with another tokenizer (fingerprint {manifest.tokenizer}, "
-                         f"{directory / TOKENIZER_DIRECTORY} has {tokenizer.fingerprint})")
-    _check_sizes(directory, [info for infos in manifest.splits.values() for info in infos])
-    streams = {
-        split: TokenStream([(directory, info) for info in shards], manifest.vocab_size, tokenizer.eos_id)
-        for split, shards in manifest.splits.items()
-    }
-    return manifest, tokenizer, streams
+
+    prompt: list[int]
+    answer: list[int]
 
 
-def _check_sizes(directory: pathlib.Path, infos: list[ShardInfo]) -> None:
-    """Checks that shards are there and have their size, without reading them."""
+class ExampleSet(TokenStream):
+    """The examples of one split: a token stream with an answer mask. A document is an example.
 
-    def check(info: ShardInfo) -> None:
-        path = directory / info.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"{path}: the manifest names this shard, but: {error.strerror}") from error
-        if size != info.size:
-            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or not the same "
-                             "file; prepare the corpus again")
+    Attributes:
+      lengths_N: int64 tokens of each example.
+      sources_N: int32 index of the source that each example is from.
+    """
 
-    # On a mounted bucket every look takes its time, and there may be thousands.
-    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
-        for _ in pool.map(check, infos):
-            pass
+    _has_answers = True
+    _cached_chunks = 8192  # 256 MiB: fine-tuning reads documents in permuted order
+
+    def __init__(self, shards: Sequence[tuple[pathlib.Path, ShardInfo]], vocab_size: int, eos_id: int):
+        """Reads the offsets of all documents."""
+        super().__init__(shards, vocab_size, eos_id)
+        offsets = [self._token_starts[shard] + self._offsets(shard, record).astype(np.int64)
+                   for shard, (_, info) in enumerate(shards)
+                   for record in range(-(-info.num_documents // CHUNK_TOKENS))]
+        self._document_offsets = np.concatenate([*offsets, np.array([self.num_tokens], np.int64)])
+        self.lengths_N = np.diff(self._document_offsets)
+        self.sources_N = np.repeat(np.array([info.source for _, info in shards], np.int32),
+                                   [info.num_documents for _, info in shards])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See TokenStream."""
+        return super().read(start, stop) & _ID_BITS
+
+    def is_answer(self, index: int) -> np.ndarray:
+        """For each token of an example: it belongs to an answer, bool."""
+        return super().read(self._document_offset(index), self._document_offset(index + 1)) < 0
+
+    def question(self, index: int) -> Question:
+        """An example as a prompt and its last answer."""
+        tokens = self.document(index).tolist()
+        start, stop = answer_spans(self.is_answer(index))[-1]
+        return Question(tokens[:start], tokens[start : stop - 1])
+
+    def _document_offset(self, index: int) -> int:
+        return int(self._document_offsets[index])
+
+
+def answer_spans(is_answer_L: np.ndarray) -> np.ndarray:
+    """Columns [start, stop) of the answers: int64 [answers, 2]."""
+    edges = np.flatnonzero(np.diff(is_answer_L.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2)
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -355,5 +314,7 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _id_dtype(vocab_size: int) -> str:
+def _id_dtype(vocab_size: int, has_answers: bool) -> str:
+    if has_answers:
+        return "<i4"
     return "<u2" if vocab_size <= 2**16 else "<u4"

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batch import Batch
-from illada_jax.data.batches import Batches
-from illada_jax.data.corpus import Corpus
-from illada_jax.data.example_store import Examples
+from illada_jax.data.corpus import Corpus, Examples
+from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.objective import objective

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from illada_jax.config import Config
-from illada_jax.data.batches import Batches
+from illada_jax.data.pipeline import Batches
 from illada_jax.errors import InputError
 from illada_jax.parallel import hosts
 from illada_jax.training.step import StepMetrics

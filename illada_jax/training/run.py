@@ -12,11 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from illada_jax import model
 from illada_jax.config import Config
-from illada_jax.data.batches import Batches
-from illada_jax.data.corpus import Corpus, open_corpus
-from illada_jax.data.example_store import Examples, open_examples, report_dropped
+from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples, report_dropped
 from illada_jax.data.finetuning import example_batches
-from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.pipeline import Batches, Pipeline
 from illada_jax.data.tokenizers.chat import chat_format
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError

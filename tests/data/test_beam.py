@@ -14,9 +14,10 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 
-from illada_jax.data.preparing import jobs as tasks
+from illada_jax.data.preparing import jobs
 from illada_jax.data.preparing.beam import BeamEngine, parse_options
-from illada_jax.data.preparing.corpora import Settings, prepare
+from illada_jax.data.preparing.settings import Settings
+from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 
 
@@ -43,15 +44,15 @@ def test_beam_writes_what_the_local_engine_writes(settings, tmp_path, drop_dupli
 
 
 def test_beam_goes_on_where_a_local_preparation_stopped(settings, tmp_path, monkeypatch):
-    make = tasks.make_shard
+    make = jobs.make_shard
 
-    def stop_at_two(task, *rest):
-        if task.index == 2:
+    def stop_at_two(job, *rest):
+        if job.index == 2:
             raise KeyboardInterrupt
-        make(task, *rest)
+        make(job, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(tasks, "make_shard", stop_at_two)
+        patched.setattr(jobs, "make_shard", stop_at_two)
         prepare(settings, tmp_path / "out", progress=False)
     made = (tmp_path / "out" / "train-000000.array_record").stat().st_mtime_ns
     prepare(settings, tmp_path / "out", BeamEngine(parse_options("DirectRunner", [])), progress=False)

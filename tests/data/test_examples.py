@@ -8,8 +8,8 @@ import pytest
 import zstandard
 
 from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainConfig
-from illada_jax.data import example_store
-from illada_jax.data.example_store import open_examples
+from illada_jax.data.corpus import open_examples
+from illada_jax.data.preparing import examples as preparing
 from illada_jax.data.sources import synthetic
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
@@ -79,7 +79,8 @@ def test_many_files_are_encoded_by_processes_to_the_same_store(tmp_path, monkeyp
         records = [{"prompt": f"{name}{i}", "response": "x" * i} for i in range(20)]  # the first of each is empty
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     one = opened(tmp_path / "one", f"chat:{tmp_path}/in", heldout=0.2)
-    monkeypatch.setattr(example_store, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(preparing, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(preparing, "group_parts", lambda parts, shard_bytes: [(part,) for part in parts])
     many = opened(tmp_path / "many", f"chat:{tmp_path}/in", heldout=0.2)
     assert one.dropped == many.dropped and one.dropped.startswith("3 of 60 examples left out: empty response: ")
     for a, b in ((one.train, many.train), (one.heldout, many.heldout)):

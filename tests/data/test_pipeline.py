@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illada_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from illada_jax.data import packing
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Component, Corpus
-from illada_jax.data.mixture import Mixture
-from illada_jax.data.pipeline import Pipeline
+from illada_jax.data.pipeline import Mixture, Pipeline, num_windows, pack
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
 
@@ -58,7 +56,7 @@ EVERYTHING = {"split": 0.5, "isolate_documents": True, "random_length_probabilit
 @pytest.mark.parametrize("num_tokens", [32, 37, 100, 8 * 12 - 1])
 def test_an_epoch_holds_every_token_once_and_the_next_one_in_another_order(num_tokens):
     pipeline = make_pipeline(numbered(num_tokens), batch_size=1)
-    windows = packing.num_windows(num_tokens, 8)
+    windows = num_windows(num_tokens, 8)
     epochs = []
     for epoch in range(2):
         batch = together(pipeline.rows(step, [0]) for step in range(epoch * windows, (epoch + 1) * windows))
@@ -129,7 +127,7 @@ def naive_pack(windows, length, starts):
 def test_packing_is_what_the_naive_one_says(rows):
     windows = [np.arange(10, 10 + used, dtype=np.int32) for used, _ in rows]
     starts = [sorted(c for c in columns if c < used) for used, columns in rows]
-    batch = packing.pack(windows, 9, PAD, starts)
+    batch = pack(windows, 9, PAD, starts)
     segments, positions = naive_pack(windows, 9, starts)
     assert np.array_equal(batch.segments_BL, segments) and np.array_equal(batch.positions_BL, positions)
     assert np.array_equal(batch.maskable_BL, segments > 0) and np.array_equal(batch.weights_BL, segments > 0)

@@ -10,13 +10,12 @@ import pytest
 
 from illada_jax.config import DataConfig
 from illada_jax.data import corpus as corpus_module
-from illada_jax.data import shards
 from illada_jax.data.corpus import open_corpus
-from illada_jax.data.preparing import corpora as preparing
-from illada_jax.data.preparing import jobs as tasks
-from illada_jax.data.preparing.corpora import Settings, prepare
-from illada_jax.data.preparing.jobs import LocalEngine
-from illada_jax.data.shards import open_shards
+from illada_jax.data.manifest import Manifest, open_shards
+from illada_jax.data.preparing import jobs, text
+from illada_jax.data.preparing.local import LocalEngine
+from illada_jax.data.preparing.settings import Settings
+from illada_jax.data.preparing.text import prepare
 from illada_jax.data.sources.registry import Document, documents
 from illada_jax.errors import ConfigError, InputError
 
@@ -101,15 +100,16 @@ def test_duplicates_are_dropped_on_request(texts, tmp_path, shard_bytes):
 
 KILLED = """
 import os, pathlib, signal, sys
-from illada_jax.data import shards; from illada_jax.data.preparing import corpora as preparing
-write = shards.write_atomically
+from illada_jax import files
+write = files.write_atomically
 def write_or_die(path, content):
     if path.name == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-shards.write_atomically = write_or_die
-preparing.prepare(preparing.Settings((sys.argv[1],), "sentencepiece", 300, 0.1, shard_bytes=10_000),
-                  pathlib.Path(sys.argv[2]), progress=False)
+files.write_atomically = write_or_die
+from illada_jax.data.preparing import text
+text.prepare(text.Settings((sys.argv[1],), "sentencepiece", 300, 0.1, shard_bytes=10_000),
+             pathlib.Path(sys.argv[2]), progress=False)
 """
 
 
@@ -135,7 +135,7 @@ def test_unfinished_work_of_other_settings_or_files_is_refused(texts, tmp_path, 
 
     settings, target = settings_for(texts), tmp_path / "out"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(tasks, "make_shard", fail)
+        patched.setattr(jobs, "make_shard", fail)
         prepare(settings, target, progress=False)
     before = contents(target)
     with pytest.raises(InputError, match="unfinished preparation with other sources, files or settings"):
@@ -201,9 +201,9 @@ def test_bad_settings(values):
 
 
 def test_statistics_are_those_of_the_text(tmp_path):
-    statistics = preparing._statistics([Document("abab"), Document("cdcd")])
+    statistics = text._statistics([Document("abab"), Document("cdcd")])
     assert statistics["order-0 entropy of bytes"] == pytest.approx(2.0)
-    assert preparing._statistics([Document("a" * 10_000)])["gzip -9"] < 0.1
+    assert text._statistics([Document("a" * 10_000)])["gzip -9"] < 0.1
 
 
 def data_config(texts, tmp_path, **values):
@@ -216,7 +216,7 @@ def test_small_corpora_prepare_themselves_once(texts, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     first = open_corpus(data)
     assert "tokenizing: 100%" in capfd.readouterr().err
-    monkeypatch.setattr(preparing, "prepare", None)
+    monkeypatch.setattr(corpus_module, "prepare", None)
     again = open_corpus(data)
     assert again.fingerprint == first.fingerprint and again.statistics == first.statistics != {}
     assert again.train.read(0, 100).tolist() == first.train.read(0, 100).tolist()
@@ -235,7 +235,7 @@ def test_the_cache_follows_content_and_settings(texts, tmp_path):
 def test_an_interrupted_cache_is_not_taken_for_whole(texts, tmp_path, monkeypatch):
     data = data_config(texts, tmp_path)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(shards.Manifest, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Manifest, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         open_corpus(data, progress=False)
     assert not list((tmp_path / "cache").iterdir())
     assert open_corpus(data, progress=False).train.num_documents > 0

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from illada_jax.data import shards
-from illada_jax.data.shards import Manifest, ShardWriter, TokenStream, open_shards
+from illada_jax.data.manifest import Manifest, open_shards
+from illada_jax.data.shards import ExampleSet, ShardWriter, TokenStream
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
@@ -21,14 +22,14 @@ def write_corpus(directory, documents_of_shards, tokenizer=None):
     tokenizer = tokenizer or ByteTokenizer()
     infos, tokens = [], []
     for n, documents in enumerate(documents_of_shards):
-        writer = ShardWriter(directory / f"train-{n}", tokenizer)
+        writer = ShardWriter(directory / f"train-{n}", tokenizer.vocab_size)
         for ids in documents:
-            writer.add(ids, len(ids))
+            writer.add([*ids, tokenizer.eos_id], len(ids))
             tokens += [*ids, tokenizer.eos_id]
         infos.append(writer.close())
     tokenizer.save(directory / "tokenizer")
-    Manifest(("test",), tokenizer.fingerprint, tokenizer.vocab_size, 0.0, {"gzip -9": 2.0},
-             {"train": tuple(infos), "heldout": ()}).save(directory)
+    Manifest(("test",), tokenizer.fingerprint, tokenizer.vocab_size, 0.0, {"train": tuple(infos), "heldout": ()},
+             {"gzip -9": 2.0}).save(directory)
     return tokens
 
 
@@ -90,24 +91,50 @@ def test_few_files_are_open_however_many_shards(tmp_path, monkeypatch):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     for vocab_size in (2**16, 2**16 + 1):
-        tokenizer = ByteTokenizer()
-        tokenizer.vocab_size = vocab_size
-        writer = ShardWriter(tmp_path / "shard", tokenizer)
-        writer.add([vocab_size - 1, 5], 2)
-        stream = TokenStream([(tmp_path, writer.close())], vocab_size, tokenizer.eos_id)
-        assert stream.read(0, 3).tolist() == [vocab_size - 1, 5, tokenizer.eos_id]
+        writer = ShardWriter(tmp_path / "shard", vocab_size)
+        writer.add([vocab_size - 1, 5, 2], 2)
+        stream = TokenStream([(tmp_path, writer.close())], vocab_size, eos_id=2)
+        assert stream.read(0, 3).tolist() == [vocab_size - 1, 5, 2]
+
+
+def test_examples_have_an_answer_mask_and_a_source(tmp_path):
+    draw = np.random.default_rng(0)
+    shards_written, written = [], []
+    for source, count in enumerate((30, 1, 12)):
+        writer = ShardWriter(tmp_path / f"train-{source}", 2**24, has_answers=True, source=source)
+        for _ in range(count):
+            ids = draw.integers(0, 2**24, draw.integers(1, 60))
+            written.append((ids.tolist(), (draw.random(len(ids)) < 0.5).tolist(), source))
+            writer.add(*written[-1][:1], 7, written[-1][1])
+        shards_written.append((tmp_path, writer.close()))
+    examples = ExampleSet(shards_written, 2**24, eos_id=2)
+    assert examples.num_documents == 43 and examples.num_bytes == 7 * 43
+    assert examples.sources_N.tolist() == [source for *_, source in written]
+    assert examples.lengths_N.tolist() == [len(ids) for ids, *_ in written]
+    for index in draw.permutation(43):
+        ids, is_answer, _ = written[index]
+        assert examples.document(index).tolist() == ids and examples.document(index).dtype == np.int32
+        assert examples.is_answer(index).tolist() == is_answer
+    assert examples.read(0, examples.num_tokens).tolist() == [i for ids, *_ in written for i in ids]
+    for index in (-1, 43):
+        with pytest.raises(IndexError):
+            examples.document(index)
+        with pytest.raises(IndexError):
+            examples.is_answer(index)
+    empty = ExampleSet([], 2**24, eos_id=2)
+    assert empty.num_documents == len(empty.lengths_N) == len(empty.sources_N) == 0
 
 
 def test_writing_is_reproducible_and_atomic(tmp_path):
     documents = random_documents(0, 50, 40)
     for name in "ab":
-        writer = ShardWriter(tmp_path / name, ByteTokenizer())
+        writer = ShardWriter(tmp_path / name, 260)
         for ids in documents:
-            writer.add(ids, len(ids))
+            writer.add([*ids, 2], len(ids))
         assert not (tmp_path / name).exists()
         writer.close()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert ShardWriter(tmp_path / "empty", ByteTokenizer()).close() is None
+    assert ShardWriter(tmp_path / "empty", 260).close() is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -139,9 +166,10 @@ def other_tokenizer(directory):
     (lambda d: (d / "manifest.json").unlink(), "no prepared corpus"),
     (lambda d: (d / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
     (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: format version None"),
-    (lambda d: change_manifest(d, format_version=99), r"manifest\.json: format version 99, this program reads 1"),
+    (lambda d: change_manifest(d, format_version=99), r"manifest\.json: format version 99, this program reads 2"),
     (lambda d: change_manifest(d, chunk_tokens=99), r"manifest\.json: chunk_tokens 99"),
     (lambda d: change_manifest(d, splits={}), r"manifest\.json: broken: 'train'"),
+    (lambda d: change_manifest(d, has_answers=True), r"train-0: record 0 holds \d+ ids, the manifest says 16"),
     (other_tokenizer, r"manifest\.json: made with another tokenizer"),
     (lambda d: (d / "tokenizer" / "special_ids.json").unlink(), "no tokenizer among"),
 ])

@@ -5,7 +5,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from illada_jax.data.preparing.corpora import check_lossless
+from illada_jax.data.preparing.settings import check_lossless
 from illada_jax.data.tokenizers.tokenizer import (
     ByteTokenizer,
     load_tokenizer,
@@ -175,7 +175,7 @@ def test_pieces_of_the_plain_vocabulary_are_not_matched_as_special():
 def test_lossy_tokenizer_is_refused_for_preparing():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "[UNK]": 1}, merges=[], unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(InputError, match=r"tokenizer lossy\.json: text does not survive it"):
+    with pytest.raises(InputError, match=r"tokenizer lossy\.json: not lossless"):
         check_lossless(tokenizer_from_files({"tokenizer.json": tokenizer.to_str().encode()}), "lossy.json")
 
 

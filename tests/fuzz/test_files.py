@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from illada_jax.data import shards
-from illada_jax.data.shards import open_shards
+from illada_jax.data.manifest import open_shards
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import InputError
 from illada_jax.interop.hf_model import open_hf_model

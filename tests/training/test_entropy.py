@@ -12,8 +12,7 @@ from etils import epath
 
 from illada_jax import model
 from illada_jax.config import Config, from_dict, to_dict
-from illada_jax.data.batches import Batches
-from illada_jax.data.packing import pack
+from illada_jax.data.pipeline import Batches, pack
 from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import RunSetup, train
@@ -33,7 +32,7 @@ class Draws(Batches):
     fingerprint = "enumerable"
 
     def __init__(self, config: Config, joint_N: np.ndarray):
-        super().__init__(config)
+        super().__init__(config, pad_id=0)
         self._cumulative_N = np.cumsum(joint_N)
 
     def rows(self, step, rows):
@@ -43,9 +42,6 @@ class Draws(Batches):
 
     def epochs(self, step):
         return {}
-
-    def heldout_windows(self, heldout, length, count):
-        raise NotImplementedError
 
 
 def make_config() -> Config:

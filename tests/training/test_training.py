@@ -9,7 +9,8 @@ import pytest
 
 from illada_jax.config import DataConfig, from_dict
 from illada_jax.data.corpus import open_corpus
-from illada_jax.data.preparing.corpora import Settings, prepare
+from illada_jax.data.preparing.settings import Settings
+from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 from illada_jax.evaluation.evaluators import ratio_and_stderr
 from illada_jax.interop import load_model

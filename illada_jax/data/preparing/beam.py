@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from illada_jax.data.preparing.jobs import ShardJob, document_digests, done_path, make_shard_in
+from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path, make_shard_in
 from illada_jax.errors import InputError
 
 
@@ -72,8 +72,8 @@ def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
     return options
 
 
-def _places_by_digest(job: ShardJob) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    for position, digest in enumerate(document_digests(job)):
+def _places_by_digest(job: TextJob) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    for position, digest in enumerate(job.digests()):
         yield digest.tobytes(), (job.index, position)
 
 

@@ -1,78 +1,174 @@
-"""Tasks: the shards of a preparation, each made from its own parts, in any order, by any process.
+"""Jobs: the shards of a preparation, each made from its own parts, in any order, by any process.
 
-`LocalEngine` makes them on the cores of this machine, `data/preparing/beam.py` on Apache Beam; both call the same functions here.
+An engine runs them: `local.py` on the cores of this machine, `beam.py` on Apache Beam. Both call the functions here.
 """
 
-import concurrent.futures
+import abc
+import collections
 import dataclasses
-import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import pathlib
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import tqdm
 
-from illada_jax.data import shards
+from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY
 from illada_jax.data.shards import ShardInfo, ShardWriter
+from illada_jax.data.sources.examples import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.files import write_atomically
 
 DONE_DIRECTORY = "done"
-S = TypeVar("S")
-T = TypeVar("T")
+_SHOWN_PLACES = 3  # of each reason
+
+
+class DropCounter:
+    """Counts of examples that were left out or cut, by fate and reason, with the first places.
+
+    Attributes:
+      total: all examples read.
+    """
+
+    def __init__(self):
+        self.total = 0
+        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._places: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+
+    def add(self, rejected: RejectedExample, fate: str = "left out") -> None:
+        """Counts an example."""
+        place = rejected.where + (f" ({rejected.detail})" if rejected.detail else "")
+        self._add((fate, rejected.reason), 1, [place])
+
+    def to_json(self) -> dict:
+        """The counts as JSON values, for `merge`."""
+        return {"total": self.total,
+                "drops": [[*key, count, self._places[key]] for key, count in self._counts.items()]}
+
+    def merge(self, later: dict) -> None:
+        """Adds the counts of another counter, of examples that come later in the sources, given by `to_json`."""
+        self.total += later["total"]
+        for fate, reason, count, places in later["drops"]:
+            self._add((fate, reason), count, places)
+
+    def lines(self, *fates: str) -> tuple[str, ...]:
+        """One line per reason, the most frequent first."""
+        return tuple(
+            f"{count:,} of {self.total:,} examples {fate}: {reason}: " + "; ".join(self._places[fate, reason])
+            + ("; …" if count > _SHOWN_PLACES else "")
+            for (fate, reason), count in self._counts.most_common() if fate in fates
+        )
+
+    def _add(self, key: tuple[str, str], count: int, places: list[str]) -> None:
+        self._counts[key] += count
+        self._places[key] = (self._places[key] + places)[:_SHOWN_PLACES]
+
+
+class EncodedDocument(NamedTuple):
+    """A document or an example as tokens.
+
+    Attributes:
+      split: `train` or `heldout`.
+      ids: its tokens, the end token included.
+      num_bytes: UTF-8 bytes of its text.
+      is_answer: of an example, for each token: it belongs to an answer.
+    """
+
+    split: str
+    ids: Sequence[int]
+    num_bytes: int
+    is_answer: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """One shard of each split: what a process needs to make it.
+class ShardJob(abc.ABC):
+    """One shard of each split: all that a process needs to make it.
 
     Attributes:
       index: number of the shard.
-      parts: what is read.
-      split_below: documents whose split hash is below are held out.
-      dropped: positions, among the documents of these parts, of duplicates; they are left out.
+      parts: the parts to read.
+      split_below: documents with a smaller split hash are held out.
+      source: index of the source that examples are from; 0 for text.
     """
+
+    has_answers: ClassVar[bool] = False
 
     index: int
     parts: tuple[Part, ...]
     split_below: int
-    dropped: frozenset[int] = frozenset()
+    source: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """About how much text there is."""
+        """Approximate size of the parts."""
         return sum(part.num_bytes for part in self.parts)
 
+    def split_of(self, split_hash: int) -> str:
+        """`heldout` or `train`."""
+        return "heldout" if split_hash < self.split_below else "train"
+
+    @abc.abstractmethod
+    def encode(self, tokenizer: Tokenizer, counter: DropCounter) -> Iterator[EncodedDocument]:
+        """The documents of the parts as tokens, in order; examples that are left out or cut are counted."""
+
+
+@dataclass(frozen=True)
+class TextJob(ShardJob):
+    """A shard of text.
+
+    Attributes:
+      duplicates: positions, among the documents of the parts, of duplicates, which are left out.
+    """
+
+    duplicates: frozenset[int] = frozenset()
+
     def documents(self) -> Iterator[Document]:
-        """The documents that are kept. Empty ones are not."""
-        everything = (document for part in self.parts for document in part.read())
-        for n, document in enumerate(everything):
-            if document.text and n not in self.dropped:
+        """The documents that are kept; empty ones and duplicates are not."""
+        for position, document in enumerate(self._all_documents()):
+            if document.text and position not in self.duplicates:
                 yield document
 
-    def without(self, positions: Iterable[int]) -> "ShardJob":
-        """The job with documents left out."""
-        return dataclasses.replace(self, dropped=frozenset(positions))
+    def digests(self) -> np.ndarray:
+        """A hash (V16) of every document of the parts, in order."""
+        return np.array([hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+                         for document in self._all_documents()], "V16")
 
-    def split_of(self, document: Document) -> str:
-        """`heldout` or `train`."""
-        return "heldout" if document.split_hash < self.split_below else "train"
+    def without(self, duplicates: Iterable[int]) -> "TextJob":
+        """The job with documents left out."""
+        return dataclasses.replace(self, duplicates=frozenset(duplicates))
+
+    def encode(self, tokenizer: Tokenizer, counter: DropCounter) -> Iterator[EncodedDocument]:
+        """See ShardJob."""
+        for document in self.documents():
+            ids = [*tokenizer.encode(document.text), tokenizer.eos_id]
+            yield EncodedDocument(self.split_of(document.split_hash), ids, len(document.text.encode()))
+
+    def _all_documents(self) -> Iterator[Document]:
+        return (document for part in self.parts for document in part.read())
+
+
+class Engine(Protocol):
+    """Runs jobs. The shards are the same with every engine, byte for byte."""
+
+    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
+        """Makes the shards that are not done yet.
+
+        Args:
+          jobs: all jobs of the preparation.
+          directory: the target; it holds the tokenizer already.
+          drop_duplicates: leave out documents that repeat the text of an earlier one (TextJob only).
+        """
 
 
 def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Puts consecutive parts together until they hold enough for a shard."""
-    groups: list[list[Part]] = [[]]
+    """Puts consecutive parts together until they fill a shard."""
+    groups: list[list[Part]] = []
     size = 0
     for part in parts:
-        if groups[-1] and size + part.num_bytes > shard_bytes:
+        if not groups or size + part.num_bytes > shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(part)
@@ -82,127 +178,42 @@ def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...
 
 def make_shard(job: ShardJob, directory: pathlib.Path, tokenizer: Tokenizer,
                advance: Callable[[int], object] = lambda num_bytes: None) -> None:
-    """Makes the shard of a job, of either split, and notes that it is done.
+    """Makes the shard of a job, of either split, and records that it is done.
 
     Args:
-      job: what to read.
-      directory: the target.
-      tokenizer: what makes ids of text.
-      advance: told the bytes of every document.
+      job: the job.
+      directory: the target of the preparation.
+      tokenizer: the tokenizer.
+      advance: called with the bytes of every document.
     """
-    writers = {split: ShardWriter(directory / f"{split}-{job.index:06d}.array_record", tokenizer)
-               for split in shards.SPLITS}
-    for document in job.documents():
-        num_bytes = len(document.text.encode())
-        writers[job.split_of(document)].add(tokenizer.encode(document.text), num_bytes)
-        advance(num_bytes)
+    writers = {split: ShardWriter(directory / f"{split}-{job.index:06d}.array_record", tokenizer.vocab_size,
+                                  job.has_answers, job.source) for split in SPLITS}
+    counter = DropCounter()
+    for document in job.encode(tokenizer, counter):
+        writers[document.split].add(document.ids, document.num_bytes, document.is_answer)
+        advance(document.num_bytes)
     infos = {split: writer.close() for split, writer in writers.items()}
-    done = {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None}
-    shards.write_atomically(done_path(directory, job.index), json.dumps(done).encode())
+    done = {"shards": {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None},
+            "drops": counter.to_json()}
+    write_atomically(done_path(directory, job.index), json.dumps(done))
 
 
 def make_shard_in(directory: pathlib.Path, job: ShardJob) -> None:
-    """`make_shard` for a process that has nothing but the directory."""
-    make_shard(job, directory, load_tokenizer(directory / shards.TOKENIZER_DIRECTORY))
-
-
-def document_digests(job: ShardJob) -> np.ndarray:
-    """A hash (V16) of every document of a job, in order."""
-    found = [hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-             for part in job.parts for document in part.read()]
-    return np.array(found, "V16")
+    """`make_shard` for a process that knows only the directory."""
+    make_shard(job, directory, load_tokenizer(directory / TOKENIZER_DIRECTORY))
 
 
 def done_path(directory: pathlib.Path, index: int) -> pathlib.Path:
-    """Where it is noted that a job is done, and what it made."""
+    """The record that a job is done, with its shards and drops."""
     return directory / DONE_DIRECTORY / f"{index:06d}.json"
 
 
-def collect(directory: pathlib.Path, jobs: Sequence[ShardJob]) -> dict[str, tuple[ShardInfo, ...]]:
-    """The shards of every split, in the order of the jobs, all of which are done."""
+def collect(directory: pathlib.Path, jobs: Sequence[ShardJob]) -> tuple[dict[str, tuple[ShardInfo, ...]], DropCounter]:
+    """The shards of every split, in the order of the jobs, and the drops. All jobs must be done."""
     done = [json.loads(done_path(directory, job.index).read_bytes()) for job in jobs]
-    return {split: tuple(ShardInfo(**infos[split]) for infos in done if split in infos) for split in shards.SPLITS}
-
-
-class Engine(Protocol):
-    """What makes shards. Whatever engine is taken, the shards are the same, byte for byte."""
-
-    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
-        """Makes the shards that are not done yet, into a directory that holds the tokenizer already."""
-
-
-@dataclass(frozen=True)
-class LocalEngine:
-    """Processes on this machine.
-
-    Attributes:
-      num_processes: how many.
-      progress: show a bar on stderr.
-    """
-
-    num_processes: int = 1
-    progress: bool = True
-
-    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
-        """See Engine."""
-        if drop_duplicates:
-            jobs = self._without_duplicates(jobs)
-        missing = [job for job in jobs if not done_path(directory, job.index).exists()]
-        total = sum(job.num_bytes for job in jobs)
-        with progress_bar(self.progress, total, "tokenizing") as bar:
-            bar.update(total - sum(job.num_bytes for job in missing))
-            if self.num_processes == 1:
-                tokenizer = load_tokenizer(directory / shards.TOKENIZER_DIRECTORY)
-                for job in missing:
-                    make_shard(job, directory, tokenizer, bar.update)
-            else:
-                make = functools.partial(make_shard_in, directory)
-                for job, _ in in_processes(make, missing, self.num_processes):
-                    bar.update(job.num_bytes)
-
-    def _without_duplicates(self, jobs: Sequence[ShardJob]) -> list[ShardJob]:
-        """Tells each job which of its documents stood in an earlier place already."""
-        digests = {}
-        with progress_bar(self.progress, sum(job.num_bytes for job in jobs), "looking for duplicates") as bar:
-            for job, found in in_processes(document_digests, jobs, self.num_processes):
-                digests[job.index] = found
-                bar.update(job.num_bytes)
-        in_order = [digests[job.index] for job in jobs]
-        _, first = np.unique(np.concatenate(in_order), return_index=True)
-        repeated = np.ones(sum(map(len, in_order)), bool)
-        repeated[first] = False
-        per_task = np.split(repeated, np.cumsum([len(found) for found in in_order])[:-1])
-        return [job.without(np.flatnonzero(positions).tolist())
-                for job, positions in zip(jobs, per_task, strict=True)]
-
-
-def in_processes(function: Callable[[S], T], jobs: Sequence[S], num_processes: int) -> Iterator[tuple[S, T]]:
-    """Yields (job, function(job)) for every job, as they get done. The first error stops the rest."""
-    if num_processes == 1:
-        yield from ((job, function(job)) for job in jobs)
-        return
-    # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _die_with_parent) as pool:
-        futures = {pool.submit(function, job): job for job in jobs}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """Ends this process when its parent is killed: the parent's next run will do the work again."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def progress_bar(shown: bool, total: int, what: str) -> tqdm.tqdm:
-    """A bar in bytes, on stderr, if that is a terminal."""
-    quiet = None if shown else True
-    return tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, file=sys.stderr)
+    counter = DropCounter()
+    for record in done:
+        counter.merge(record["drops"])
+    splits = {split: tuple(ShardInfo(**record["shards"][split]) for record in done if split in record["shards"])
+              for split in SPLITS}
+    return splits, counter

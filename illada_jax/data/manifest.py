@@ -1,0 +1,143 @@
+"""Prepared corpora: a directory of token shards and their tokenizer, with a manifest that makes them a whole.
+
+Every file is written atomically, `manifest.json` last: a directory without it is unfinished.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from dataclasses import dataclass
+
+from illada_jax.data import shards
+from illada_jax.data.shards import ExampleSet, ShardInfo, TokenStream
+from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.errors import InputError
+from illada_jax.files import write_atomically
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+TOKENIZER_DIRECTORY = "tokenizer"
+SPLITS = ("train", "heldout")
+
+_STAT_THREADS = 32
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared directory holds.
+
+    Attributes:
+      sources: the sources that were read.
+      tokenizer: fingerprint of the tokenizer.
+      vocab_size: its size; ids take uint16 if they fit, else uint32.
+      heldout_fraction: share of the documents that was to be held out.
+      splits: the shards of each split.
+      statistics: figures to compare a model with, by name, in bits per byte; for small corpora of text only.
+      has_answers: the shards hold examples, with an answer mask.
+      dropped: examples left out or truncated, a line per reason.
+      divided: long examples split into several windows or rows, a line per reason.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    vocab_size: int
+    heldout_fraction: float
+    splits: dict[str, tuple[ShardInfo, ...]]
+    statistics: dict[str, float] = dataclasses.field(default_factory=dict)
+    has_answers: bool = False
+    dropped: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies tokens and split: a hash over the tokenizer and the shards."""
+        content = [self.tokenizer, {name: [info.sha256 for info in infos] for name, infos in self.splits.items()}]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes `manifest.json`."""
+        totals = {
+            split: {f"num_{what}": sum(getattr(info, f"num_{what}") for info in infos)
+                    for what in ("tokens", "documents", "bytes")}
+            for split, infos in self.splits.items()
+        }
+        content = {"format_version": FORMAT_VERSION, "chunk_tokens": shards.CHUNK_TOKENS, "totals": totals,
+                   **dataclasses.asdict(self)}
+        write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
+
+    @classmethod
+    def load(cls, directory: pathlib.Path) -> "Manifest":
+        """Reads `manifest.json`.
+
+        Raises:
+          InputError: it is missing, broken, or of another format version.
+        """
+        path = directory / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing, so it was never finished); "
+                             "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
+                             f"--target={directory} makes one") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}")
+        try:
+            if content["chunk_tokens"] != shards.CHUNK_TOKENS:
+                raise InputError(f"{path}: chunk_tokens {content['chunk_tokens']!r}, this program reads "
+                                 f"{shards.CHUNK_TOKENS}")
+            values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+            for name in ("sources", "dropped", "divided"):
+                values[name] = tuple(map(str, values[name]))
+            values["splits"] = {split: tuple(ShardInfo(**shard).checked() for shard in values["splits"][split])
+                                for split in SPLITS}
+            if not isinstance(values["statistics"], dict) or not isinstance(values["has_answers"], bool):
+                raise TypeError("statistics is not an object, or has_answers is not true or false")
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: broken: {error}") from error
+
+
+def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str, TokenStream]]:
+    """Opens a prepared directory: manifest, tokenizer, and a stream for each split.
+
+    Raises:
+      InputError: it is not whole, a shard does not have its size, or the tokenizer is not the one that made the shards;
+        names the file.
+    """
+    manifest = Manifest.load(directory)
+    tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
+        raise InputError(f"{directory / MANIFEST}: made with another tokenizer (fingerprint {manifest.tokenizer}, "
+                         f"{directory / TOKENIZER_DIRECTORY} has {tokenizer.fingerprint})")
+    _check_sizes(directory, [info for infos in manifest.splits.values() for info in infos])
+    stream = ExampleSet if manifest.has_answers else TokenStream
+    streams = {
+        split: stream([(directory, info) for info in infos], manifest.vocab_size, tokenizer.eos_id)
+        for split, infos in manifest.splits.items()
+    }
+    return manifest, tokenizer, streams
+
+
+def _check_sizes(directory: pathlib.Path, infos: list[ShardInfo]) -> None:
+    """Checks that shards are there and have their size, without reading them."""
+
+    def check(info: ShardInfo) -> None:
+        path = directory / info.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: the manifest names this shard, but: {error.strerror}") from error
+        if size != info.size:
+            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or not the same "
+                             "file; prepare the corpus again")
+
+    # On a mounted bucket every look takes its time, and there may be thousands.
+    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+        for _ in pool.map(check, infos):
+            pass

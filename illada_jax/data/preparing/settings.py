@@ -1,0 +1,139 @@
+"""Settings of a preparation, and what follows from them: the tokenizer, and the key of a cached corpus."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from illada_jax.data.manifest import FORMAT_VERSION, TOKENIZER_DIRECTORY
+from illada_jax.data.shards import file_sha256
+from illada_jax.data.sources.registry import Part
+from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.errors import ConfigError, InputError
+from illada_jax.files import new_directory
+
+_PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a preparation of text: everything that the shards depend on, besides the content of the sources.
+
+    Attributes:
+      sources: see `data/sources/registry.py`.
+      tokenizer: `bytes`, `sentencepiece` (trained on the corpus) or a path.
+      vocab_size: ids of a tokenizer that is trained here.
+      heldout_fraction: share of the documents that is held out, chosen by hash.
+      drop_duplicates: keep only the first of documents with the same text.
+      shard_bytes: approximate size of the text of a shard; a part of a source (a file, say) is never divided.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    vocab_size: int
+    heldout_fraction: float
+    drop_duplicates: bool = False
+    shard_bytes: int = 64 * 2**20
+
+    def __post_init__(self):
+        if not 0 <= self.heldout_fraction < 1:
+            raise ConfigError(f"heldout_fraction = {self.heldout_fraction}: must lie in [0, 1)")
+        if self.shard_bytes <= 0:
+            raise ConfigError(f"shard_bytes = {self.shard_bytes}: must be greater than 0")
+
+    @property
+    def split_below(self) -> int:
+        """Documents with a smaller split hash (64 bits) are held out."""
+        return int(self.heldout_fraction * 2**64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSettings(Settings):
+    """Settings of a preparation of examples.
+
+    Attributes:
+      length: tokens of a window or row (config.data.length).
+      over_length: see config.sft.over_length.
+      format: see config.sft.format.
+    """
+
+    length: int
+    over_length: Literal["split", "truncate", "drop"]
+    format: Literal["illada", "llada"]
+    shard_bytes: int = 16 * 2**20
+
+
+def content_key(settings: Settings, parts: Iterable[Part], tokenizer: Tokenizer | None) -> str:
+    """Identifies a prepared corpus: a hash over the settings, all bytes of the sources and the tokenizer.
+
+    Args:
+      settings: the settings.
+      parts: the parts of all sources.
+      tokenizer: None if it is trained on the corpus.
+    """
+    values = dataclasses.asdict(settings)
+    if tokenizer is not None:  # by its files, whatever their path; chat templates decide how examples are written
+        files = tokenizer.files()
+        values["tokenizer"] = [[name, hashlib.sha256(files[name]).hexdigest()] for name in sorted(files)]
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, values]).encode())
+    for path in dict.fromkeys(path for part in parts for path in part.files):
+        digest.update(file_sha256(path).encode())
+    return digest.hexdigest()[:24]
+
+
+def given_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of a setting, or None for `sentencepiece`, which is trained on the corpus.
+
+    Raises:
+      InputError: it cannot be read, or it is not lossless.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "sentencepiece":
+        return None
+    tokenizer = load_tokenizer(name)
+    check_lossless(tokenizer, name)
+    return tokenizer
+
+
+def check_lossless(tokenizer: Tokenizer, name: str) -> None:
+    """Checks that difficult text survives encoding and decoding.
+
+    Raises:
+      InputError: it does not; `name` is the tokenizer's name in the message.
+    """
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    if back != _PROBE:
+        at = next((i for i, (a, b) in enumerate(zip(_PROBE, back, strict=False)) if a != b), len(back))
+        raise InputError(f"tokenizer {name}: not lossless: {_PROBE[at:at + 8]!r} comes back as {back[at:at + 8]!r}; "
+                         "use a byte-level tokenizer, or one with byte fallback")
+
+
+def save_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer | None, texts: Iterable[str], vocab_size: int,
+                   progress: bool) -> Tokenizer:
+    """Saves the tokenizer of a preparation in its directory. One that a stopped preparation has saved is kept.
+
+    Args:
+      directory: the target of the preparation.
+      tokenizer: the tokenizer; None trains one.
+      texts: training text of a new one.
+      vocab_size: ids of a new one.
+      progress: say on stderr that a tokenizer is trained.
+
+    Returns:
+      The saved tokenizer.
+    """
+    target = directory / TOKENIZER_DIRECTORY
+    if target.exists():
+        return load_tokenizer(target)
+    if tokenizer is None:
+        if progress:
+            print(f"training a SentencePiece tokenizer of {vocab_size:,} ids", file=sys.stderr, flush=True)
+        tokenizer = train_sentencepiece(texts, vocab_size)
+    with new_directory(target) as unfinished:
+        tokenizer.save(unfinished)
+    return tokenizer
