@@ -46,7 +46,7 @@ class Generation:
       nfe: network evaluations that it took.
       stopped_by: `eos`, `stop_string`, `length` (the budget was used up), `filled` (infilling) or `callback`.
       reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
-      confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
+      log_probs: natural log-probability of each of the tokens when it was written; 0 for given ones.
       canvas: the whole row of ids at the end: what was given, what was written, also behind the end of the answer.
       canvas_step: for each id of the canvas, the step at which it was written; -1 for what was given or never written.
         Together they hold every state that the text went through, see `illada_jax.tracing`.
@@ -57,7 +57,7 @@ class Generation:
     nfe: int
     stopped_by: str
     reveal_step: list[int]
-    confidence: list[float]
+    log_probs: list[float]
     canvas: list[int]
     canvas_step: list[int]
 
@@ -297,11 +297,14 @@ class LanguageModel:
         count, stopped_by = len(decoded.tokens), decoded.stopped_by
         starts = [text.find(s) for s in stop if s in text]
         if starts:
-            stops = lambda n: any(s in decode(decoded.tokens[:n]) for s in stop)  # noqa: E731
-            count = bisect.bisect_left(range(count), True, key=stops)
+            def contains_stop(n: int) -> bool:
+                so_far = decode(decoded.tokens[:n])
+                return any(s in so_far for s in stop)
+
+            count = bisect.bisect_left(range(count), True, key=contains_stop)
             text, stopped_by = text[: min(starts)], "stop_string"
         return Generation(text, decoded.tokens[:count], decoded.nfe, stopped_by, decoded.reveal_step[:count],
-                          decoded.confidence[:count], decoded.canvas, decoded.canvas_step)
+                          decoded.log_probs[:count], decoded.canvas, decoded.canvas_step)
 
 
 @jax.jit

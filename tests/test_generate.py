@@ -31,8 +31,8 @@ def test_texts_and_ids_give_the_same(lm):
     assert text == ids
     for result in text:
         assert result.text == TOKENIZER.decode(result.tokens)
-        assert len(result.tokens) == len(result.reveal_step) == len(result.confidence)
-        assert all(value <= 0 for value in result.confidence)
+        assert len(result.tokens) == len(result.reveal_step) == len(result.log_probs)
+        assert all(value <= 0 for value in result.log_probs)
 
 
 def test_settings_override_the_checkpoint(lm):
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
     (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'schedule', 'threshold', 'factor', 'entropy_bound'"),
     (lambda lm: lm.generate(["a" * 128]), "leave no room in the context of 128"),
-    (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "gaps are filled by infilling only"),
+    (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "use infilling to fill gaps"),
     (lambda lm: lm.infill(["abc"]), "'abc': no gap to fill"),
     (lambda lm: lm.infill(["abc [[mask:]] [[mask:2]]"]), "a gap is written [[mask:N]]"),
     (lambda lm: lm.logits([1, 2]), "integers [rows, length] are wanted"),

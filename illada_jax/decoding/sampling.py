@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from illada_jax.decoding.confidence import Prediction, argmax, log_probs
+from illada_jax.decoding.confidence import Prediction, argmax, log_softmax
 
 
 class Draw(enum.IntEnum):
@@ -26,24 +26,6 @@ def row_keys(seed: int, rows: jax.Array) -> jax.Array:
 def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
     """Typed keys [B] of (row, the row's step, draw)."""
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
-
-
-def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:
-    """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA).
-
-    Args:
-      cond_BQV: float32, of the network that sees what was given.
-      uncond_BQV: float32, of the same with what was given masked.
-      scale: w.
-
-    Returns:
-      float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
-
-    >>> classifier_free_guidance(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
-    [[[2.0, -inf]]]
-    """
-    guided_BQV = uncond_BQV + (scale + 1) * (cond_BQV - uncond_BQV)
-    return jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)
 
 
 def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
@@ -79,7 +61,7 @@ def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.
         if top_p < 1:
             logits_BQV = nucleus(logits_BQV, top_p)
         shape_QV = logits_BQV.shape[1:]
-        # Drawn flat: XLA's CPU compiler takes ten times as long over the same draw in more dimensions.
+        # Drawn flat: XLA's CPU compiler takes ten times as long for the same draw in more dimensions.
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (math.prod(shape_QV),), mode="high").reshape(shape_QV))
         logits_BQV = logits_BQV + gumbel(keys_B)
     return argmax(logits_BQV)
@@ -97,9 +79,10 @@ def predict(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: t
       keys_B2: the rows' key data.
       steps_B: the rows' steps.
     """
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, logits_BQV.shape[1:2]))
+    num_columns = logits_BQV.shape[1]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_columns,)))
     return Prediction(
         tokens_BQ=choose(logits_BQV, temperature, top_p, step_keys(keys_B2, Draw.TOKEN, steps_B)),
-        log_probs_BQV=log_probs(mask_logits(logits_BQV, last_ids)),
+        log_probs_BQV=log_softmax(mask_logits(logits_BQV, last_ids)),
         uniform_BQ=uniform(step_keys(keys_B2, Draw.ORDER, steps_B)),
     )

@@ -51,21 +51,22 @@ def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Arra
 
 @functools.cache
 def _logits_function(config: ModelConfig):
-    """One function object per config, so that jit recognises it and does not compile again for other params."""
+    """One function object per config: jit recognises it and compiles once for all params."""
 
     def logits(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-        hidden_BQD, cache = Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT, query_columns_BQ,
-                                                      cache, method=Transformer.at_columns)
+        hidden_BQD, cache = Transformer(config).apply(
+            {"params": params}, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache,
+            method=Transformer.at_columns)
         return head(config, params, hidden_BQD), cache
 
     return logits
 
 
 def make_logits_fn(config: ModelConfig, params: Params) -> jax.tree_util.Partial:
-    """The function that decoding and scoring take (design: the decoder's contract with the model).
+    """The network as decoding and scoring take it, see `decoding.query.LogitsFn`.
 
     Returns:
-      `logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache) -> (logits_BQV, cache)`: float32 logits of the
-      wanted columns. It is a pytree that carries the params: pass it to a jitted function as an argument.
+      `logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache) -> (logits_BQV, cache)`: float32 logits
+      of the queried columns. A pytree that carries the params: pass it to jitted functions as an argument.
     """
     return jax.tree_util.Partial(_logits_function(config), params)

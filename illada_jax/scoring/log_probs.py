@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from illada_jax.decoding.query import LogitsFn, SpecialIds
-from illada_jax.decoding.sampling import classifier_free_guidance
+from illada_jax.decoding.query import CanvasSlice, LogitsFn, SpecialIds, guided_logits
 from illada_jax.parallel.mesh import use_mesh
 from illada_jax.parallel.sharding import batch_sharding
 
@@ -164,28 +164,42 @@ def _rounded(count: int, parts: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))
-def token_log_probs(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, contexts_B: jax.Array,
-          columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float
-          ) -> tuple[jax.Array, jax.Array]:
-    """(Log-probabilities of the targets [B, Q, C], log-probability of the most probable id [B, Q])."""
+def token_log_probs(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, context_lengths_B: jax.Array,
+                    columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float,
+                    ) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of target tokens, with guidance that hides the context.
+
+    Args:
+      logits_fn: the network.
+      tokens_BL: int32 rows, MASK in hidden columns.
+      lengths_B: int32, columns of each row; the rest is padding.
+      context_lengths_B: int32, columns of each row's context.
+      columns_BQ: int32 columns to query.
+      targets_BQC: int32 ids to evaluate at each of them.
+      mask_id: id of MASK.
+      cfg_scale: classifier-free guidance; 0 is none.
+
+    Returns:
+      (log-probabilities of the targets, float32 [B, Q, C]; of the most probable id, float32 [B, Q]).
+
+    Raises:
+      AssertionError: shapes do not match.
+    """
+    rows = len(tokens_BL)
+    chex.assert_shape([lengths_B, context_lengths_B], (rows,))
+    chex.assert_shape(targets_BQC, (rows, columns_BQ.shape[1], None))
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
-
-    def logits(tokens_BL):
-        return logits_fn(tokens_BL, positions_BL, segments_BL, columns_BQ, None)[0]
-
-    logits_BQV = logits(tokens_BL)
-    if cfg_scale:
-        uncond_BQV = logits(jnp.where(positions_BL < contexts_B[:, None], mask_id, tokens_BL))
-        logits_BQV = classifier_free_guidance(logits_BQV, uncond_BQV, cfg_scale)
-    return log_probs_of(logits_BQV, targets_BQC)
+    canvas = CanvasSlice(tokens_BL, positions_BL, segments_BL, positions_BL < context_lengths_B[:, None])
+    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cfg_scale=cfg_scale, mask_id=mask_id)
+    return log_softmax_at(logits_BQV, targets_BQC)
 
 
-def log_probs_of(logits_BQV: jax.Array, targets_BQC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log softmax at the targets and its maximum, without saturation (design, numbers and types).
+def log_softmax_at(logits_BQV: jax.Array, targets_BQC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log softmax at the targets and its maximum, without saturation and without an array of all log-probabilities.
 
     With m the largest logit, log p(c) = (z_c - m) - log1p(Σ of the others' exp(z_v - m)): a probability that float32
-    rounds to 1 keeps its distance from 1, so that the order of sure positions is not decided by false ties.
+    rounds to 1 keeps its distance from 1, so that confident positions do not tie.
 
     Args:
       logits_BQV: float32.
@@ -194,10 +208,10 @@ def log_probs_of(logits_BQV: jax.Array, targets_BQC: jax.Array) -> tuple[jax.Arr
     Returns:
       (float32 [B, Q, C], float32 [B, Q]), natural logarithms.
     """
-    most_BQ1 = jnp.max(logits_BQV, axis=-1, keepdims=True)
-    is_most_BQV = logits_BQV == most_BQ1
+    max_BQ1 = jnp.max(logits_BQV, axis=-1, keepdims=True)
+    is_max_BQV = logits_BQV == max_BQ1
     # One of the largest is m itself; further ones count as others.
-    others_BQ = jnp.sum(jnp.where(is_most_BQV, 0.0, jnp.exp(logits_BQV - most_BQ1)), axis=-1)
-    others_BQ += jnp.sum(is_most_BQV, axis=-1, dtype=jnp.float32) - 1
+    others_BQ = jnp.sum(jnp.where(is_max_BQV, 0.0, jnp.exp(logits_BQV - max_BQ1)), axis=-1)
+    others_BQ += jnp.sum(is_max_BQV, axis=-1, dtype=jnp.float32) - 1
     best_BQ = -jnp.log1p(others_BQ)
-    return jnp.take_along_axis(logits_BQV, targets_BQC, axis=-1) - most_BQ1 + best_BQ[:, :, None], best_BQ
+    return jnp.take_along_axis(logits_BQV, targets_BQC, axis=-1) - max_BQ1 + best_BQ[:, :, None], best_BQ

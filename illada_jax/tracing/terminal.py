@@ -83,9 +83,9 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
     canvas = np.asarray(generation.canvas)
     given = (step < 0) & (canvas != tokenizer.mask_id)
     start = int(np.argmin(given)) if not given.all() else len(canvas)
-    # Only of the answer's own tokens the confidence is known, not of what stands behind its end.
+    # Log-probabilities are known for the answer's tokens only, not for those after its end.
     first = 0 if len(generation.tokens) == len(canvas) else start
-    confidence = dict(enumerate(generation.confidence, start=first))
+    log_probs = dict(enumerate(generation.log_probs, start=first))
     text = Text()
     for column, id_ in enumerate(canvas.tolist()):
         if block_length and column >= start and (column - start) % block_length == 0:
@@ -95,7 +95,7 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
         elif not 0 <= step[column] < now:
             text.append(_lines(display(tokenizer, id_) if id_ != tokenizer.mask_id else "mask"), "dim")
         else:
-            style = "dim" if column not in confidence else colour(confidence[column])
+            style = "dim" if column not in log_probs else colour(log_probs[column])
             text.append(display(tokenizer, id_), f"{style} reverse" if step[column] == now - 1 else style)
     steps = max(step.max(initial=-1) + 1, 1)
     text.append(f"\nstep {now}, {now * generation.nfe // steps} evaluations", "dim")

@@ -15,7 +15,7 @@ from illada_jax.parallel.mesh import make_mesh
 from illada_jax.parallel.sharding import param_shardings
 from illada_jax.scoring import ScoreConfig, Scorer
 from illada_jax.scoring import log_probs as log_prob_queries
-from illada_jax.scoring.log_probs import log_probs_of
+from illada_jax.scoring.log_probs import log_softmax_at
 from illada_jax.scoring.monte_carlo import Candidate, hidden_columns, replicate_sizes
 from tests import reference_scoring as reference
 from tests.decoding.toys import IDS, TRANSFORMER, network_of, transformer
@@ -196,7 +196,7 @@ def test_log_probabilities_do_not_saturate():
     """Float32 softmax is exactly 1 beyond a margin of 17; here the order of sure positions survives."""
     logits = np.array([[[30.0, 0, -5], [40, 0, -5], [0, 90, 1], [7, 7, 7]]], np.float32)
     targets = np.array([[[0, 1], [0, 2], [1, 0], [0, 2]]], np.int32)
-    found, best = log_probs_of(logits, targets)
+    found, best = log_softmax_at(logits, targets)
     double = logits.astype(np.float64)
     exact = np.take_along_axis(double, targets, axis=-1) - np.logaddexp.reduce(double, axis=-1, keepdims=True)
     np.testing.assert_allclose(found[0, :, 1], exact[0, :, 1], rtol=1e-6)
