@@ -50,7 +50,7 @@ class Rules:
       init_cache: `(rows, canvas length) -> empty cache`; None evaluates the whole canvas at every step. Pass the same
         object for the same network, or the loop compiles again.
       cache_refresh: steps between refreshes within a block; 0 refreshes at its start only.
-      slice_length: columns that are evaluated between refreshes: the block, and with a prefix cache all masks beyond it.
+      slice_length: columns that are evaluated between refreshes: the block; with a prefix cache also all later masks.
     """
 
     block_length: int
@@ -181,7 +181,7 @@ def masked_slots(carry: Carry, block: Block, rules: Rules) -> jax.Array:
 
 
 def empty_cache(carry: Carry, rules: Rules) -> Cache | None:
-    """A cache for the rows (twice as many under guidance); None without a cache, or if the slice is the whole canvas."""
+    """A cache of the rows, two each under guidance; None if the rules have none or the slice is the whole canvas."""
     rows, canvas_length = carry.tokens_BL.shape
     if rules.init_cache is None or rules.slice_length >= canvas_length:
         return None

@@ -1,6 +1,4 @@
-"""The one way to query a network: its contract (`LogitsFn`), and logits of a slice of a canvas, with or without guidance.
-
-Decoder, scorers and traces all call `guided_logits`.
+"""The contract of a network, `LogitsFn`, and its one query, `guided_logits`, of decoder, scorers and traces alike.
 
 Dimensions: B rows, L canvas columns, T columns of a slice, Q queried columns of the slice, V vocabulary.
 """

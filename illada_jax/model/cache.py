@@ -42,7 +42,7 @@ class Cache:
     mode: CacheMode = struct.field(pytree_node=False, default=CacheMode.READ)
 
     def segments_without(self, columns_BT: jax.Array) -> jax.Array:
-        """Segments [B, S] with -1, which nothing attends to, in these columns; columns beyond the canvas are ignored."""
+        """Segments [B, S] with -1, which no token attends to, in these columns; ignores columns beyond the canvas."""
         rows_B1 = jnp.arange(len(columns_BT))[:, None]
         return self.segments_BS.at[rows_B1, columns_BT].set(-1, mode="drop")
 

@@ -1,4 +1,4 @@
-"""The network of iLLaDA and LLaDA: a Llama-like transformer that looks both ways.
+"""The network of iLLaDA and LLaDA: a Llama-like bidirectional transformer.
 
 Pre-norm RMSNorm, SwiGLU, rotary positions, grouped keys and values, no biases, a final norm, a tied or untied head
 (iLLaDA paper, architecture table). Prediction is same-position: logit i predicts token i. The time is not an input.
@@ -23,7 +23,7 @@ from illada_jax.model.dense import dense
 from illada_jax.model.embedding import embed
 
 RopeCosSin = tuple[jax.Array, jax.Array]  # see `rope_cos_sin`
-# Names under which remat policies find what a layer computes.
+# Names of a layer's intermediate results in remat policies.
 PROJECTIONS, FEED_FORWARD = "projections", "feed_forward"
 ACTIVATION_AXES = ("batch", "length", "embed_act")
 
@@ -37,7 +37,7 @@ def _init_std(config: ModelConfig) -> float:
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """The projections that write into the residual stream start smaller, so that its variance does not grow."""
+    """Smaller init for projections into the residual stream, so that its variance does not grow with depth."""
     return _init_std(config) / math.sqrt(2 * config.num_layers)
 
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalises x_BTD and scales it; shape and dtype stay."""
+        """Normed and scaled x_BTD, same shape and dtype."""
         scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_BTD.shape[-1:])
         x32_BTD = x_BTD.astype(jnp.float32)
         inverse_rms_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
@@ -57,9 +57,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions_BT: jax.Array, width: int, theta: float) -> RopeCosSin:
-    """Cosine and sine of the angles by which rotary positions turn heads of this width; float32, [B, T, 1, width/2].
+    """Cosine and sine of the rotary angles of heads of the given width, float32 [B, T, 1, width/2].
 
-    They are the same in every layer: computed once, they are an eighth of what attention costs on a CPU saved.
+    Shared by all layers; computing them once saves an eighth of attention's time on a CPU.
     """
     half = width // 2
     frequencies_111h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None, None, :]
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Maps x_BTD to what the feed-forward adds to the residual stream, same shape and dtype."""
+        """Addition to the residual stream, of the shape and dtype of x_BTD."""
         c = self.config
         gate_DF = self.param("gate", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
         up_DF = self.param("up", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
@@ -190,9 +190,9 @@ class Layer(nn.Module):
         return nn.with_logical_constraint(x_BQD, ACTIVATION_AXES), new_kv if self.returns_kv else None
 
 
-# What the forward pass keeps for the backward pass by config.model.remat, beside the residual stream before each layer.
-# Attention saves most time per byte, the others about the same as each other.
-KEPT_NAMES = {
+# Results that the forward pass saves for the backward pass, by config.model.remat, beside the input of each layer.
+# Saving attention gains the most time per byte; the others gain about the same as each other.
+SAVED_NAMES = {
     "full": (),
     "attention": (ATTENTION_OUT,),
     "projections": (ATTENTION_OUT, PROJECTIONS),
@@ -206,13 +206,13 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        """Declares the embedding, the scanned layers, the final norm and, where it is untied, the head."""
+        """Declares the embedding, the scanned layers, the final norm and, if untied, the head."""
         c = self.config
         embed_std = math.sqrt(1 / (2 * c.d_model))
         self.embedding_VD = self.param("embedding", _init(embed_std, "vocab", "embed"), (c.vocab_size, c.d_model))
         layer = Layer
         if c.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[c.remat])
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
             layer = nn.remat(Layer, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
             layer,

@@ -1,7 +1,8 @@
-"""The states of a canvas, from the steps at which its columns were written.
+"""Traces: the states of a canvas, rebuilt from the steps that wrote its columns, with candidates.
 
-A result of the decoder says when each column was written, and from that every state in between is known. The candidates
-are computed again by the same network on these states, so that decoding itself need not keep them.
+The network evaluates the rebuilt states again to find the candidates, so that decoding does not have to keep them.
+
+Dimensions: B rows (one), L canvas columns, Q queried columns, K candidates, V vocabulary.
 """
 
 import functools
@@ -25,7 +26,7 @@ from illada_jax.tracing.strategies import describe, differences
 
 
 class Candidate(NamedTuple):
-    """A token that the network would put into a column, with its probability."""
+    """A possible token of a column, with its probability."""
 
     piece: str
     probability: float
@@ -33,24 +34,22 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """How one text was written.
+    """The record of how one text was written.
 
     Attributes:
-      title: what the reader is told about it.
-      pieces: the text of each column of the finished canvas.
-      written_at: for each column the step that wrote it, counted from 0; -1 for what was given; `num_steps` for what is
-        still masked at the end.
-      block: for each column the number of its block, from 0; -1 for what was given.
-      probability: for each column the probability of its token in the state in which it was written; 1 for what was
-        given, 0 for what was never written.
-      visible: for each step, the columns that the network sees: in variable length the canvas grows.
-      candidates: for each step, the most probable tokens of the columns that are still masked in the active block, by
-        column.
-      agrees: for each column, whether decoding without a cache has the same token there; empty if there was no cache.
-      strategy: the settings that it was written with, in words.
-      nfe: network evaluations that it took.
-      end: the column behind the answer, of EOS or of what was written after a stop string; None if the answer goes to
-        the end of the canvas.
+      title: title for the reader.
+      pieces: text of each column of the finished canvas.
+      written_at: step that wrote each column, from 0; -1 for given columns, `num_steps` for columns still masked at the
+        end.
+      block: block of each column, from 0; -1 for given columns.
+      probability: probability of each column's token at the step that wrote it; 1 for given columns, 0 for columns that
+        were never written.
+      visible: for each step, the number of columns that the network sees; in variable length the canvas grows.
+      candidates: for each step, the most probable tokens of the masked columns of the active block, by column.
+      agrees: for each column, True if decoding without a cache writes the same token; empty if no cache was used.
+      strategy: the settings in words.
+      nfe: network evaluations of the text.
+      end: end column of the answer, which holds EOS or text after a stop string; None if the answer fills the canvas.
     """
 
     title: str
@@ -67,12 +66,12 @@ class Trace:
 
     @property
     def num_steps(self) -> int:
-        """Steps that wrote something."""
+        """Number of steps that wrote a token."""
         return len(self.visible)
 
     @property
     def agreement(self) -> float | None:
-        """Share of the written tokens that decoding without a cache writes too; None if there was no cache."""
+        """Share of written tokens that decoding without a cache writes, too; None if no cache was used."""
         written = [agrees for agrees, at in zip(self.agrees, self.written_at, strict=False) if 0 <= at < self.num_steps]
         return sum(written) / len(written) if written else None
 
@@ -84,7 +83,7 @@ class _Writing(NamedTuple):
       tokens_L: int32 ids.
       written_at_L: int.
       block_L: int.
-      num_steps: steps that wrote something.
+      num_steps: number of steps that wrote a token.
     """
 
     tokens_L: np.ndarray
@@ -136,7 +135,8 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     """
     ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
     rules = make_rules(decode, ids, infill, make_init_cache(lm.config.model))
-    query = _CandidateQuery(ids.mask, ids.vocab_size, (ids.mask, *rules.suppressed_ids), decode.cfg_scale, num_candidates)
+    query = _CandidateQuery(ids.mask, ids.vocab_size, (ids.mask, *rules.suppressed_ids), decode.cfg_scale,
+                            num_candidates)
     writing = _Writing.of(generation, ids.mask, decode.block_length)
     grows = decode.length == "variable" and not infill
     query_length = min(decode.block_length, int(np.sum(writing.written_at_L >= 0)))
@@ -160,19 +160,19 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
 
 def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, infill: bool = False,
             num_candidates: int = 5, row: int = 0, **settings: Any) -> list[Trace]:
-    """One prompt written with several strategies, for `write_page`.
+    """Traces of one prompt decoded with several strategies, for `write_page`.
 
     Args:
       lm: an `api.LanguageModel`.
       prompt: text or ids.
       strategies: for each trace, the fields of DecodeConfig that differ from `settings`.
-      infill: the prompt has gaps, which are filled.
-      num_candidates: tokens that are kept for each masked column and step.
-      row: the number that the row draws by, the same for all.
-      **settings: fields of DecodeConfig that all have.
+      infill: fill the gaps of the prompt.
+      num_candidates: candidates per masked column and step.
+      row: row number of all results, which random draws depend on.
+      **settings: fields of DecodeConfig for all strategies.
 
     Raises:
-      InputError: the prompt or a setting is wrong; nothing was written.
+      InputError: the prompt or a setting is invalid, or nothing was written.
 
     >>> import illada_jax
     >>> lm = illada_jax.load("demo")
@@ -264,6 +264,6 @@ def _candidates_by_column(tokenizer: Any, columns: np.ndarray, found: _TopCandid
 
 
 def display(tokenizer: Any, id_: int) -> str:
-    """The text of one token: as it decodes alone, or its piece where that is no text (half a character, a special)."""
+    """The text of one token: decoded alone, or its piece if that is not text (part of a character, a special token)."""
     text = tokenizer.decode([id_])
     return text if text and "\ufffd" not in text else tokenizer.id_to_piece(id_)
