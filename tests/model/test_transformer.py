@@ -70,7 +70,7 @@ def test_attention_looks_both_ways_and_padding_is_not_seen():
 @pytest.mark.parametrize("scan_unroll", [1, 2])
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
 def test_queried_columns_are_those_of_the_whole(num_layers, scan_unroll):
-    """Decoding computes the last layer for the queried columns only, training for all: in any order, across segments."""
+    """Decoding computes the last layer for queried columns only, training for all: in any order, across segments."""
     config = dataclasses.replace(SMALL, num_layers=num_layers)
     if num_layers % scan_unroll == 0:
         config = dataclasses.replace(config, scan_unroll=scan_unroll)
