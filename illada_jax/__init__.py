@@ -6,27 +6,27 @@
 >>> answer.stopped_by in ("eos", "length"), answer.nfe <= 8
 (True, True)
 
-`demo` is a small model in the package; a workdir, a directory of official weights or a Hub id stand in its place.
-`illada_jax.api` is what Python users import, and the commands are `illada_jax.main` (training), `illada_jax.generate`,
+`demo` is a small model in the package; pass a workdir, a directory of official weights or a Hub id instead.
+`illada_jax.api` is the Python interface. The commands are `illada_jax.main` (training), `illada_jax.generate`,
 `illada_jax.evaluate`, `illada_jax.prepare`, `illada_jax.convert`, `illada_jax.aot` and `illada_jax.plot`.
 
-## The rooms
+## The packages
 
-| room | from | to |
+| package | from | to |
 |---|---|---|
 | `illada_jax.data` | text, conversations | batches of tokens |
 | `illada_jax.model` | tokens | logits |
-| `illada_jax.diffusion` | batches | what is masked, and the loss |
-| `illada_jax.parallel` | arrays | arrays over many chips |
+| `illada_jax.diffusion` | batches | masked batches and the loss |
+| `illada_jax.parallel` | arrays | arrays sharded over chips |
 | `illada_jax.training` | a config | checkpoints |
 | `illada_jax.decoding` | a prompt | an answer |
-| `illada_jax.scoring` | candidates | numbers |
-| `illada_jax.evaluation` | a model and tasks | results with every setting recorded |
+| `illada_jax.scoring` | candidates | log-probabilities |
+| `illada_jax.evaluation` | a model and tasks | results with all settings recorded |
 | `illada_jax.interop` | official weights | a model, and back |
-| `illada_jax.planning` | a config | memory and time on chips that are not there |
-| `illada_jax.tracing` | an answer | a picture of how it was written |
+| `illada_jax.planning` | a config | memory and time on chips you do not have |
+| `illada_jax.tracing` | an answer | a page or picture of how it was written |
 
-Every room's page says where to begin. `illada_jax.config` has all settings.
+Every package's page says where to start. `illada_jax.config` has all settings.
 
 ## Glossary
 
@@ -40,7 +40,7 @@ __all__ = ["Generation", "LanguageModel", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the Python interface when it is first used: commands that need only a part start faster."""
+    """Imports the Python interface on first use, so that commands that need only a part start faster."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from illada_jax import api

@@ -4,7 +4,7 @@
     illada train --config=experiments/quickstart.py
     illada help generate
 
-`eval "$(illada --completion)"` makes bash, and zsh with bashcompinit, complete the names of the commands.
+`eval "$(illada --completion)"` enables completion of command names in bash, and in zsh with bashcompinit.
 """
 
 import difflib
@@ -13,22 +13,22 @@ import sys
 
 import illada_jax
 
-# What is typed → the module that does it, and what it is for.
+# Name of each command → its module and its purpose.
 COMMANDS = {
-    "train": ("main", "pre-train or fine-tune, as a config says"),
+    "train": ("main", "pre-train or fine-tune a model by a config"),
     "generate": ("generate", "continue texts, fill gaps, chat"),
     "evaluate": ("evaluate", "run benchmark tasks with recorded settings"),
     "prepare": ("prepare", "turn text into token shards"),
-    "convert": ("convert", "official weights in, your weights out, eight bits"),
-    "aot": ("aot", "compile for TPUs that need not be there: memory, traffic, bounds"),
-    "plot": ("plot", "draw what workdirs recorded"),
+    "convert": ("convert", "import official weights, export your own, quantise to int8"),
+    "aot": ("aot", "compile for TPUs without having any: memory, traffic, bounds"),
+    "plot": ("plot", "plot the metrics of workdirs"),
 }
 
 
 def usage() -> str:
-    """What `illada --help` prints."""
+    """The output of `illada --help`."""
     lines = ["usage: illada COMMAND [--option=value …]   (illada COMMAND --help lists the options)", ""]
-    lines += [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += [f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     examples = ['illada generate --prompt="The with statement" --watch', "illada generate --chat",
                 "illada train --config=experiments/quickstart.py", "illada help train"]
     return "\n".join([*lines, "", "examples:", *(f"  {example}" for example in examples)])
@@ -51,7 +51,7 @@ def main() -> int | None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(COMMANDS)}"
-        print(f"error: illada {name}: there is no such command; {hint}", file=sys.stderr)
+        print(f"error: illada {name}: unknown command; {hint}", file=sys.stderr)
         return 2
     runpy.run_module(f"illada_jax.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
     return None

@@ -1,4 +1,4 @@
-"""For people who use a model: load one, continue text, fill gaps, look at logits.
+"""The Python interface: load a model, continue text, fill gaps, chat, score, compute logits.
 
 >>> import illada_jax
 >>> lm = illada_jax.load("demo")
@@ -6,8 +6,8 @@
 >>> filled.text.startswith("Return a list of "), filled.stopped_by
 (True, 'filled')
 
-`LanguageModel.generate` continues texts, `LanguageModel.chat` answers conversations; for how a text was written see
-`illada_jax.tracing`.
+`LanguageModel.generate` continues texts, `LanguageModel.chat` answers conversations, and `illada_jax.tracing` shows how
+a text was written.
 """
 
 import bisect
@@ -31,25 +31,26 @@ from illada_jax.model import make_init_cache, make_logits_fn
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
-# Settings that decide where an answer ends: gaps have their ends.
-NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "end_of_thinking_boost", "end_of_thinking_power", "end_of_thinking_ids")
+# Settings of the end of an answer; a gap has a given length.
+NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "end_of_thinking_boost",
+                     "end_of_thinking_power", "end_of_thinking_ids")
 NORMALISATIONS = ("none", "tokens", "characters", "bytes")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote.
+    """The result of one prompt.
 
     Attributes:
-      text: the new text, up to the stop string; in infilling the whole text, gaps filled.
-      tokens: the new ids, without the stop id and up to the end of the stop string; in infilling all ids.
-      nfe: network evaluations that it took.
-      stopped_by: `eos`, `stop_string`, `length` (the budget was used up), `filled` (infilling) or `callback`.
-      reveal_step: for each of the tokens, the step at which it was written; -1 for what was given.
-      confidence: for each of the tokens, its log-probability when it was written; 0 for what was given.
-      canvas: the whole row of ids at the end: what was given, what was written, also behind the end of the answer.
-      canvas_step: for each id of the canvas, the step at which it was written; -1 for what was given or never written.
-        Together they hold every state that the text went through, see `illada_jax.tracing`.
+      text: new text before the stop string; in infilling the whole text, gaps filled.
+      tokens: new ids before the stop id, or up to the end of the stop string; in infilling all ids.
+      nfe: network evaluations (number of function evaluations) of the row.
+      stopped_by: `eos`, `stop_id`, `stop_string`, `length` (the budget), `filled` (infilling) or `callback`.
+      reveal_step: the step that wrote each of the tokens; -1 for given ones.
+      log_probs: natural log-probability of each of the tokens when it was written; 0 for given ones.
+      canvas: ids of the final row: given tokens and all written ones, also those after the end of the answer.
+      canvas_step: the step that wrote each id of the canvas; -1 for ids that were given or never written. Canvas and
+        steps determine every state of the row, see `illada_jax.tracing`.
     """
 
     text: str
@@ -57,7 +58,7 @@ class Generation:
     nfe: int
     stopped_by: str
     reveal_step: list[int]
-    confidence: list[float]
+    log_probs: list[float]
     canvas: list[int]
     canvas_step: list[int]
 
@@ -67,15 +68,15 @@ def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mes
     """Loads a model.
 
     Args:
-      path: a workdir (its newest checkpoint), one checkpoint in it, a Hugging Face directory with the weights of LLaDA
-        or iLLaDA, a Hub id of such weights, or `demo` or `demo-chat`, which are part of the package.
-      dtype: type of params and compute.
-      mesh: devices to spread params and batches over; None takes the first device.
-      quantize: `int8` rounds the matrices to eight bits (embeddings and norms stay), for half the memory of bfloat16.
-      special_ids: ids by name (mask, bos, eos, pad, eot) that go before those that a Hugging Face directory names.
+      path: a workdir (its newest checkpoint), a checkpoint in it, a Hugging Face directory or Hub id of LLaDA or iLLaDA
+        weights, or `demo` or `demo-chat`, which are part of the package.
+      dtype: dtype of params and compute.
+      mesh: devices to shard params and batches over; None is the first device.
+      quantize: `int8` quantises the matrices (not embeddings and norms), for half the memory of bfloat16.
+      special_ids: ids by name (mask, bos, eos, pad, eot) that override those of a Hugging Face directory.
 
     Raises:
-      InputError: there is no model, or it is broken or not supported.
+      InputError: the path has no model, or a corrupt or unsupported one.
     """
     loaded = load_model(path, dtype, mesh, quantize, special_ids)
     return LanguageModel(loaded.config, loaded.params, loaded.tokenizer, mesh)
@@ -85,10 +86,10 @@ class LanguageModel:
     """A trained model with its tokenizer.
 
     Attributes:
-      config: the config that made it; `config.decode` has the defaults of `generate` and `infill`.
-      params: its params.
+      config: the config of its training; `config.decode` has the defaults of `generate` and `infill`.
+      params: params of the network.
       tokenizer: its tokenizer.
-      mesh: the devices that params and batches are spread over, or None.
+      mesh: devices that params and batches are sharded over, or None.
     """
 
     def __init__(self, config: Config, params: Any, tokenizer: Any, mesh: Mesh | None = None):
@@ -100,22 +101,22 @@ class LanguageModel:
 
     @property
     def logits_fn(self) -> LogitsFn:
-        """The network as decoding and scoring take it (design: the decoder's contract with the model)."""
+        """The network as decoding and scoring take it, see `decoding.query.LogitsFn`."""
         return self._logits_fn
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
-        """Continues prompts; one result for each, in their order. For the options see `as_completed`."""
+        """Continues prompts; one result per prompt, in order. For the options see `as_completed`."""
         return _in_order(self.as_completed(prompts, **options), len(prompts), progress)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answers a conversation, rendered by the tokenizer's chat template; stops at the end of the turn.
 
         Args:
-          messages: objects with `role` (system, user, assistant) and `content`, the last one usually the user's.
-          **options: those of `as_completed`.
+          messages: objects with `role` (system, user, assistant) and `content`; the last one is usually the user's.
+          **options: options of `as_completed`.
 
         Raises:
-          InputError: a message is wrong, the template refuses the conversation, or it exceeds the context.
+          InputError: a message is invalid, the template rejects the conversation, or it exceeds the context.
         """
         ids = self._chat_ids(messages)
         stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), chat_format(self.tokenizer).end_id}
@@ -135,27 +136,27 @@ class LanguageModel:
           prompts: texts, or lists of ids, which are used as they are.
           infill: the prompts are texts with gaps (in ids: MASK), which are filled; nothing is appended.
           stop: strings that end an answer; the text ends before the first of them.
-          rows: numbers that the rows draw by; by default 0, 1, 2, … The same seed and number give the same draw in any
-            batch.
-          on_block: called with (index of the prompt, what has been written so far) after each of its blocks; a true
-            result stops the row.
-          **settings: fields of DecodeConfig that differ from `config.decode`. With another `block_length` alone,
-            `steps_per_block` follows it: one token per step.
+          rows: row numbers, which random draws depend on: the same seed and number give the same draws in any batch. By
+            default 0, 1, 2, …
+          on_block: called with (index of the prompt, result so far) after each of its blocks; a true return value stops
+            the row.
+          **settings: fields of DecodeConfig that override `config.decode`. `block_length` alone sets `steps_per_block`,
+            too: one token per step.
 
         Raises:
-          InputError: a prompt or a setting is wrong; the message names it.
+          InputError: a prompt or a setting is invalid; the message names it.
         """
         if isinstance(prompts, str):
-            raise InputError("prompts: a list of prompts is wanted, not one text")
+            raise InputError("prompts: must be a list of prompts, not a text")
         if isinstance(stop, str):
-            raise InputError("stop: a list of stop strings is wanted, not one text")
+            raise InputError("stop: must be a list of stop strings, not a text")
         if "" in stop:
             raise InputError("stop: a stop string must not be empty")
         if infill and stop:
-            raise InputError("stop: is not for infilling, which fills every gap to its end")
+            raise InputError("stop: not allowed in infilling, which fills every gap to its end")
         ignored = next((key for key in settings if key in NOT_FOR_INFILLING), None) if infill else None
         if ignored:
-            raise InputError(f"config.decode.{ignored}: is not for infilling: a gap has the length that it is given")
+            raise InputError(f"config.decode.{ignored}: not allowed in infilling, where a gap has a given length")
         decode = self.decode_settings(settings)
         decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
@@ -171,16 +172,16 @@ class LanguageModel:
                 for index, decoded in finished)
 
     def score(self, context: Prompt, candidates: Sequence[Prompt], **settings: Any) -> list[Score]:
-        """Scores candidates that may follow a context, one for each, in their order.
+        """Scores continuations of a context; one score per candidate, in order.
 
         Args:
           context: text, or ids, which are used as they are; may be empty.
-          candidates: texts or ids. A text is tokenised together with its context, and apart where a token would
-            straddle the two.
+          candidates: texts or ids. A text is tokenised together with its context, or separately if a token would span
+            both.
           **settings: fields of `scoring.ScoreConfig`, such as method="confidence" or "monte_carlo".
 
         Raises:
-          InputError: a candidate or a setting is wrong; the message names it.
+          InputError: a candidate or a setting is invalid; the message names it.
 
         >>> import illada_jax
         >>> lm = illada_jax.load("demo")
@@ -189,22 +190,22 @@ class LanguageModel:
         True
         """
         if isinstance(candidates, str):
-            raise InputError("candidates: a list of candidates is wanted, not one text")
+            raise InputError("candidates: must be a list of candidates, not a text")
         return self.scorer(**settings).score([self.encode_pair(context, candidate) for candidate in candidates])
 
     def choose(self, context: Prompt, candidates: Sequence[Prompt], *,
                normalise: Literal["none", "tokens", "characters", "bytes"] = "none", **settings: Any) -> int:
-        """The index of the best candidate, for less than it takes to score all (see `Scorer.choose`).
+        """The index of the best candidate, for fewer evaluations than `score` (see `Scorer.choose`).
 
         Args:
           context: see `score`.
           candidates: see `score`.
-          normalise: what a score is divided by: nothing (lm-eval's acc), the candidate's tokens, its characters
-            (acc_norm) or its UTF-8 bytes (acc_bytes).
+          normalise: divisor of a score: none (lm-eval's acc), the candidate's tokens, its characters (acc_norm) or its
+            UTF-8 bytes (acc_bytes).
           **settings: see `score`.
         """
         if isinstance(candidates, str):
-            raise InputError("candidates: a list of candidates is wanted, not one text")
+            raise InputError("candidates: must be a list of candidates, not a text")
         if normalise not in NORMALISATIONS:
             raise InputError(f"normalise = {normalise!r}: must be one of {', '.join(map(repr, NORMALISATIONS))}")
         pairs = [self.encode_pair(context, candidate) for candidate in candidates]
@@ -214,14 +215,15 @@ class LanguageModel:
         return self.scorer(**settings).choose([pairs], [[max(1, length) for length in lengths[normalise]]])[0]
 
     def scorer(self, **settings: Any) -> Scorer:
-        """What `score` uses, for many questions at once: `scoring.Scorer` with fields of `scoring.ScoreConfig`."""
+        """The `scoring.Scorer` of `score`, for many questions at once; takes fields of `scoring.ScoreConfig`."""
         return Scorer(self._logits_fn, override(ScoreConfig(), "score", settings), SpecialIds.of(self.tokenizer),
                       self.config.model.max_length, self.mesh)
 
     def encode_pair(self, context: Prompt, candidate: Prompt) -> tuple[list[int], list[int]]:
-        """The ids of a context and of a candidate behind it.
+        """Ids of a context and of a candidate that follows it.
 
-        Two texts are tokenised as one, as lm-eval does, if the tokens of the context begin it; else apart.
+        Two texts are tokenised as one, as in lm-eval, if the result begins with the tokens of the context; otherwise
+        separately.
         """
         encode = self.tokenizer.encode
         if isinstance(context, str) and isinstance(candidate, str):
@@ -232,10 +234,13 @@ class LanguageModel:
                      for part in (context, candidate))
 
     def logits(self, tokens_BL: Any) -> jax.Array:
-        """Logits of every position, float32 [B, L, V], for looking inside: this is the whole array, in memory.
+        """Logits of every position, float32 [B, L, V], for inspection: the whole array is in memory.
 
         Args:
-          tokens_BL: int ids, all rows of one length; MASK (`tokenizer.mask_id`) where the model is to predict.
+          tokens_BL: int ids, all rows of one length; MASK (`tokenizer.mask_id`) at positions to predict.
+
+        Raises:
+          InputError: the ids are not a rectangle of integers, exceed the context, or lie outside the vocabulary.
 
         >>> import illada_jax
         >>> lm = illada_jax.load("demo")
@@ -245,7 +250,7 @@ class LanguageModel:
         """
         tokens_BL = np.asarray(tokens_BL)
         if tokens_BL.ndim != 2 or not np.issubdtype(tokens_BL.dtype, np.integer):
-            raise InputError(f"tokens: integers [rows, length] are wanted, not {tokens_BL.dtype} "
+            raise InputError(f"tokens: must be integers [rows, length], not {tokens_BL.dtype} "
                              f"{list(tokens_BL.shape)}")
         if tokens_BL.shape[1] > self.config.model.max_length:
             raise InputError(f"tokens: {tokens_BL.shape[1]} exceed the context of {self.config.model.max_length}")
@@ -254,7 +259,7 @@ class LanguageModel:
         return _all_logits(self._logits_fn, jnp.asarray(tokens_BL, jnp.int32))
 
     def has_room(self, messages: Sequence[Message], **settings: Any) -> bool:
-        """Whether a conversation leaves room in the context for a block of an answer."""
+        """True if the context has room for the conversation and a block of the answer."""
         block = self.decode_settings(settings).block_length
         return len(self._chat_ids(messages)) + block <= self.config.model.max_length
 
@@ -262,7 +267,7 @@ class LanguageModel:
         return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
 
     def decode_settings(self, changes: dict[str, Any]) -> DecodeConfig:
-        """`config.decode` with some fields changed, as `as_completed` takes them. Raises InputError for a wrong one."""
+        """`config.decode` with the overrides of `as_completed`. Raises InputError for an invalid one."""
         if "block_length" in changes:
             changes = {"steps_per_block": changes["block_length"], **changes}
         return override(self.config.decode, "decode", changes)
@@ -274,34 +279,36 @@ class LanguageModel:
                 raise InputError(f"prompt {index}: must be a text or a list of ids")
             source = [int(id_) for id_ in ids]
         if not source:
-            raise InputError(f"prompt {index}: is empty; give some text, or ids such as [tokenizer.bos_id]")
-        room = self.config.model.max_length
-        if isinstance(source, GappedText) and sum(source.lengths) > room:
-            raise InputError(f"text {index}: its gaps of {sum(source.lengths)} tokens exceed the context of {room} "
+            raise InputError(f"prompt {index}: must not be empty; give text, or ids such as [tokenizer.bos_id]")
+        context = self.config.model.max_length
+        if isinstance(source, GappedText) and sum(source.lengths) > context:
+            raise InputError(f"text {index}: its gaps of {sum(source.lengths)} tokens exceed the context of {context} "
                              "tokens")
         text = "".join(source.pieces) if isinstance(source, GappedText) else source
         try:
             if isinstance(text, str):
                 text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"prompt {index}: is no valid text: character {error.start} is half of one") from error
+            raise InputError(f"prompt {index}: invalid text: character {error.start} is a lone surrogate") from error
         if isinstance(source, GappedText):
             return source.tokens(self.tokenizer)
         return self.tokenizer.encode(source) if isinstance(source, str) else source
 
-    def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int],
-                    ) -> Generation:
+    def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int]) -> Generation:
         decode = self.tokenizer.decode
         gapped = isinstance(source, GappedText)
         text = source.fill(self.tokenizer, ids, decoded.tokens) if gapped else decode(decoded.tokens)
         count, stopped_by = len(decoded.tokens), decoded.stopped_by
         starts = [text.find(s) for s in stop if s in text]
         if starts:
-            stops = lambda n: any(s in decode(decoded.tokens[:n]) for s in stop)  # noqa: E731
-            count = bisect.bisect_left(range(count), True, key=stops)
+            def contains_stop(n: int) -> bool:
+                so_far = decode(decoded.tokens[:n])
+                return any(s in so_far for s in stop)
+
+            count = bisect.bisect_left(range(count), True, key=contains_stop)
             text, stopped_by = text[: min(starts)], "stop_string"
         return Generation(text, decoded.tokens[:count], decoded.nfe, stopped_by, decoded.reveal_step[:count],
-                          decoded.confidence[:count], decoded.canvas, decoded.canvas_step)
+                          decoded.log_probs[:count], decoded.canvas, decoded.canvas_step)
 
 
 @jax.jit

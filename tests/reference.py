@@ -1,7 +1,7 @@
-"""The decoder as one would explain it: one row, one step, one position at a time, in plain Python and numpy.
+"""A naive decoder: one row, one step, one position at a time, in plain Python and numpy.
 
-The compiled decoder must give the same tokens, steps and confidences. No padding, no batch, no buckets, no jit. Shared
-is only which key a draw takes, that of (seed, row, step, draw), with one number for each slot of the block.
+The compiled decoder must give the same tokens, steps and log-probabilities. No padding, no batch, no buckets, no jit.
+The two share only the random key of a draw, that of (seed, row, step, draw), with one number per slot of the block.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ TOKEN_DRAW, ORDER_DRAW = 0, 1
 
 @dataclass
 class Trace:
-    """What decoding one row gives.
+    """The result of decoding one row.
 
     Attributes:
       canvas: all tokens, prompt included.
-      prompt_length: how many of them were given.
-      limit: how many there may be.
+      prompt_length: number of given tokens.
+      limit: maximal length of the canvas.
       steps: network evaluations (a guided step counts as one).
-      reveal_step: of each canvas column, -1 where nothing was written.
-      log_prob: of each canvas column, 0 where nothing was written.
-      closest: the smallest difference between two candidates of which one was preferred (for confidences close to 0,
-        relative to them): two float32 programs may differ where this is below 1e-5.
-      tied: candidates were equal. Those of a table are in every program, those of a network nearly so.
+      reveal_step: step of each canvas column, -1 if not written.
+      log_prob: log-probability of each canvas column, 0 if not written.
+      closest: the smallest difference between a preferred and another candidate (relative, for confidences close to 0):
+        two float32 programs may differ where this is below 1e-5.
+      tied: candidates were equal. On a table they are equal in every program, on a network nearly so.
     """
 
     canvas: list[int]
@@ -98,21 +98,21 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
 
         gumbel, uniform = draws(row_key, trace.steps, settings.block_length, logits.shape[1])
 
-        guesses = []
+        predictions = []
         for column in masked:
             slot = block.index(column)
             token = choose(trace, logits[column], settings, gumbel[slot])
             log_p = log_softmax(demoted(logits[column], settings, ids))
             confidence = CONFIDENCES[settings.confidence](log_p, token, uniform[slot])
-            guesses.append((confidence, column, token, log_p[token], entropy_of(log_p)))
-        guesses.sort(key=lambda guess: (-guess[0], guess[1]))
+            predictions.append((confidence, column, token, log_p[token], entropy_of(log_p)))
+        predictions.sort(key=lambda prediction: (-prediction[0], prediction[1]))
 
-        count = REVEALS[settings.reveal](trace, settings, guesses, len(block), step)
+        count = REVEALS[settings.reveal](trace, settings, predictions, len(block), step)
         count = min(max(count, 1), len(masked))
         if count < len(masked):
-            last, next_ = guesses[count - 1][0], guesses[count][0]
+            last, next_ = predictions[count - 1][0], predictions[count][0]
             note_gap(trace, last, next_, scale=min(1.0, abs(next_)))
-        for _, column, token, log_p_token, _ in guesses[:count]:
+        for _, column, token, log_p_token, _ in predictions[:count]:
             trace.canvas[column] = token
             trace.reveal_step[column] = trace.steps
             trace.log_prob[column] = float(log_p_token)
@@ -120,19 +120,19 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
 
 
 def guided_logits(network, trace: Trace, settings, ids):
-    seeing = np.array(network(trace.canvas), np.float32)
+    cond = np.array(network(trace.canvas), np.float32)
     if settings.cfg_scale == 0:
-        return seeing
+        return cond
     given = [step < 0 for step in trace.reveal_step]
     canvas = [ids.mask if g else token for g, token in zip(given, trace.canvas, strict=True)]
-    blind = np.array(network(canvas), np.float32)
+    uncond = np.array(network(canvas), np.float32)
     with np.errstate(invalid="ignore"):
-        guided = blind + np.float32(settings.cfg_scale + 1) * (seeing - blind)
-    return np.where(seeing == blind, seeing, guided)
+        guided = uncond + np.float32(settings.cfg_scale + 1) * (cond - uncond)
+    return np.where(cond == uncond, cond, guided)
 
 
 def boost(logits, trace: Trace, column: int, settings) -> None:
-    """Pushes the next token of the end-of-thinking string at the first masked column of the block."""
+    """Boosts the next token of the end-of-thinking string at the first masked column of the block."""
     ending, generated = list(settings.end_of_thinking_ids), trace.canvas[trace.prompt_length :]
     if any(generated[start : start + len(ending)] == ending for start in range(len(generated))):
         return
@@ -143,7 +143,7 @@ def boost(logits, trace: Trace, column: int, settings) -> None:
 
 
 def demoted(logits, settings, ids):
-    """LLaDA's `confidence_eos_eot_inf`: EOS (without noise only) and EoT get no probability, after the choice."""
+    """LLaDA's `confidence_eos_eot_inf`: after the choice, EOS (without noise only) and EoT get probability 0."""
     logits = logits.copy()
     if settings.confidence_eos_eot_inf:
         if settings.temperature == 0:
@@ -227,36 +227,39 @@ def entropy_of(log_p):
     return -sum(np.exp(value) * value for value in log_p if value > -np.inf)
 
 
-def fixed_schedule(trace, settings, guesses, total: int, step: int) -> int:
+def fixed_schedule(trace, settings, predictions, total: int, step: int) -> int:
     base, extra = divmod(total, settings.steps_per_block)
     return base + 1 if step < extra else base
 
 
-def threshold(trace, settings, guesses, total: int, step: int) -> int:
-    return prefix(trace, guesses, lambda n, guess: math.exp(guess[0]) - settings.threshold, strict=False)
+def threshold(trace, settings, predictions, total: int, step: int) -> int:
+    return prefix(trace, predictions, lambda n, prediction: math.exp(prediction[0]) - settings.threshold, strict=False)
 
 
-def factor(trace, settings, guesses, total: int, step: int) -> int:
-    return prefix(trace, guesses, lambda n, guess: settings.factor - (n + 1) * (1 - math.exp(guess[0])), strict=True)
+def factor(trace, settings, predictions, total: int, step: int) -> int:
+    def slack(n, prediction):
+        return settings.factor - (n + 1) * (1 - math.exp(prediction[0]))
+
+    return prefix(trace, predictions, slack, strict=True)
 
 
-def entropy_bound(trace, settings, guesses, total: int, step: int) -> int:
-    def room(n, guess):
-        entropies = [g[4] for g in guesses[:n]]
+def entropy_bound(trace, settings, predictions, total: int, step: int) -> int:
+    def slack(n, prediction):
+        entropies = [g[4] for g in predictions[:n]]
         return settings.entropy_bound - (sum(entropies) - max(entropies))
 
-    return prefix(trace, guesses, room, strict=False)
+    return prefix(trace, predictions, slack, strict=False)
 
 
-def prefix(trace, guesses, room, strict: bool) -> int:
-    """How many guesses, surest first, have room > 0 (or ≥ 0)."""
-    for n, guess in enumerate(guesses, start=1):
-        left = room(n, guess)
+def prefix(trace, predictions, slack, strict: bool) -> int:
+    """Number of leading predictions, surest first, with slack > 0 (or ≥ 0)."""
+    for n, prediction in enumerate(predictions, start=1):
+        left = slack(n, prediction)
         if left != 0:
             trace.closest = min(trace.closest, abs(left))
         if left < 0 or (strict and left == 0):
             return n - 1
-    return len(guesses)
+    return len(predictions)
 
 
 CONFIDENCES = {"low_confidence": low_confidence, "margin": margin, "entropy": negative_entropy, "random": random}

@@ -1,4 +1,4 @@
-"""The transformer once more, in numpy, one row and one head at a time: written for reading, not for speed."""
+"""A naive transformer in numpy, one row and one head at a time: written for reading, not for speed."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ def rms_norm(x_LD: np.ndarray, scale_D: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rotate(x_LH: np.ndarray, positions_L: np.ndarray, theta: float) -> np.ndarray:
-    """Turns each pair (i, i + H/2) by position / theta^(2i/H)."""
+    """Rotates each pair (i, i + H/2) by position / theta^(2i/H)."""
     width = x_LH.shape[1]
     out_LH = np.empty_like(x_LH)
     for i in range(width // 2):

@@ -1,4 +1,4 @@
-"""The scorers as one would explain them: one row, one evaluation, one position at a time, in plain Python and numpy."""
+"""Naive scorers: one row, one evaluation, one position at a time, in plain Python and numpy."""
 
 import math
 
@@ -8,11 +8,11 @@ from tests.reference import log_softmax
 
 
 def logits_of(network, canvas, context_length, ids, cfg_scale):
-    seeing = np.asarray(network(canvas), np.float32)
+    cond = np.asarray(network(canvas), np.float32)
     if not cfg_scale:
-        return seeing
-    blind = np.asarray(network([ids.mask] * context_length + list(canvas[context_length:])), np.float32)
-    return blind + np.float32(cfg_scale + 1) * (seeing - blind)
+        return cond
+    uncond = np.asarray(network([ids.mask] * context_length + list(canvas[context_length:])), np.float32)
+    return uncond + np.float32(cfg_scale + 1) * (cond - uncond)
 
 
 def layout(context, candidate, ids, bos, eos):
@@ -28,11 +28,11 @@ def confidence(network, context, candidate, ids, bos=False, eos=False, cfg_scale
     while hidden:
         canvas = [ids.mask if column in hidden else token for column, token in enumerate(row)]
         logits = logits_of(network, canvas, start, ids, cfg_scale)
-        sureness = [(log_softmax(logits[column])[row[column]], -column) for column in hidden]
-        sureness.sort(reverse=True)
-        if len(sureness) > 1:
-            closest = min(closest, sureness[0][0] - sureness[1][0])
-        best, column = sureness[0][0], -sureness[0][1]
+        candidates = [(log_softmax(logits[column])[row[column]], -column) for column in hidden]
+        candidates.sort(reverse=True)
+        if len(candidates) > 1:
+            closest = min(closest, candidates[0][0] - candidates[1][0])
+        best, column = candidates[0][0], -candidates[0][1]
         total += float(best)
         order.append(column - start)
         hidden.remove(column)
@@ -51,7 +51,7 @@ def monte_carlo(network, context, candidate, ids, draws, bos=False, eos=False, c
 
 
 def greedy(network, context, length, ids):
-    """Fills `length` masks behind the context, at each step the most probable id of all at its place."""
+    """Fills `length` masks after the context, at each step with the most probable id of all positions."""
     canvas = list(context) + [ids.mask] * length
     hidden = list(range(len(context), len(canvas)))
     while hidden:

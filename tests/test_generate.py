@@ -31,8 +31,8 @@ def test_texts_and_ids_give_the_same(lm):
     assert text == ids
     for result in text:
         assert result.text == TOKENIZER.decode(result.tokens)
-        assert len(result.tokens) == len(result.reveal_step) == len(result.confidence)
-        assert all(value <= 0 for value in result.confidence)
+        assert len(result.tokens) == len(result.reveal_step) == len(result.log_probs)
+        assert all(value <= 0 for value in result.log_probs)
 
 
 def test_settings_override_the_checkpoint(lm):
@@ -43,10 +43,11 @@ def test_settings_override_the_checkpoint(lm):
 
 def test_the_boost_writes_end_of_thinking(lm):
     """The push is towards the tokenizer's own ids, and strong enough at once to write them one after the other."""
-    result = lm.generate(["abc"], max_new_tokens=16, block_length=16, end_of_thinking_boost=1e6, end_of_thinking_power=0.0)[0]
+    settings = {"max_new_tokens": 16, "block_length": 16, "end_of_thinking_boost": 1e6, "end_of_thinking_power": 0.0}
+    result = lm.generate(["abc"], **settings)[0]
     assert "</think>" in result.text and "</think>" not in lm.generate(["abc"])[0].text
-    assert result == lm.generate(["abc"], max_new_tokens=16, block_length=16, end_of_thinking_boost=1e6, end_of_thinking_power=0.0,
-                                 end_of_thinking_ids=tuple(TOKENIZER.encode("</think>")))[0]
+    ids = tuple(TOKENIZER.encode("</think>"))
+    assert result == lm.generate(["abc"], end_of_thinking_ids=ids, **settings)[0]
 
 
 def test_given_text_survives_infilling(lm):
@@ -79,18 +80,18 @@ def test_logits_are_those_of_the_model(lm):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda lm: lm.generate("abc"), "a list of prompts is wanted"),
-    (lambda lm: lm.generate(["abc", ""]), "prompt 1: is empty"),
-    (lambda lm: lm.generate(["abc", []]), "prompt 1: is empty"),
+    (lambda lm: lm.generate("abc"), "must be a list of prompts"),
+    (lambda lm: lm.generate(["abc", ""]), "prompt 1: must not be empty"),
+    (lambda lm: lm.generate(["abc", []]), "prompt 1: must not be empty"),
     (lambda lm: lm.generate([5, 6]), "prompt 0: must be a text or a list of ids"),
     (lambda lm: lm.generate([[5, 6.5]]), "prompt 0: must be a text or a list of ids"),
-    (lambda lm: lm.generate(["abc", "ab\udcff"]), "prompt 1: is no valid text: character 2 is half of one"),
-    (lambda lm: lm.infill(["ab\ud800[[mask:1]]"]), "prompt 0: is no valid text"),
+    (lambda lm: lm.generate(["abc", "ab\udcff"]), "prompt 1: invalid text: character 2 is a lone surrogate"),
+    (lambda lm: lm.infill(["ab\ud800[[mask:1]]"]), "prompt 0: invalid text"),
     (lambda lm: lm.infill(["[[mask:999999999]]"]), "gaps of 999999999 tokens exceed the context of 128"),
-    (lambda lm: lm.infill([f"[[mask:{'9' * 5000}]]"]), "a gap is written [[mask:N]]"),
-    (lambda lm: lm.infill(["a[[mask:1]]"], stop=["b"]), "stop: is not for infilling"),
-    (lambda lm: lm.infill(["a[[mask:1]]"], max_new_tokens=4), "max_new_tokens: is not for infilling"),
-    (lambda lm: lm.generate(["abc"], stop="ab"), "stop: a list of stop strings is wanted, not one text"),
+    (lambda lm: lm.infill([f"[[mask:{'9' * 5000}]]"]), "malformed gap; write [[mask:N]]"),
+    (lambda lm: lm.infill(["a[[mask:1]]"], stop=["b"]), "stop: not allowed in infilling"),
+    (lambda lm: lm.infill(["a[[mask:1]]"], max_new_tokens=4), "max_new_tokens: not allowed in infilling"),
+    (lambda lm: lm.generate(["abc"], stop="ab"), "stop: must be a list of stop strings, not a text"),
     (lambda lm: lm.generate(["abc"], temperature=float("inf")), "config.decode.temperature = inf: must be a finite"),
     (lambda lm: lm.generate(["abc"], temperature=float("nan")), "config.decode.temperature = nan"),
     (lambda lm: lm.generate(["abc"], seed=2**32), "config.decode.seed = 4294967296: must be less than 2**32"),
@@ -101,10 +102,10 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
     (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'schedule', 'threshold', 'factor', 'entropy_bound'"),
     (lambda lm: lm.generate(["a" * 128]), "leave no room in the context of 128"),
-    (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "gaps are filled by infilling only"),
+    (lambda lm: lm.generate([[5, TOKENIZER.mask_id]]), "use infilling to fill gaps"),
     (lambda lm: lm.infill(["abc"]), "'abc': no gap to fill"),
-    (lambda lm: lm.infill(["abc [[mask:]] [[mask:2]]"]), "a gap is written [[mask:N]]"),
-    (lambda lm: lm.logits([1, 2]), "integers [rows, length] are wanted"),
+    (lambda lm: lm.infill(["abc [[mask:]] [[mask:2]]"]), "malformed gap; write [[mask:N]]"),
+    (lambda lm: lm.logits([1, 2]), "must be integers [rows, length]"),
     (lambda lm: lm.logits([[10_000]]), "ids must lie in [0, "),
     (lambda lm: api.load("nowhere", dtype="int4"), "dtype = 'int4'"),
     (lambda lm: api.load("nowhere"), "nowhere: not a checkpoint"),
@@ -167,12 +168,12 @@ def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--threshold=0.5"], "--threshold: does nothing with reveal = 'schedule'; it is for --reveal=threshold"),
-    (["--reveal=factor", "--steps_per_block=2"], "--steps_per_block: does nothing with reveal = 'factor'"),
-    (["--cache_refresh=2"], "--cache_refresh: does nothing with cache = 'none'; it is for --cache=prefix or dual"),
-    (["--stream", "--infill"], "--stream: is for a single prompt"),
-    (["--watch", "--stream"], "--watch: is for a single prompt"),
-    (["--watch", "--prompt=de"], "--watch: is for a single prompt"),
+    (["--threshold=0.5"], "--threshold: has no effect with reveal = 'schedule'; it requires --reveal=threshold"),
+    (["--reveal=factor", "--steps_per_block=2"], "--steps_per_block: has no effect with reveal = 'factor'"),
+    (["--cache_refresh=2"], "--cache_refresh: has no effect with cache = 'none'; it requires --cache=prefix or dual"),
+    (["--stream", "--infill"], "--stream: takes a single prompt"),
+    (["--watch", "--stream"], "--watch: takes a single prompt"),
+    (["--watch", "--prompt=de"], "--watch: takes a single prompt"),
     (["--stop="], "a stop string must not be empty"),
     (["--results=."], "--results=.: Is a directory"),
     (["--results=/none/r.jsonl"], "--results=/none/r.jsonl: No such file or directory"),
@@ -222,9 +223,9 @@ def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_pat
 @pytest.mark.parametrize("content, message", [
     ('{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
     ('{"text": "a"}\n', 'line 1: must be an object with a "prompt"'),
-    ('{"prompt": 3}\n', 'line 1: "prompt" must be a text'),
-    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: "prompt" must be a text that is not empty'),
-    ("", "has no lines"),
+    ('{"prompt": 3}\n', 'line 1: "prompt" must be a non-empty string'),
+    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: "prompt" must be a non-empty string'),
+    ("", "the file is empty"),
 ])
 def test_bad_prompt_files(run, tmp_path, content, message):
     path = tmp_path / "prompts.jsonl"
@@ -236,7 +237,7 @@ def test_bad_prompt_files(run, tmp_path, content, message):
 def test_results_of_other_prompts_are_not_mixed(run, tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text('{"index": 0, "prompt": "other"}\n')
-    with pytest.raises(InputError, match="line 1: is not a result for the prompts given"):
+    with pytest.raises(InputError, match="line 1: not a result of these prompts"):
         run("--prompt=abc", f"--results={results}")
     assert results.read_text() == '{"index": 0, "prompt": "other"}\n'
 
@@ -271,19 +272,19 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--beside=confidence=random"], "--beside: is for --trace=….html"),
-    (["--trace=t.gif", "--beside=confidence=random"], "--beside: is for --trace=….html"),
-    (["--trace=t.html", "--beside=confidnce=random"], "no setting of the decoder; did you mean confidence?"),
-    (["--trace=t.html", "--beside=prompt=x"], "prompt is no setting of the decoder; known are max_new_tokens, "),
-    (["--trace=t.html", "--beside=random"], "--beside=random: settings are given as KEY=VALUE"),
-    (["--trace=t.html", "--beside="], "--beside=: settings are given as KEY=VALUE"),
+    (["--beside=confidence=random"], "--beside: requires --trace=….html"),
+    (["--trace=t.gif", "--beside=confidence=random"], "--beside: requires --trace=….html"),
+    (["--trace=t.html", "--beside=confidnce=random"], "unknown setting confidnce; did you mean confidence?"),
+    (["--trace=t.html", "--beside=prompt=x"], "unknown setting prompt; must be one of max_new_tokens, "),
+    (["--trace=t.html", "--beside=random"], "--beside=random: must be KEY=VALUE"),
+    (["--trace=t.html", "--beside="], "--beside=: must be KEY=VALUE"),
     (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: temperature: "),
     (["--trace=t.html", "--beside=temperature=-1"], "--beside=temperature=-1: config.decode.temperature = -1.0"),
     (["--trace=t.html", "--beside=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
-    (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: does nothing with reveal = 'schedule'"),
+    (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: has no effect with reveal = 'schedule'"),
     (["--trace=t.html", "--beside=temperature=0"], "--beside=temperature=0: changes nothing"),
-    (["--trace=t.html", "--infill", "--beside=max_new_tokens=4"], "max_new_tokens is not for --infill"),
-    (["--chat", "--beside=temperature=1"], "--chat: does not go with --"),
+    (["--trace=t.html", "--infill", "--beside=max_new_tokens=4"], "max_new_tokens is not allowed with --infill"),
+    (["--chat", "--beside=temperature=1"], "--chat: cannot be combined with --"),
 ])
 def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch, arguments, message):
     monkeypatch.setattr(api.Decoder, "as_completed", lambda self, ids, *_: pytest.fail("decodes") if ids else iter(()))
@@ -295,8 +296,8 @@ def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--trace=t.jpg"], "must be .html, .gif or .png"),
     (["--trace=t.gif", "--prompt=b"], "shows a single prompt"),
-    (["--trace=/none/t.html"], "there is no directory /none"),
-    (["--trace=t.html", "--stream"], "does not go with --stream"),
+    (["--trace=/none/t.html"], "the directory /none does not exist"),
+    (["--trace=t.html", "--stream"], "cannot be combined with --stream"),
 ])
 def test_a_trace_that_cannot_be_is_refused_before_decoding(run, arguments, message):
     with pytest.raises(InputError) as caught:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": FOUNDATION | {"training", "decoding", "scoring", "api"},
     "cli": {"errors", "api", "parallel"},
     "main": FOUNDATION | {"cli", "training", "evaluation", "interop"},
-    "generate": {"cli", "api", "tracing", "config", "errors"},
+    "generate": {"cli", "api", "tracing", "config", "errors", "files"},
     "evaluate": {"cli", "api", "config", "errors", "files", "evaluation", "parallel", "scoring"},
     "prepare": {"cli", "data", "errors"},
     "convert": {"cli", "interop", "errors"},

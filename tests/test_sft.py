@@ -111,7 +111,7 @@ def test_chat_in_python_is_the_template_and_a_stop(trained):
 @pytest.mark.parametrize("option", ["--prompt=x", "--output=json"])
 def test_chat_goes_with_no_other_mode(option):
     got = run("illada_jax.generate", "--checkpoint=nowhere", "--chat", option, stdin="")
-    assert got.returncode == 2 and got.stderr.startswith("error: --chat: does not go with --"), got.stderr
+    assert got.returncode == 2 and got.stderr.startswith("error: --chat: cannot be combined with --"), got.stderr
 
 
 def losses(place, workdir, form, **changes):

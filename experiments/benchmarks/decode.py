@@ -200,8 +200,8 @@ def quality_table(checkpoint: str) -> None:
                           network.max_length, model.make_init_cache(network))
         return (decoder.infill if infill else decoder.generate)(prompts)
 
-    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="schedule", confidence="low_confidence",
-                                       steps_per_block=lm.config.decode.block_length)
+    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="schedule",
+                                       confidence="low_confidence", steps_per_block=lm.config.decode.block_length)
     variants = {"schedule, 1 a step": {}, "schedule, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
                 "threshold 0.9": {"reveal": "threshold", "threshold": 0.9},
                 "threshold 0.6": {"reveal": "threshold", "threshold": 0.6},

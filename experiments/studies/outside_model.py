@@ -62,7 +62,7 @@ REACTIONS = (
 
 
 def logits_fn(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-    """ALBERT: one layer twelve times, norms behind the residual sums; see `decoding.contract.LogitsFn`."""
+    """ALBERT: one layer twelve times, norms behind the residual sums; see `decoding.query.LogitsFn`."""
     def linear(x, name):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"][None, None]
 
@@ -120,14 +120,15 @@ def corruptions(product: list[int], common: list[int], rng: np.random.Generator)
     return tuple([group[i] for i in rng.permutation(len(group))[:CORRUPTIONS]] for group in (replaced, swapped))
 
 
-def pseudo_likelihood(evaluator: LogProbEvaluator, pairs: list[tuple[list[int], list[int]]], ids: SpecialIds) -> list[float]:
+def pseudo_likelihood(evaluator: LogProbEvaluator, pairs: list[tuple[list[int], list[int]]],
+                      ids: SpecialIds) -> list[float]:
     """Σ log p(a piece | all others), each hidden alone."""
-    views = []
+    queries = []
     for context, candidate in pairs:
         row = np.array([ids.bos, *context, *candidate, ids.eos], np.int32)
-        views += [Query(row, np.array([at]), 1 + len(context)) for at in range(1 + len(context), len(row) - 1)]
-    seen = iter(evaluator(views))
-    return [sum(float(next(seen).log_probs_Q[0]) for _ in candidate) for _, candidate in pairs]
+        queries += [Query(row, np.array([at]), 1 + len(context)) for at in range(1 + len(context), len(row) - 1)]
+    results = iter(evaluator(queries))
+    return [sum(float(next(results).log_probs_Q[0]) for _ in candidate) for _, candidate in pairs]
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Decoding: the compiled unmasking loop, its strategies, and the queue that feeds it.
+"""Decoding: the compiled unmasking loop, its strategies, and the queue of prompts in front of it.
 
-Begin with `query`, what decoding asks of a network (a `LogitsFn`), and `reveal` and `confidence`, the strategies:
-how many positions a step reveals, and which first. `loop` is the one loop that all of them share, `decoder` feeds it
-with prompts of any length, `sampling` chooses tokens, `gaps` reads texts with `[[mask:N]]`. A row's tokens do not
-depend on the rows beside it.
+Begin with `query`, the contract of a network (`LogitsFn`) and the one function that evaluates it. `reveal` and
+`confidence` are the strategies: the number of positions that a step reveals, and their order. `loop` is the compiled
+loop that all strategies share, `decoder` feeds it prompts of any length, `sampling` chooses tokens, `thinking` bounds
+the length of a reasoning, `gaps` parses texts with `[[mask:N]]`. A row's tokens do not depend on the other rows.
 
-May import all of the foundation, but not training: any function that gives logits can be decoded.
+May import the foundation, but not training: any function that returns logits can be decoded.
 """
 
 from illada_jax.decoding.decoder import Decoded, Decoder, check_settings

@@ -1,12 +1,11 @@
-"""How sure the model is of each masked position: the order in which positions are revealed follows it.
+"""Confidence in each masked position: positions are revealed in descending order of it.
 
-A confidence is a frozen dataclass that maps a `Prediction` to float32 [B, Q], at most 0, larger is surer. All of them are
-logarithms of a number in (0, 1], so that every reveal strategy can be combined with every confidence. To add one, write
-it here and enter it in CONFIDENCES under the name that `config.decode.confidence` will take.
+A confidence is a function of a `Prediction` that returns float32 [B, Q], at most 0, larger is surer. All are logarithms
+of a number in (0, 1], so that every reveal strategy combines with every confidence. To add one, write it here and enter
+it in CONFIDENCES under its name in `config.decode.confidence`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 
 
 class Prediction(NamedTuple):
-    """What the network says about the active block.
+    """Predicted tokens of the active block.
 
     Attributes:
-      tokens_BQ: int32, the token that each position would take.
-      log_probs_BQV: float32 log-probabilities, from the untempered logits without noise.
-      uniform_BQ: float32 in [0, 1), for confidences that draw.
+      tokens_BQ: int32, the chosen token of each position.
+      log_probs_BQV: float32 log-probabilities from the logits without temperature and noise.
+      uniform_BQ: float32 uniform numbers in [0, 1), for random orders.
     """
 
     tokens_BQ: jax.Array
@@ -38,13 +37,13 @@ def argmax(x_BQV: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(x_BQV == largest_BQ1, index_BQV, last), axis=-1)
 
 
-def log_probs(logits_BQV: jax.Array) -> jax.Array:
+def log_softmax(logits_BQV: jax.Array) -> jax.Array:
     """Log softmax without saturation: log p = (z - z_max) - log1p(Σ_{v≠argmax} exp(z_v - z_max)), in float32.
 
     A float32 softmax reaches exactly 1 on a trained model, which makes false ties between confident positions; here the
     distance from 1 survives down to 1e-38.
 
-    >>> log_p = float(log_probs(jnp.array([[[0.0, 30.0]]]))[0, 0, 1])
+    >>> log_p = float(log_softmax(jnp.array([[[0.0, 30.0]]]))[0, 0, 1])
     >>> f"{log_p:.1e}", float(jax.nn.log_softmax(jnp.array([0.0, 30.0]))[1])
     ('-9.4e-14', 0.0)
     """
@@ -55,60 +54,39 @@ def log_probs(logits_BQV: jax.Array) -> jax.Array:
     return shifted_BQV - jnp.log1p(others_BQ1)
 
 
-def chosen_log_prob(prediction: Prediction) -> jax.Array:
-    """Log p of the token that each position would take, float32 [B, Q]."""
-    return jnp.take_along_axis(prediction.log_probs_BQV, prediction.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
-
-
 def entropy(prediction: Prediction) -> jax.Array:
     """Entropy of each position's distribution in nats, float32 [B, Q]."""
     probs_BQV = jnp.exp(prediction.log_probs_BQV)
     return -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * prediction.log_probs_BQV, 0.0), axis=-1)
 
 
-@dataclass(frozen=True)
-class LowConfidence:
-    """Log p(chosen token). LLaDA's `low_confidence` remasking: the least probable stay masked."""
-
-    def __call__(self, prediction: Prediction) -> jax.Array:
-        """Confidence [B, Q]."""
-        return chosen_log_prob(prediction)
+def chosen_log_prob(prediction: Prediction) -> jax.Array:
+    """Log p of each position's token, float32 [B, Q]. As a confidence: LLaDA's `low_confidence` remasking."""
+    return jnp.take_along_axis(prediction.log_probs_BQV, prediction.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
 
 
-@dataclass(frozen=True)
-class Margin:
+def margin(prediction: Prediction) -> jax.Array:
     """Log of p(best token) - p(second best). `topk_margin` of Dream 7B (2025); Kim et al. (2025)."""
-
-    def __call__(self, prediction: Prediction) -> jax.Array:
-        """Confidence [B, Q]."""
-        best_BQ, second_BQ = jnp.moveaxis(jax.lax.top_k(prediction.log_probs_BQV, 2)[0], -1, 0)
-        # log(p1 - p2) = log p1 + log(1 - p2/p1), each term in the form that keeps its small values.
-        ratio_BQ = second_BQ - best_BQ
-        return best_BQ + jnp.where(ratio_BQ > -0.7, jnp.log(-jnp.expm1(ratio_BQ)), jnp.log1p(-jnp.exp(ratio_BQ)))
+    best_BQ, second_BQ = jnp.moveaxis(jax.lax.top_k(prediction.log_probs_BQV, 2)[0], -1, 0)
+    # log(p1 - p2) = log p1 + log(1 - p2/p1), each term in the form that keeps its small values.
+    ratio_BQ = second_BQ - best_BQ
+    return best_BQ + jnp.where(ratio_BQ > -0.7, jnp.log(-jnp.expm1(ratio_BQ)), jnp.log1p(-jnp.exp(ratio_BQ)))
 
 
-@dataclass(frozen=True)
-class NegativeEntropy:
-    """Minus the entropy: Σ_v p_v log p_v; exp of it is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
-
-    def __call__(self, prediction: Prediction) -> jax.Array:
-        """Confidence [B, Q]."""
-        return -entropy(prediction)
+def negative_entropy(prediction: Prediction) -> jax.Array:
+    """Σ_v p_v log p_v; its exp is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
+    return -entropy(prediction)
 
 
-@dataclass(frozen=True)
-class Random:
-    """Log u with u uniform in [0, 1): a random order. LLaDA's `random` remasking; the order of the training process."""
-
-    def __call__(self, prediction: Prediction) -> jax.Array:
-        """Confidence [B, Q]."""
-        return jnp.log(prediction.uniform_BQ)
+def random(prediction: Prediction) -> jax.Array:
+    """Log u with u uniform in [0, 1): a random order, as in training. LLaDA's `random` remasking."""
+    return jnp.log(prediction.uniform_BQ)
 
 
 Confidence = Callable[[Prediction], jax.Array]
-CONFIDENCES: dict[str, Callable[[], Confidence]] = {
-    "low_confidence": LowConfidence,
-    "margin": Margin,
-    "entropy": NegativeEntropy,
-    "random": Random,
+CONFIDENCES: dict[str, Confidence] = {
+    "low_confidence": chosen_log_prob,
+    "margin": margin,
+    "entropy": negative_entropy,
+    "random": random,
 }

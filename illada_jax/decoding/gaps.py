@@ -9,10 +9,10 @@ GAP = re.compile(r"\[\[mask:([0-9]{1,9})\]\]")
 
 
 class GappedText(NamedTuple):
-    """A text taken apart at its gaps.
+    """A text split at its gaps.
 
     Attributes:
-      pieces: the given text between the gaps, one more than there are gaps.
+      pieces: given text around the gaps, one more than there are gaps.
       lengths: the length of each gap, in tokens.
     """
 
@@ -20,19 +20,19 @@ class GappedText(NamedTuple):
     lengths: list[int]
 
     def tokens(self, tokenizer: Any) -> list[int]:
-        """Ids, with MASK repeated in the gaps. The pieces are tokenised apart: no token reaches across a gap."""
+        """Ids with MASK repeated in the gaps. Each piece is tokenised separately: no token spans a gap."""
         ids = tokenizer.encode(self.pieces[0])
         for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
             ids += [tokenizer.mask_id] * length + tokenizer.encode(piece)
         return ids
 
     def fill(self, tokenizer: Any, masked: list[int], filled: list[int]) -> str:
-        """The text with its gaps filled: the pieces as they were given, character for character.
+        """The text with its gaps filled; given pieces are kept character for character.
 
         Args:
           tokenizer: the tokenizer of both lists.
-          masked: what `tokens` gave.
-          filled: the same with tokens in the gaps.
+          masked: the result of `tokens`.
+          filled: the same ids with tokens in place of MASK.
         """
         written = [new for old, new in zip(masked, filled, strict=True) if old == tokenizer.mask_id]
         text = self.pieces[0]
@@ -43,10 +43,10 @@ class GappedText(NamedTuple):
 
 
 def parse_gaps(text: str) -> GappedText:
-    """Takes a text apart at `[[mask:N]]`.
+    """Splits a text at `[[mask:N]]`.
 
     Raises:
-      InputError: there is no gap, or something that begins like one but is none.
+      InputError: the text has no gap, or a malformed one.
 
     >>> parse_gaps("The cat [[mask:3]] the mat.")
     GappedText(pieces=['The cat ', ' the mat.'], lengths=[3])
@@ -54,9 +54,9 @@ def parse_gaps(text: str) -> GappedText:
     parts = GAP.split(text)
     pieces, lengths = parts[0::2], [int(n) for n in parts[1::2]]
     if any("[[mask" in piece for piece in pieces) or 0 in lengths:
-        raise InputError(f"{_shown(text)}: a gap is written [[mask:N]] with N tokens, N at least 1")
+        raise InputError(f"{_shown(text)}: malformed gap; write [[mask:N]] for a gap of N tokens, N at least 1")
     if not lengths:
-        raise InputError(f"{_shown(text)}: no gap to fill: mark one with [[mask:N]], N tokens long")
+        raise InputError(f"{_shown(text)}: no gap to fill; write [[mask:N]] for a gap of N tokens")
     return GappedText(pieces, lengths)
 
 

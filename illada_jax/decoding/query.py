@@ -1,40 +1,127 @@
-"""What the decoder asks of the rest of the world: a function from tokens to logits, and the ids that mean something."""
+"""The contract of a network, `LogitsFn`, and its one query, `guided_logits`, of decoder, scorers and traces alike.
+
+Dimensions: B rows, L canvas columns, T columns of a slice, Q queried columns of the slice, V vocabulary.
+"""
 
 from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-
-class LogitsFn(Protocol):
-    """The decoder's only view of a network. Pass a `jax.tree_util.Partial`: its params are then arguments under jit."""
-
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, query_columns_BQ: jax.Array, cache: Any
-    ) -> tuple[jax.Array, Any]:
-        """Logits of the wanted columns.
-
-        Args:
-          tokens_BT: int32 ids of the slice that is computed: the whole canvas, or part of it when a cache has the rest.
-          positions_BT: int32 canvas column of each token.
-          segments_BT: int32, 1 for tokens, 0 for padding.
-          query_columns_BQ: int32 columns of the slice whose logits are needed.
-          cache: None, or keys and values of the canvas.
-
-        Returns:
-          (logits_BQV float32, the cache with this slice written into it).
-        """
-
+from illada_jax.model.cache import Cache
 
 END_OF_THINKING = "</think>"
 
 
-class SpecialIds(NamedTuple):
-    """Ids with a meaning. vocab_size is the tokenizer's: the network's V may be larger, those ids are never chosen.
+class LogitsFn(Protocol):
+    """A network as decoding and scoring see it. As a `jax.tree_util.Partial` it takes its params through jit."""
 
-    `end_of_thinking` is what the end-of-thinking boost pushes towards, unless the settings name other ids. `unused` are
-    ids of the tokenizer that stand for nothing: they are never chosen either.
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
+                 query_columns_BQ: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Logits of the queried columns.
+
+        Args:
+          tokens_BT: int32 ids of the slice: the whole canvas, or a part of it when a cache holds the rest.
+          positions_BT: int32 canvas column of each token; unused slots hold the canvas length.
+          segments_BT: int32, 1 for tokens, 0 for padding and unused slots.
+          query_columns_BQ: int32 indices into the slice.
+          cache: None, or keys and values of the canvas; `cache.mode` says how this call uses them.
+
+        Returns:
+          (logits_BQV float32, the cache after the call in mode READ, or None).
+        """
+
+
+class CanvasSlice(NamedTuple):
+    """Canvas columns that a query evaluates; the first three fields are those of `LogitsFn`.
+
+    Attributes:
+      tokens_BT: int32 ids.
+      positions_BT: int32 canvas columns.
+      segments_BT: int32, 1 for tokens, 0 for padding.
+      given_BT: bool, tokens that guidance hides: the prompt, or the text around gaps. May be True in padding.
+    """
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    given_BT: jax.Array
+
+
+def guided_logits(logits_fn: LogitsFn, canvas: CanvasSlice, query_columns_BQ: jax.Array, cache: Cache | None = None, *,
+                  cfg_scale: float, mask_id: int) -> tuple[jax.Array, Cache | None]:
+    """The network's logits with classifier-free guidance.
+
+    Guidance evaluates both passes as one batch of 2B rows. The two rows of a pair are neighbours, so that a mesh keeps
+    them on one device.
+
+    Args:
+      logits_fn: the network.
+      canvas: the slice to evaluate.
+      query_columns_BQ: int32 indices into the slice.
+      cache: None, or a cache of B rows, 2B under guidance.
+      cfg_scale: w, see `classifier_free_guidance`; 0 is one unguided pass.
+      mask_id: the id that replaces given tokens in the unconditional pass.
+
+    Returns:
+      (logits_BQV float32, the cache after the call, or None).
+
+    Raises:
+      AssertionError: shapes do not match, or the network breaks its contract.
+    """
+    chex.assert_rank([canvas.tokens_BT, query_columns_BQ], 2)
+    chex.assert_equal_shape(canvas)
+    inputs = (canvas.tokens_BT, canvas.positions_BT, canvas.segments_BT, query_columns_BQ)
+    if cfg_scale:
+        hidden_BT = canvas.given_BT & (canvas.segments_BT > 0)
+        uncond = (jnp.where(hidden_BT, mask_id, canvas.tokens_BT), *inputs[1:])
+        inputs = jax.tree.map(_interleave_rows, inputs, uncond)
+    logits, cache = logits_fn(*inputs, cache)
+    chex.assert_shape(logits, (*inputs[3].shape, None))
+    chex.assert_type(logits, jnp.float32)
+    if cfg_scale:
+        logits = classifier_free_guidance(*_separate_rows(logits), cfg_scale)
+    return logits, cache
+
+
+def _interleave_rows(cond_BT: jax.Array, uncond_BT: jax.Array) -> jax.Array:
+    return jnp.stack([cond_BT, uncond_BT], axis=1).reshape(-1, *cond_BT.shape[1:])
+
+
+def _separate_rows(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_interleave_rows`."""
+    pairs_B2QV = logits.reshape(-1, 2, *logits.shape[1:])
+    return pairs_B2QV[:, 0], pairs_B2QV[:, 1]
+
+
+def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:
+    """Guided logits, uncond + (w + 1)·(cond - uncond) (LLaDA's unsupervised classifier-free guidance).
+
+    Args:
+      cond_BQV: float32 logits given the prompt.
+      uncond_BQV: float32 logits with the prompt masked.
+      scale: w.
+
+    Returns:
+      float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
+
+    >>> classifier_free_guidance(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
+    [[[2.0, -inf]]]
+    """
+    guided_BQV = uncond_BQV + (scale + 1) * (cond_BQV - uncond_BQV)
+    return jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)
+
+
+class SpecialIds(NamedTuple):
+    """Token ids with a special meaning.
+
+    Attributes:
+      mask, eos, bos, pad: the special tokens.
+      vocab_size: ids of the tokenizer. The network's V may be larger; ids from vocab_size on are never chosen.
+      end_of_thinking: ids of the string that the end-of-thinking boost promotes, unless the settings name others.
+      unused: ids of the tokenizer that stand for nothing; never chosen.
     """
 
     mask: int
@@ -47,17 +134,17 @@ class SpecialIds(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialIds":
-        """The special ids of a `data.tokenizer.Tokenizer`."""
+        """The special ids of a `data.tokenizers.tokenizer.Tokenizer`."""
         return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size,
                    tuple(tokenizer.encode(END_OF_THINKING)), tokenizer.unused_ids)
 
 
 def plain_logits_fn(function: Any) -> Partial:
-    """Wraps `f(tokens_BL) -> logits_BLV` (a function or a Partial) as a LogitsFn: for oracles and tests."""
-    return Partial(_plain, function if isinstance(function, Partial) else Partial(function))
+    """Adapts `f(tokens_BL) -> logits_BLV`, a function or a Partial, to the contract of LogitsFn; without a cache."""
+    return Partial(_query_plain, function if isinstance(function, Partial) else Partial(function))
 
 
-def _plain(function, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
+def _query_plain(function, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
     del positions_BT, segments_BT
     logits_BTV = function(tokens_BT).astype(jnp.float32)
     return jnp.take_along_axis(logits_BTV, query_columns_BQ[:, :, None], axis=1), cache

@@ -1,4 +1,4 @@
-"""From logits to a token for every position of the active block: what may be chosen, and the noise of the choice."""
+"""Choice of a token for every position of the active block: logit masks, nucleus, temperature and Gumbel noise."""
 
 import enum
 import math
@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from illada_jax.decoding.confidence import Prediction, argmax, log_probs
+from illada_jax.decoding.confidence import Prediction, argmax, log_softmax
 
 
 class Draw(enum.IntEnum):
-    """What a key of the decoder is for. The numbers are part of what a seed means: never renumber."""
+    """Purpose of a random key of the decoder. Seeds depend on the numbers: never renumber."""
 
     TOKEN = 0
     ORDER = 1
 
 
 def row_keys(seed: int, rows: jax.Array) -> jax.Array:
-    """Key data uint32 [B, 2] of the given rows: a row draws by the seed and its number, not by its batch."""
+    """Key data uint32 [B, 2] of the given row numbers; independent of the batch."""
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return jax.random.key_data(fold_in(jax.random.key(seed), rows))
 
@@ -28,27 +28,9 @@ def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
 
 
-def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:
-    """Classifier-free guidance, logits_u + (w + 1)·(logits_c - logits_u), with u blind to what was given (LLaDA).
-
-    Args:
-      cond_BQV: float32, of the network that sees what was given.
-      uncond_BQV: float32, of the same with what was given masked.
-      scale: w.
-
-    Returns:
-      float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
-
-    >>> classifier_free_guidance(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
-    [[[2.0, -inf]]]
-    """
-    guided_BQV = uncond_BQV + (scale + 1) * (cond_BQV - uncond_BQV)
-    return jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)
-
-
 def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
-    # As a table: a tokenizer may leave hundreds of ids unused.
+    # A table, as a tokenizer may leave hundreds of ids unused.
     never_V = np.zeros(logits_BQV.shape[-1], bool)
     never_V[[id_ for id_ in ids if id_ < never_V.size]] = True
     never_V[never_V.size if vocab_size is None else vocab_size :] = True
@@ -56,30 +38,30 @@ def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | N
 
 
 def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the most probable tokens that together have at least the mass top_p, the rest becomes -inf.
+    """Keeps the most probable tokens with a total mass of at least top_p; sets the others to -inf.
 
-    Tokens as probable as the last one kept stay too (nucleus sampling, Holtzman et al., 2020).
+    Tokens as probable as the last one kept are kept, too (nucleus sampling, Holtzman et al., 2020).
     """
     sorted_BQV = -jnp.sort(-logits_BQV, axis=-1)
     probs_BQV = jax.nn.softmax(sorted_BQV, axis=-1)
     before_BQV = jnp.cumsum(probs_BQV, axis=-1) - probs_BQV
-    least_BQ1 = jnp.min(jnp.where(before_BQV < top_p, sorted_BQV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BQV >= least_BQ1, logits_BQV, -jnp.inf)
+    lowest_BQ1 = jnp.min(jnp.where(before_BQV < top_p, sorted_BQV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BQV >= lowest_BQ1, logits_BQV, -jnp.inf)
 
 
 def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.Array) -> jax.Array:
     """A token for each position, int32 [B, Q]: the argmax, or a sample of the nucleus of softmax(logits / temperature).
 
-    A sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode: its upper
-    tail reaches down to probabilities of 1e-38, where the usual float32 noise ends at 1e-7, which acts like a lower
-    temperature (the published code draws in float64 for that reason).
+    A sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode, whose upper
+    tail reaches down to probabilities of 1e-38. That of the default mode ends at 1e-7, which acts like a lower
+    temperature; the published code draws in float64 for that reason.
     """
     if temperature > 0:
         logits_BQV = logits_BQV / temperature
         if top_p < 1:
             logits_BQV = nucleus(logits_BQV, top_p)
         shape_QV = logits_BQV.shape[1:]
-        # Drawn flat: XLA's CPU compiler takes ten times as long over the same draw in more dimensions.
+        # Drawn flat: XLA's CPU compiler takes ten times as long for the same draw in more dimensions.
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (math.prod(shape_QV),), mode="high").reshape(shape_QV))
         logits_BQV = logits_BQV + gumbel(keys_B)
     return argmax(logits_BQV)
@@ -87,19 +69,20 @@ def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.
 
 def predict(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,
           steps_B: jax.Array) -> Prediction:
-    """Chooses a token for each position and keeps what the confidences need.
+    """Chooses a token for each position; see `Prediction`.
 
     Args:
       logits_BQV: float32 logits, after `mask_logits`.
-      temperature: of the choice; the log-probabilities of the prediction are those of the logits as they are.
-      top_p: of the choice.
-      last_ids: ids that may be chosen but have no probability when confidences are computed, so they are written last.
-      keys_B2: the rows' key data.
-      steps_B: the rows' steps.
+      temperature: temperature of the choice; does not apply to the log-probabilities of the prediction.
+      top_p: nucleus mass of the choice.
+      last_ids: ids that may be chosen but have probability 0 in confidences, so that they are written last.
+      keys_B2: uint32 key data of the rows.
+      steps_B: int32 steps that the rows have taken.
     """
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, logits_BQV.shape[1:2]))
+    num_columns = logits_BQV.shape[1]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_columns,)))
     return Prediction(
         tokens_BQ=choose(logits_BQV, temperature, top_p, step_keys(keys_B2, Draw.TOKEN, steps_B)),
-        log_probs_BQV=log_probs(mask_logits(logits_BQV, last_ids)),
+        log_probs_BQV=log_softmax(mask_logits(logits_BQV, last_ids)),
         uniform_BQ=uniform(step_keys(keys_B2, Draw.ORDER, steps_B)),
     )

@@ -1,4 +1,4 @@
-"""The end-of-thinking boost: a growing push to end the reasoning before the budget is used up (iLLaDA paper)."""
+"""The end-of-thinking boost, which ends the reasoning before the budget is used up (iLLaDA paper)."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 class ThinkingBoost:
     """Adds boost · progress^power to the logit of the next token of the end-of-thinking string.
 
-    Only at the first masked position of the active block, and only while the row has not generated the string;
-    progress = (position - prompt length + 1) / budget, clipped to [0, 1]. The next token is the one that continues the
-    longest beginning of the string that the generated text before that position ends with.
+    It applies at the first masked position of the active block, until the row has generated the string. progress is
+    (position - prompt length + 1) / budget, clipped to [0, 1]. The next token continues the longest prefix of the
+    string that the generated text before the position ends with.
 
     Attributes:
-      boost: the push at the end of the budget.
-      power: the larger, the later it sets in.
-      ids: the end-of-thinking string as ids.
+      boost: addition to the logit at the end of the budget.
+      power: larger values delay the boost.
+      ids: ids of the end-of-thinking string.
     """
 
     boost: float
@@ -34,26 +34,27 @@ class ThinkingBoost:
           prompt_B: columns of the prompt.
           limit_B: columns that the row may grow to.
           columns_BQ: columns of the block, from left to right.
-          masked_BQ: which of them are masked.
+          masked_BQ: bool, True in masked columns.
         """
         slot_B = jnp.argmax(masked_BQ, axis=1)
         column_B = jnp.take_along_axis(columns_BQ, slot_B[:, None], axis=1)[:, 0]
         progress_B = ((column_B - prompt_B + 1) / jnp.maximum(limit_B - prompt_B, 1)).clip(0, 1)
-        push_B = jnp.where(self._generated(tokens_BL, prompt_B), 0.0, self.boost * progress_B**self.power)
+        boost_B = jnp.where(self._generated(tokens_BL, prompt_B), 0.0, self.boost * progress_B**self.power)
         next_B = self._next_id(tokens_BL, prompt_B, column_B)
         at_slot_BQ = masked_BQ & (jnp.arange(masked_BQ.shape[1])[None, :] == slot_B[:, None])
         at_id_BV = jnp.arange(logits_BQV.shape[-1])[None, :] == next_B[:, None]
-        push_BQV = jnp.where(at_slot_BQ[:, :, None] & at_id_BV[:, None, :], push_B[:, None, None], 0.0)
-        return logits_BQV + push_BQV
+        boost_BQV = jnp.where(at_slot_BQ[:, :, None] & at_id_BV[:, None, :], boost_B[:, None, None], 0.0)
+        return logits_BQV + boost_BQV
 
     def _generated(self, tokens_BL: jax.Array, prompt_B: jax.Array) -> jax.Array:
-        """Whether the whole string stands somewhere behind the prompt, bool [B]."""
+        """True where the generated text contains the whole string, bool [B]."""
         starts_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1) >= prompt_B[:, None]
         for offset, id_ in enumerate(self.ids):
             starts_BL &= jnp.pad(tokens_BL[:, offset:], ((0, 0), (0, offset)), constant_values=-1) == id_
         return jnp.any(starts_BL, axis=1)
 
     def _next_id(self, tokens_BL: jax.Array, prompt_B: jax.Array, column_B: jax.Array) -> jax.Array:
+        """The id that continues the string at the column, int32 [B]."""
         next_B = jnp.full_like(column_B, self.ids[0])
         for length in range(1, len(self.ids)):
             matches_B = column_B - length >= prompt_B

@@ -1,10 +1,10 @@
 """The transformer, as pure functions of its params.
 
-Begin with `functional`, which is what other rooms use: `init_params`, `hidden`, `head`, `make_logits_fn`. The network
-itself is `transformer` (bidirectional, RMSNorm, SwiGLU, rotary positions, grouped queries), its attention back ends are
-`attention`, keys and values kept for decoding `cache`, matrices of eight bits `quantized`.
+Begin with `functional`, the interface of the package: `init_params`, `hidden`, `head`, `make_logits_fn`. `transformer`
+is the network (bidirectional, RMSNorm, SwiGLU, rotary positions, grouped queries), `attention` its attention back ends,
+`cache` the keys and values cached in decoding, `int8` eight-bit weights, `flops` the operations by formula.
 
-May import the config alone: it knows nothing of masks, losses or decoding.
+May import only the config: it knows nothing of masks, losses or decoding.
 """
 
 from illada_jax.model.cache import make_init_cache

@@ -1,7 +1,7 @@
 """Attention back ends: bidirectional, within segments, grouped keys and values.
 
-A back end is `f(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> out_BTNH`: it may be replaced by another
-with the same meaning. Every token attends to all tokens of its own segment, before and after it.
+A back end is `f(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> out_BTNH`; all compute the same function.
+Every token attends to all tokens of its own segment, before and after it.
 """
 
 import functools
@@ -18,19 +18,19 @@ from illada_jax.config import ModelConfig
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# The name under which remat policies find what attention returned.
+# The name of attention's output in remat policies.
 ATTENTION_OUT = "attention_out"
-LANES = 128  # the kernel's blocks are multiples of it
-NO_SEGMENT = -2  # of keys that fill up the last block: neither a segment nor what a cache hides (-1)
+LANES = 128  # block sizes of the splash kernel are multiples of it
+NO_SEGMENT = -2  # segment of padding keys: neither a token's segment nor that of hidden cache columns (-1)
 
 
 def xla_attention(
     config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
     segments_BS: jax.Array,
 ) -> jax.Array:
-    """Attention in plain XLA: any platform, softmax in float32, memory grows with T·S.
+    """Attention in plain XLA: any platform, softmax in float32, O(T·S) memory.
 
-    The G = N/K query heads that share keys are rows of one product (g = G·T), and the mask is added as a bias: on CPU
+    The G = N/K query heads that share keys are rows of one product (g = G·T), and the mask is an additive bias: on CPU
     this takes 0.6 to 0.85 of the time of `jax.nn.dot_product_attention`.
     """
     del config
@@ -42,8 +42,8 @@ def xla_attention(
     bias_BTS = jnp.where(segments_BT[:, :, None] == segments_BS[:, None, :], 0.0, -jnp.inf)
     scores_BKGTS = scores_BKgS.reshape(B, K, N // K, T, -1) + bias_BTS[:, None, None]
     scores_BKgS = scores_BKGTS.reshape(scores_BKgS.shape)
-    top_BKg1 = jax.lax.stop_gradient(jnp.max(scores_BKgS, axis=-1, keepdims=True))
-    unnormed_BKgS = jnp.exp(scores_BKgS - top_BKg1)
+    max_BKg1 = jax.lax.stop_gradient(jnp.max(scores_BKgS, axis=-1, keepdims=True))
+    unnormed_BKgS = jnp.exp(scores_BKgS - max_BKg1)
     out_BKgH = jnp.einsum("BKgS,BSKH->BKgH", unnormed_BKgS.astype(v_BSKH.dtype), v_BSKH,
                           preferred_element_type=jnp.float32)
     out_BKgH = out_BKgH / jnp.sum(unnormed_BKgS, axis=-1, keepdims=True)
@@ -55,7 +55,7 @@ def cudnn_attention(
     config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
     segments_BS: jax.Array,
 ) -> jax.Array:
-    """Flash attention of cuDNN where it takes these shapes (bfloat16, even lengths, heads of at most 128), else XLA."""
+    """Flash attention of cuDNN where it supports the shapes (bfloat16, even lengths, H at most 128), else XLA."""
     even = q_BTNH.shape[1] % 2 == 0 and k_BSKH.shape[1] % 2 == 0
     if not (q_BTNH.dtype == jnp.bfloat16 and even and config.head_dim % 8 == 0 and config.head_dim <= 128):
         return xla_attention(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
@@ -68,10 +68,10 @@ def splash_attention(
     config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
     segments_BS: jax.Array, interpret: bool = False,
 ) -> jax.Array:
-    """The TPU kernel: nothing of size T·S is ever in memory, keys of a group are not repeated.
+    """The TPU kernel: no array of size T·S is in memory, and the keys of a group are not repeated.
 
-    Over a mesh each device computes its own rows and heads; an axis that does not divide them is left out, so that
-    its devices compute the same. Lengths are filled up to whole blocks with keys that nobody sees.
+    Over a mesh each device computes its own rows and heads; along a mesh axis that does not divide them, devices repeat
+    the same computation. Lengths are padded to whole blocks with keys that no query attends to.
     """
     arrays = q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS
     local = functools.partial(_local_splash, config, interpret)
@@ -82,7 +82,7 @@ def splash_attention(
     rows = _dividing(rules["batch"], mesh, q_BTNH.shape[0])
     heads = _dividing(rules["heads_act"], mesh, config.num_kv_heads)
     of_heads, of_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    # The kernel does not say over which axes its result varies, so that check is off.
+    # The check is off because the kernel does not declare the mesh axes over which its result varies.
     return jax.shard_map(local, in_specs=(of_heads, of_heads, of_heads, of_rows, of_rows), out_specs=of_heads,
                          check_vma=False)(*arrays)
 
@@ -101,12 +101,12 @@ def _local_splash(
     segments_BT: jax.Array, segments_BS: jax.Array,
 ) -> jax.Array:
     length, num_heads, width = q_BTNH.shape[1:]
-    q_BTNH, segments_BT = _fill(q_BTNH), _fill(segments_BT, NO_SEGMENT)
-    k_BSKH, v_BSKH, segments_BS = _fill(k_BSKH), _fill(v_BSKH), _fill(segments_BS, NO_SEGMENT)
+    q_BTNH, segments_BT = _pad_length(q_BTNH), _pad_length(segments_BT, NO_SEGMENT)
+    k_BSKH, v_BSKH, segments_BS = _pad_length(k_BSKH), _pad_length(v_BSKH), _pad_length(segments_BS, NO_SEGMENT)
     block_q = _block(config.attention_block_q, q_BTNH.shape[1])
     block_kv = _block(config.attention_block_kv, k_BSKH.shape[1])
     compute = _block(config.attention_block_kv_compute, block_kv)
-    # One fused kernel for the backward pass: scores are recomputed once and not twice, five matrix products, not seven.
+    # The fused backward kernel recomputes scores once instead of twice: five matrix products, not seven.
     blocks = splash.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=compute, block_q_dkv=block_q, block_kv_dkv=block_kv,
         block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
@@ -119,17 +119,17 @@ def _local_splash(
     return out_BNTH.swapaxes(1, 2)[:, :length]
 
 
-def _fill(x_BT: jax.Array, value: int = 0) -> jax.Array:
-    """Fills the second axis up to a multiple of LANES."""
+def _pad_length(x_BT: jax.Array, value: int = 0) -> jax.Array:
+    """Pads the second axis to a multiple of LANES."""
     missing = -x_BT.shape[1] % LANES
     if not missing:
         return x_BT
     return jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2), constant_values=value)
 
 
-def _block(wanted: int, length: int) -> int:
-    """The largest multiple of LANES that divides `length` and does not exceed `wanted`."""
-    return max(block for block in range(LANES, max(wanted, LANES) + 1, LANES) if length % block == 0)
+def _block(limit: int, length: int) -> int:
+    """The largest multiple of LANES that divides `length` and does not exceed `limit`."""
+    return max(block for block in range(LANES, max(limit, LANES) + 1, LANES) if length % block == 0)
 
 
 BACK_ENDS: dict[str, Callable[..., jax.Array]] = {
@@ -142,6 +142,6 @@ BEST = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 
 
 def attention_fn(config: ModelConfig) -> AttentionFn:
-    """The back end that `config.attention` names; `auto` takes the best for the platform of the default devices."""
+    """The back end `config.attention`; `auto` is the best one for the default platform."""
     name = BEST[jax.default_backend()] if config.attention == "auto" else config.attention
     return functools.partial(BACK_ENDS[name], config)

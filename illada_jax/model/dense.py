@@ -9,11 +9,11 @@ from illada_jax.model.int8 import Int8
 
 
 def dense(x: jax.Array, w_io: jax.Array | Int8, out_dtype: jnp.dtype) -> jax.Array:
-    """X · w with operands in x's dtype and float32 accumulation.
+    """Product x · w with operands in x's dtype and float32 accumulation.
 
     Args:
       x: [..., i], float32 or bfloat16.
-      w_io: params [i, o]. Int8 values are exact in x's dtype and their scales are applied to the sums; no gradient.
+      w_io: params [i, o]. Int8 values are exact in x's dtype; their scales multiply the sums. Int8 has no gradient.
       out_dtype: dtype of the result.
 
     Returns:
@@ -29,8 +29,8 @@ def dense(x: jax.Array, w_io: jax.Array | Int8, out_dtype: jnp.dtype) -> jax.Arr
 def _dense(x: jax.Array, w_io: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """`dense` with its own backward pass.
 
-    Autodiff would multiply a float32 cotangent with low-precision operands: a mixed product that is slow everywhere.
-    The gradient of w is not rounded on its way to the float32 params.
+    Autodiff would multiply a float32 cotangent with low-precision operands, a mixed product that is slow on all
+    platforms. The gradient of w stays float32 until it reaches the float32 params.
     """
     return jnp.einsum("...i,io->...o", x, w_io.astype(x.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 

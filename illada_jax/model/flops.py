@@ -4,9 +4,9 @@ from illada_jax.config import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Operations of one forward pass per token of a sequence of `length` tokens, a multiply-add counted as two.
+    """FLOPs of one forward pass per token of a sequence of `length` tokens; a multiply-add counts as two.
 
-    Attention is bidirectional, so it is not halved; embedding look-up, norms and softmax are left out.
+    Attention is bidirectional, so it is not halved. Embedding lookup, norms and softmax are not counted.
     """
     c = config
     heads = c.d_model * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
@@ -16,5 +16,5 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Operations of forward and backward per token; what rematerialisation computes again is not counted."""
+    """FLOPs of forward and backward pass per token, without rematerialisation."""
     return 3 * forward_flops_per_token(config, length)

@@ -1,4 +1,4 @@
-"""The transformer as pure functions of its params: what the rest of the project calls."""
+"""The transformer as pure functions of its params: the interface of the package."""
 
 import functools
 from typing import Any
@@ -14,24 +14,24 @@ Params = Any  # a tree of arrays
 
 
 def _initialise(config: ModelConfig, key: jax.Array) -> Any:
-    # Shapes of params do not depend on the tokens: one token is enough to initialise.
+    # One token initialises the model: shapes of params do not depend on the tokens.
     one_BL = jnp.ones((1, 1), jnp.int32)
     return Transformer(config).init(key, one_BL, one_BL, one_BL)["params"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random float32 params (iLLaDA's public initialisation). `key` is a typed jax key; config.vocab_size is set."""
+    """Random float32 params by iLLaDA's public initialisation. `key` is a typed key; config.vocab_size must be set."""
     return nn.unbox(_initialise(config, key))
 
 
 def param_axes(config: ModelConfig) -> Any:
-    """The logical axis names of every param: a PartitionSpec for each; nothing is computed."""
+    """Logical axis names, one PartitionSpec per param; nothing is computed."""
     boxed = jax.eval_shape(lambda: _initialise(config, jax.random.key(0)))
     return nn.get_partition_spec(boxed)
 
 
 def num_params(config: ModelConfig) -> int:
-    """Number of parameters, without allocating any."""
+    """Number of parameters; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -51,21 +51,22 @@ def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Arra
 
 @functools.cache
 def _logits_function(config: ModelConfig):
-    """One function object per config, so that jit recognises it and does not compile again for other params."""
+    """One function object per config: jit recognises it and compiles once for all params."""
 
     def logits(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-        hidden_BQD, cache = Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT, query_columns_BQ,
-                                                      cache, method=Transformer.at_columns)
+        hidden_BQD, cache = Transformer(config).apply(
+            {"params": params}, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache,
+            method=Transformer.at_columns)
         return head(config, params, hidden_BQD), cache
 
     return logits
 
 
 def make_logits_fn(config: ModelConfig, params: Params) -> jax.tree_util.Partial:
-    """The function that decoding and scoring take (design: the decoder's contract with the model).
+    """The network as decoding and scoring take it, see `decoding.query.LogitsFn`.
 
     Returns:
-      `logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache) -> (logits_BQV, cache)`: float32 logits of the
-      wanted columns. It is a pytree that carries the params: pass it to a jitted function as an argument.
+      `logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache) -> (logits_BQV, cache)`: float32 logits
+      of the queried columns. A pytree that carries the params: pass it to jitted functions as an argument.
     """
     return jax.tree_util.Partial(_logits_function(config), params)

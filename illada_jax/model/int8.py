@@ -1,6 +1,6 @@
-"""Eight-bit weights for decoding and scoring: symmetric, one scale for each output channel, activations as they are.
+"""Weight-only int8 quantisation for decoding and scoring: symmetric, one scale per output channel.
 
-Embeddings (so also a tied head) and norms stay as they are. An 8B model then fits one chip of 16 GB.
+Activations, embeddings (hence a tied head) and norms are not quantised. An 8B model then fits one chip of 16 GB.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct, traverse_util
 from jax.sharding import PartitionSpec
 
-# The matrices among the params, by path: how many of their axes, after `layers`, are inputs; the others are outputs.
+# Number of input axes, after `layers`, of each matrix param by path; the other axes are outputs.
 INPUT_AXES = {
     "layers/attention/q": 1,
     "layers/attention/k": 1,
@@ -25,11 +25,11 @@ INPUT_AXES = {
 
 @struct.dataclass
 class Int8:
-    """A matrix, w ≈ values · scale, in the place of the float array among the params; `dense` takes either.
+    """A quantised matrix, w ≈ values · scale, which replaces the float array among the params.
 
     Attributes:
-      values: int8, the shape of w; first, for flax compares its shape with that of the param.
-      scale: float32, one for each output channel: the shape of w without its input axes.
+      values: int8 [shape of w]. The first field, as flax compares its shape with that of the param.
+      scale: float32 [shape of w without its input axes], one per output channel.
     """
 
     values: jax.Array
@@ -41,27 +41,27 @@ class Int8:
         return self.values.shape
 
     def reshape(self, inputs: int, outputs: int) -> "Int8":
-        """The matrix of one layer as [inputs, outputs]; one of them may be -1."""
+        """The matrix of one layer as [inputs, outputs], of which one may be -1."""
         return Int8(self.values.reshape(inputs, outputs), self.scale.reshape(-1))
 
 
 def quantize_params(params: Any) -> Any:
-    """The params of a model with every matrix as Int8."""
+    """Params with every matrix as Int8."""
     return _map_matrices(params, quantize_matrix)
 
 
 def quantize_matrix(path: str, w: jax.Array) -> Int8:
-    """The param called `path`, one of INPUT_AXES, as Int8."""
+    """The param at `path`, one of INPUT_AXES, as Int8."""
     return quantize(w, INPUT_AXES[path], first=int(path.startswith("layers/")))
 
 
 def quantized_axes(axes: Any) -> Any:
-    """The logical axis names of `quantize_params(params)`, from those of the params (`model.param_axes`)."""
-    def both(path: str, spec: PartitionSpec) -> Int8:
+    """Logical axis names of `quantize_params(params)`, from those of the params (`model.param_axes`)."""
+    def axes_of(path: str, spec: PartitionSpec) -> Int8:
         first = int(path.startswith("layers/"))
         return Int8(spec, PartitionSpec(*spec[:first], *spec[first + INPUT_AXES[path] :]))
 
-    return _map_matrices(axes, both)
+    return _map_matrices(axes, axes_of)
 
 
 def _map_matrices(tree: Any, function: Any) -> Any:
@@ -75,8 +75,8 @@ def quantize(w: jax.Array, input_axes: int, first: int = 0) -> Int8:
 
     Args:
       w: float array; axes before `first` (layers) are neither inputs nor outputs.
-      input_axes: number of input axes, from axis `first` on.
-      first: the first axis of the matrix.
+      input_axes: number of input axes, which begin at axis `first`.
+      first: first axis of the matrix.
     """
     axes = tuple(range(first, first + input_axes))
     largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True).astype(jnp.float32)

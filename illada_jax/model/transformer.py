@@ -1,14 +1,16 @@
-"""The network of iLLaDA and LLaDA: a Llama-like transformer that looks both ways.
+"""The network of iLLaDA and LLaDA: a Llama-like bidirectional transformer.
 
 Pre-norm RMSNorm, SwiGLU, rotary positions, grouped keys and values, no biases, a final norm, a tied or untied head
 (iLLaDA paper, architecture table). Prediction is same-position: logit i predicts token i. The time is not an input.
 
 Dimensions: B batch, L length (T query, S key), D model, N query heads, K key/value heads, H head dim, F feed-forward,
-V vocabulary, Q wanted columns. Logical axis names say how an array may be sharded (`parallel/sharding.py`: the rules).
+V vocabulary, Q queried columns. Logical axis names say how an array may be sharded (`parallel/sharding.py`: the rules).
 """
 
 import math
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,13 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from illada_jax.config import ModelConfig
 from illada_jax.model.attention import ATTENTION_OUT, attention_fn
-from illada_jax.model.cache import Cache
+from illada_jax.model.cache import Cache, CacheMode, KeysValues
 from illada_jax.model.dense import dense
 from illada_jax.model.embedding import embed
 
-KeysValues = tuple[jax.Array, jax.Array]
 RopeCosSin = tuple[jax.Array, jax.Array]  # see `rope_cos_sin`
-# Names under which remat policies find what a layer computes.
+# Names of a layer's intermediate results in remat policies.
 PROJECTIONS, FEED_FORWARD = "projections", "feed_forward"
 ACTIVATION_AXES = ("batch", "length", "embed_act")
 
@@ -36,7 +37,7 @@ def _init_std(config: ModelConfig) -> float:
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """The projections that write into the residual stream start smaller, so that its variance does not grow."""
+    """Smaller init for projections into the residual stream, so that its variance does not grow with depth."""
     return _init_std(config) / math.sqrt(2 * config.num_layers)
 
 
@@ -47,7 +48,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalises x_BTD and scales it; shape and dtype stay."""
+        """Normed and scaled x_BTD, same shape and dtype."""
         scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_BTD.shape[-1:])
         x32_BTD = x_BTD.astype(jnp.float32)
         inverse_rms_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + self.eps)
@@ -56,9 +57,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions_BT: jax.Array, width: int, theta: float) -> RopeCosSin:
-    """Cosine and sine of the angles by which rotary positions turn heads of this width; float32, [B, T, 1, width/2].
+    """Cosine and sine of the rotary angles of heads of the given width, float32 [B, T, 1, width/2].
 
-    They are the same in every layer: computed once, they are an eighth of what attention costs on a CPU saved.
+    Shared by all layers; computing them once saves an eighth of attention's time on a CPU.
     """
     half = width // 2
     frequencies_111h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None, None, :]
@@ -74,9 +75,23 @@ def apply_rope(x_BTNH: jax.Array, rope: RopeCosSin) -> jax.Array:
                            axis=-1).astype(x_BTNH.dtype)
 
 
-def _at(x_BT: jax.Array, query_columns_BQ: jax.Array) -> jax.Array:
-    """The wanted columns of [B, T, ...]."""
+def _columns_of(x_BT: jax.Array, query_columns_BQ: jax.Array) -> jax.Array:
+    """The queried columns of [B, T, ...]."""
     return jnp.take_along_axis(x_BT, query_columns_BQ.reshape(query_columns_BQ.shape + (1,) * (x_BT.ndim - 2)), axis=1)
+
+
+class CachedColumns(NamedTuple):
+    """What one layer's attention reads of a cache.
+
+    Attributes:
+      k_BSKH: rotated keys.
+      v_BSKH: values.
+      segments_BS: int32 segments; -1 in the columns that are computed anew.
+    """
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    segments_BS: jax.Array
 
 
 class Attention(nn.Module):
@@ -86,23 +101,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array,
-        cached_segments_BS: jax.Array | None = None, cached: KeysValues | None = None,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: CachedColumns | None = None,
         query_columns_BQ: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to what is cached of the rest.
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to the cached columns.
 
         Args:
-          x_BTD: the normed residual stream.
+          x_BTD: normed residual stream.
           rope: cosines and sines of its positions, see `rope_cos_sin`.
           segments_BT: int32 segments.
-          cached_segments_BS: int32 segments of the cached columns, -1 for those that x_BTD computes anew.
-          cached: (keys_BSKH, values_BSKH) of this layer, or None.
+          cached: further keys and values, or None.
           query_columns_BQ: int32 columns of x_BTD that attend; None is all of them.
 
         Returns:
-          (what attention adds to the residual stream of the wanted columns; keys and values if x_BTD is a whole canvas
-          to be cached, else None).
+          (addition to the residual stream of the queried columns, [B, Q, D]; keys and values of x_BTD).
         """
         c = self.config
         q_DNH = self.param("q", _init(_init_std(c), "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
@@ -112,23 +124,20 @@ class Attention(nn.Module):
         o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
                            (c.num_heads, c.head_dim, c.d_model))
         k_BTKH, v_BTKH = apply_rope(self._project(x_BTD, k_DKH), rope), self._project(x_BTD, v_DKH)
-        keys_segments_BT = segments_BT
+        query = x_BTD, segments_BT, rope
         if query_columns_BQ is not None:
-            x_BTD, segments_BT, rope = jax.tree.map(lambda x_BT: _at(x_BT, query_columns_BQ), (x_BTD, segments_BT, rope))
-        q_BTNH = apply_rope(self._project(x_BTD, q_DNH), rope)
-        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads_act", None))
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), PROJECTIONS)
-        k_BSKH, v_BSKH, segments_BS, fresh = k_BTKH, v_BTKH, keys_segments_BT, None
-        if cached is not None and k_BTKH.shape[1] == cached[0].shape[1]:
-            fresh = (k_BTKH, v_BTKH)
-        elif cached is not None:
-            k_BSKH = jnp.concatenate([cached[0], k_BTKH], axis=1)
-            v_BSKH = jnp.concatenate([cached[1], v_BTKH], axis=1)
-            segments_BS = jnp.concatenate([cached_segments_BS, keys_segments_BT], axis=1)
-        out_BTNH = attention_fn(c)(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
-        out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-        added_BTD = dense(out_BTE, o_NHD.reshape(-1, c.d_model), x_BTD.dtype)
-        return checkpoint_name(added_BTD, PROJECTIONS), fresh
+            query = jax.tree.map(lambda x_BT: _columns_of(x_BT, query_columns_BQ), query)
+        x_BQD, segments_BQ, query_rope = query
+        q_BQNH = apply_rope(self._project(x_BQD, q_DNH), query_rope)
+        q_BQNH = nn.with_logical_constraint(q_BQNH, ("batch", "length", "heads_act", None))
+        q_BQNH, k_BTKH, v_BTKH = checkpoint_name((q_BQNH, k_BTKH, v_BTKH), PROJECTIONS)
+        keys = CachedColumns(k_BTKH, v_BTKH, segments_BT)
+        if cached is not None:
+            keys = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), cached, keys)
+        out_BQNH = attention_fn(c)(q_BQNH, keys.k_BSKH, keys.v_BSKH, segments_BQ, keys.segments_BS)
+        out_BQE = out_BQNH.reshape(*out_BQNH.shape[:2], -1)
+        added_BQD = dense(out_BQE, o_NHD.reshape(-1, c.d_model), x_BTD.dtype)
+        return checkpoint_name(added_BQD, PROJECTIONS), (k_BTKH, v_BTKH)
 
     def _project(self, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
         heads_BTE = dense(x_BTD, w_DNH.reshape(self.config.d_model, -1), x_BTD.dtype)
@@ -142,7 +151,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Maps x_BTD to what the feed-forward adds to the residual stream, same shape and dtype."""
+        """Addition to the residual stream, of the shape and dtype of x_BTD."""
         c = self.config
         gate_DF = self.param("gate", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
         up_DF = self.param("up", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
@@ -154,31 +163,36 @@ class FeedForward(nn.Module):
         return dense(hidden_BTF, down_FD, dtype)
 
 
-class Block(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (carry, inputs) → (carry, output of the layer)."""
+class Layer(nn.Module):
+    """One layer as `nn.scan` expects it: (carry, inputs) → (carry, output of the layer).
+
+    Attributes:
+      config: the model.
+      returns_kv: the output is (keys, values) of all columns, for a cache; else None.
+    """
 
     config: ModelConfig
+    returns_kv: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached_segments_BS: jax.Array | None = None,
-        cached: KeysValues | None = None, query_columns_BQ: jax.Array | None = None,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: CachedColumns | None = None,
+        query_columns_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """Adds attention and feed-forward to the residual stream x_BTD, or to its wanted columns; see Attention."""
+        """Adds attention and feed-forward to the residual stream x_BTD, or to its queried columns; see Attention."""
         c = self.config
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        attended_BTD, fresh = Attention(c, name="attention")(normed_BTD, rope, segments_BT, cached_segments_BS,
-                                                            cached, query_columns_BQ)
-        x_BTD = (x_BTD if query_columns_BQ is None else _at(x_BTD, query_columns_BQ)) + attended_BTD
-        normed_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + FeedForward(c, name="mlp")(normed_BTD)
-        return nn.with_logical_constraint(x_BTD, ACTIVATION_AXES), fresh
+        added_BQD, new_kv = Attention(c, name="attention")(normed_BTD, rope, segments_BT, cached, query_columns_BQ)
+        x_BQD = (x_BTD if query_columns_BQ is None else _columns_of(x_BTD, query_columns_BQ)) + added_BQD
+        normed_BQD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BQD)
+        x_BQD = x_BQD + FeedForward(c, name="mlp")(normed_BQD)
+        return nn.with_logical_constraint(x_BQD, ACTIVATION_AXES), new_kv if self.returns_kv else None
 
 
-# What the forward pass keeps for the backward pass by config.model.remat, beside the residual stream before each layer.
-# Attention saves most time per byte, the others about the same as each other.
-KEPT_NAMES = {
+# Results that the forward pass saves for the backward pass, by config.model.remat, beside the input of each layer.
+# Saving attention gains the most time per byte; the others gain about the same as each other.
+SAVED_NAMES = {
     "full": (),
     "attention": (ATTENTION_OUT,),
     "projections": (ATTENTION_OUT, PROJECTIONS),
@@ -192,16 +206,16 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        """Declares the embedding, the scanned layers, the final norm and, where it is untied, the head."""
+        """Declares the embedding, the scanned layers, the final norm and, if untied, the head."""
         c = self.config
         embed_std = math.sqrt(1 / (2 * c.d_model))
         self.embedding_VD = self.param("embedding", _init(embed_std, "vocab", "embed"), (c.vocab_size, c.d_model))
-        block = Block
+        layer = Layer
         if c.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[c.remat])
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
+            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
-            block,
+            layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
@@ -218,14 +232,17 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """Final hidden states of all columns, normed, [B, T, D] in the compute dtype: what training asks for.
+        """Final hidden states of all columns, for training.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 positions within each segment.
           segments_BT: int32 segment of each token; 0 is padding.
+
+        Returns:
+          hidden_BTD, normed, in the compute dtype.
         """
-        x_BTD, rope = self._enter(tokens_BT, positions_BT)
+        x_BTD, rope = self._embed(tokens_BT, positions_BT)
         x_BTD, _ = self.layers(x_BTD, rope, segments_BT)
         return self.final_norm(x_BTD)
 
@@ -233,47 +250,45 @@ class Transformer(nn.Module):
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, query_columns_BQ: jax.Array,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states of some columns: what decoding and scoring ask for.
-
-        The last layer is computed for these columns only, but for its keys and values. (Layers are taken from the stack
-        by their number: the gradient of that is a sum over stacks, so training scans over them instead.)
+        """Final hidden states of the queried columns, for decoding and scoring.
 
         Args:
           tokens_BT: int32 ids.
-          positions_BT: int32 positions within each segment.
+          positions_BT: int32 positions within each segment; with a cache, canvas columns.
           segments_BT: int32 segment of each token; 0 is padding.
-          query_columns_BQ: int32 columns of the slice.
-          cache: None, or a cache of S columns. With T = S it is filled anew; with T < S the tokens are the columns
-            `positions_BT` of the canvas, and attend to the others as they were when it was filled.
+          query_columns_BQ: int32 indices into the T columns.
+          cache: None, or a cache of B rows, used as its mode says.
 
         Returns:
-          (hidden_BQD, normed, in the compute dtype; the cache).
+          (hidden_BQD, normed, in the compute dtype; the cache in mode READ, or None).
         """
         c = self.config
-        x_BTD, rope = self._enter(tokens_BT, positions_BT)
-        cached_segments_BS = cache and cache.without(positions_BT).segments_BS
-        layers, block = self.variables["params"]["layers"], Block(c, parent=None)
+        reads = cache is not None and cache.mode is CacheMode.READ
+        writes = cache is not None and cache.mode is CacheMode.WRITE
+        if writes:
+            chex.assert_equal_shape([tokens_BT, cache.segments_BS])
+        x_BTD, rope = self._embed(tokens_BT, positions_BT)
+        cached_segments_BS = cache.segments_without(positions_BT) if reads else None
+        stacked_params, module = self.variables["params"]["layers"], Layer(c, returns_kv=writes, parent=None)
 
+        # Unlike `nn.scan` in `hidden`, this loop takes params from the stack by layer number, so that the cache is
+        # updated in place and the last layer computes queries and feed-forward of the queried columns only. Training
+        # needs `nn.scan`: the gradient of indexing would be a sum over whole stacks.
         def layer(carry, index, query_columns_BQ=None):
-            x_BTD, kept = carry
-            take = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)  # noqa: E731
-            params, cached = jax.tree.map(take, (layers, kept))
-            x_BTD, fresh = block.apply({"params": params}, x_BTD, rope, segments_BT, cached_segments_BS, cached,
-                                       query_columns_BQ)
-            if fresh is not None:  # in place: a cache that is filled anew is not in memory twice
-                put = lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)  # noqa: E731
-                kept = jax.tree.map(put, kept, fresh)
-            return (x_BTD, kept), None
+            x_BTD, cache = carry
+            params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked_params)
+            cached = CachedColumns(*cache.layer(index), cached_segments_BS) if reads else None
+            x_BTD, new_kv = module.apply({"params": params}, x_BTD, rope, segments_BT, cached, query_columns_BQ)
+            return (x_BTD, cache.with_layer(index, new_kv) if writes else cache), None
 
         last = c.num_layers - 1
-        carry = x_BTD, cache and (cache.keys_YBSKH, cache.values_YBSKH)
-        carry, _ = jax.lax.scan(layer, carry, jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
-        (x_BQD, kept), _ = layer(carry, last, query_columns_BQ)
-        if cache is not None and tokens_BT.shape[1] == cache.segments_BS.shape[1]:
-            cache = Cache(*kept, segments_BT)
+        carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
+        (x_BQD, cache), _ = layer(carry, last, query_columns_BQ)
+        if writes:
+            cache = cache.replace(segments_BS=segments_BT, mode=CacheMode.READ)
         return self.final_norm(x_BQD), cache
 
-    def _enter(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RopeCosSin]:
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RopeCosSin]:
         """The residual stream before the first layer, and the cosines and sines of its positions."""
         x_BTD = embed(self.embedding_VD, tokens_BT, self.config.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)

@@ -1,10 +1,10 @@
-"""Scoring: how probable are given candidates, and which benchmark number follows.
+"""Scoring: log-probabilities of given candidates.
 
-Begin with `scorer.Scorer`, which takes (context, candidate) pairs; its two methods are `confidence` (iLLaDA: reveal in
-the order of confidence) and `monte_carlo` (LLaDA: the bound over random masks). `adapter` and `presets` run tasks of
-lm-evaluation-harness with the settings of the papers, `manifest` records every knob, `sandbox` runs generated programs.
+Begin with `scorer.Scorer`, which scores (context, candidate) pairs by one of two methods: `confidence` (iLLaDA: reveal
+in order of confidence) and `monte_carlo` (LLaDA: the likelihood bound over random masks). `log_probs` evaluates the
+network for both. `illada_jax.evaluation` builds benchmarks on it.
 
-May import the foundation and decoding: like it, it takes any function that gives logits.
+May import the foundation and decoding. Like decoding, it takes any function that returns logits.
 """
 
 from illada_jax.scoring.scorer import Score, ScoreConfig, Scorer

@@ -1,11 +1,11 @@
 """Monte-Carlo likelihood of a candidate (LLaDA paper, Eq. 6): unbiased for the bound on its log-likelihood.
 
-For each draw a count l is drawn from 1..L, l positions of the candidate are masked, and the log-probabilities of their
-true tokens are summed and multiplied with L / l. With a network that knows the true conditionals the expectation is the
-exact log-likelihood; otherwise it lies below the likelihood of the model.
+Each draw takes a count l from 1..L, masks l positions of the candidate, and multiplies the summed log-probabilities of
+their true tokens by L / l. If the network knows the true conditionals, the expectation is the exact log-likelihood;
+otherwise it lies below the model's log-likelihood.
 
-Counts are stratified: the draws of a set spread evenly over 1..L from one random offset. The draws are cut into
-independent sets (replicates), whose scatter gives the standard error.
+Counts are stratified: the draws of a set spread evenly over 1..L from one random offset. Draws form independent sets
+(replicates), whose scatter gives the standard error.
 """
 
 import functools
@@ -21,18 +21,18 @@ import numpy as np
 from illada_jax.keys import Purpose, key_for
 from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 
-# So many replicates give a usable standard error (t quantiles with 7 degrees of freedom); more would stratify less.
+# Eight replicates give a usable standard error (7 degrees of freedom); more would stratify less.
 MAX_REPLICATES = 8
-_VIEWS_AT_ONCE = 2048
+_QUERIES_AT_ONCE = 2048
 
 
 class Candidate(NamedTuple):
     """A row whose columns [start, stop) are scored.
 
     Attributes:
-      tokens_L: int32, context, candidate, and what stands visible behind it.
+      tokens_L: int32, context, candidate and the visible tokens after it.
       start: first column of the candidate.
-      stop: column behind it.
+      stop: its end column.
     """
 
     tokens_L: np.ndarray
@@ -40,30 +40,31 @@ class Candidate(NamedTuple):
     stop: int
 
 
-def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Candidate], mc_num: int, seed: int) -> list[tuple[float, float]]:
-    """Log-likelihoods in nats with their standard errors.
+def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Candidate], mc_num: int,
+             seed: int) -> list[tuple[float, float]]:
+    """Log-likelihoods in nats with standard errors.
 
-    Masks depend on (seed, context, draw) alone, so that candidates of one context share them, whoever else is scored.
+    Masks depend only on (seed, context, draw): candidates of one context share them, in any company.
 
     Args:
       evaluator: the network.
-      candidates: what to score.
-      mc_num: draws for each.
+      candidates: the rows to score.
+      mc_num: draws per candidate.
       seed: seed of the masks.
 
     Returns:
-      (mean, standard error) of each: the error is NaN for a single draw, 0 for a candidate of one token, which is
-      exact.
+      (mean, standard error) of each. The error is NaN for a single draw, and 0 for a candidate of one token, whose mean
+      is exact.
     """
     results: list[tuple[float, float]] = []
-    for part in _parts(candidates, max(1, _VIEWS_AT_ONCE // mc_num)):
+    for part in _parts(candidates, max(1, _QUERIES_AT_ONCE // mc_num)):
         hidden = [hidden_columns(candidate, mc_num, seed) for candidate in part]
         queries = [Query(candidate.tokens_L, columns, candidate.start)
                  for candidate, draws in zip(part, hidden, strict=True) for columns in draws]
-        answers = iter(evaluator(queries))
+        results_of_draws = iter(evaluator(queries))
         for candidate, draws in zip(part, hidden, strict=True):
             length = candidate.stop - candidate.start
-            values_N = np.array([length / len(columns) * np.sum(next(answers).log_probs_Q, dtype=np.float64)
+            values_N = np.array([length / len(columns) * np.sum(next(results_of_draws).log_probs_Q, dtype=np.float64)
                                  for columns in draws])
             results.append(_mean_and_stderr(values_N, length))
     return results
@@ -74,15 +75,15 @@ def _parts(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Cand
 
 
 def replicate_sizes(mc_num: int) -> list[int]:
-    """Draws of each independent stratified set: as equal as can be."""
+    """Number of draws of each replicate, as equal as possible."""
     count = min(mc_num, MAX_REPLICATES)
     return [mc_num // count + (replicate < mc_num % count) for replicate in range(count)]
 
 
 def hidden_columns(candidate: Candidate, mc_num: int, seed: int) -> list[np.ndarray]:
-    """The columns that are hidden in each draw, ascending."""
+    """Hidden columns of each draw, ascending."""
     length = candidate.stop - candidate.start
-    # By the context, not by a running number: a score must not depend on what else is scored.
+    # Keyed by the context, not by a running number: a score must not depend on the other candidates.
     context = zlib.crc32(candidate.tokens_L[: candidate.start].tobytes())
     key = jax.random.fold_in(key_for(seed, Purpose.SCORING), np.uint32(context))
     width = 1 << (length - 1).bit_length()
@@ -101,7 +102,7 @@ def hidden_columns(candidate: Candidate, mc_num: int, seed: int) -> list[np.ndar
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _uniforms(key: jax.Array, draws: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Uniform numbers [draws] and [draws, width]; the first columns are the same for every width."""
-    keys_N = jax.vmap(lambda draw: jax.random.fold_in(key, draw))(jnp.arange(draws))
+    keys_N = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(draws))
     offset_keys_N, priority_keys_N = jnp.unstack(jax.vmap(jax.random.split)(keys_N), axis=1)
     return (jax.vmap(jax.random.uniform)(offset_keys_N),
             jax.vmap(lambda key: jax.random.uniform(key, (width,)))(priority_keys_N))
@@ -109,7 +110,7 @@ def _uniforms(key: jax.Array, draws: int, width: int) -> tuple[jax.Array, jax.Ar
 
 def _mean_and_stderr(values_N: np.ndarray, length: int) -> tuple[float, float]:
     ends = np.cumsum(replicate_sizes(len(values_N)))[:-1]
-    # Each set is unbiased by itself, so they count alike even where one has a draw more.
+    # Each replicate is unbiased, so all have equal weight, also where one has a draw more.
     means_R = np.array([part.mean() for part in np.split(values_N, ends)])
     if length == 1:
         return float(means_R.mean()), 0.0

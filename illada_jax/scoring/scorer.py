@@ -1,4 +1,4 @@
-"""Scores of (context, candidate) pairs, by either method."""
+"""Scores of (context, candidate) pairs, by confidence or Monte Carlo."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.scoring.confidence import PartialCandidate, best_candidate, finish
+from illada_jax.scoring.confidence import PartialCandidate, best_candidate, reveal_all
 from illada_jax.scoring.log_probs import LogProbEvaluator
 from illada_jax.scoring.monte_carlo import Candidate, estimate
 
@@ -19,16 +19,16 @@ METHODS = ("confidence", "monte_carlo")
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How candidates are scored. Frozen and hashable.
+    """Settings of a scorer. Frozen and hashable.
 
     Attributes:
       method: `confidence` (iLLaDA paper, Eq. 2) or `monte_carlo` (LLaDA paper, Eq. 6).
       mc_num: draws of `monte_carlo`.
-      bos: BOS stands before the context.
-      eos: one EOS stands behind the candidate, visible and not scored.
-      cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u), u without the context; 0 is none.
-      tokens_per_step: tokens that a step of `confidence` reveals. 1 is the paper's score; more approximate it.
-      batch_size: rows that are evaluated at the same time; scores do not depend on it.
+      bos: BOS precedes the context.
+      eos: one EOS follows the candidate, visible and not scored.
+      cfg_scale: classifier-free guidance w: uncond + (w + 1)·(cond - uncond), uncond without the context; 0 is none.
+      tokens_per_step: tokens that a step of `confidence` reveals. 1 is the paper's score; larger values approximate it.
+      batch_size: rows evaluated at the same time; scores do not depend on it.
       seed: seed of `monte_carlo`.
     """
 
@@ -58,10 +58,10 @@ class Score(NamedTuple):
     Attributes:
       value: sum of log-probabilities in nats: by `monte_carlo` an estimate of the log-likelihood, by `confidence` not a
         likelihood.
-      stderr: standard error of `value`, of the draws only: 0 where it is exact or nothing is drawn, NaN for one draw.
+      stderr: standard error of `value` over draws: 0 where it is exact or nothing is drawn, NaN for one draw.
       length: tokens of the candidate.
-      greedy: by `confidence`: greedy decoding of so many tokens, the surest first, would write exactly this candidate.
-        None by `monte_carlo`.
+      greedy: `confidence`: True if greedy decoding of as many tokens, the surest first, writes exactly this candidate.
+        `monte_carlo`: None.
     """
 
     value: float
@@ -74,10 +74,10 @@ class Scorer:
     """Scores candidates with one network.
 
     A score depends on the context, the candidate and the settings; not on the other candidates, their order or the
-    batch size (in float32; design law 3).
+    batch size (in float32, except for near-ties).
 
     Attributes:
-      evaluator: it counts the evaluations.
+      evaluator: the network; counts its evaluations.
     """
 
     def __init__(self, logits_fn: LogitsFn, settings: ScoreConfig, ids: SpecialIds, max_length: int,
@@ -85,11 +85,11 @@ class Scorer:
         """Prepares scoring; nothing is compiled yet.
 
         Args:
-          logits_fn: the network, see `decoding.contract.LogitsFn`.
-          settings: the method.
-          ids: ids with a meaning.
+          logits_fn: the network, see `decoding.query.LogitsFn`.
+          settings: the method and its settings.
+          ids: special ids.
           max_length: the context of the network, in tokens.
-          mesh: devices to spread the rows over; the params of logits_fn lie on them.
+          mesh: devices to shard the rows over; must hold the params of logits_fn.
         """
         self.settings = settings
         self.evaluator = LogProbEvaluator(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
@@ -97,31 +97,31 @@ class Scorer:
         self._max_length = max_length
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """Scores (context ids, candidate ids), one for each, in their order.
+        """Scores (context ids, candidate ids); one score per pair, in order.
 
         Raises:
-          InputError: a candidate is empty or too long, or an id has no place there; the message names the pair.
+          InputError: a candidate is empty or too long, or an id is invalid; the message names the pair.
         """
         rows = [self._row(f"pair {index}", context, candidate) for index, (context, candidate) in enumerate(pairs)]
         if self.settings.method == "monte_carlo":
             estimates = estimate(self.evaluator, rows, self.settings.mc_num, self.settings.seed)
             return [Score(value, stderr, row.stop - row.start)
                     for row, (value, stderr) in zip(rows, estimates, strict=True)]
-        reveals = [_reveal(row) for row in rows]
-        finish(self.evaluator, reveals, self.settings.tokens_per_step)
-        return [Score(reveal.value, 0.0, row.stop - row.start, reveal.greedy)
-                for row, reveal in zip(rows, reveals, strict=True)]
+        candidates = [_hidden(row) for row in rows]
+        reveal_all(self.evaluator, candidates, self.settings.tokens_per_step)
+        return [Score(candidate.value, 0.0, row.stop - row.start, candidate.greedy)
+                for row, candidate in zip(rows, candidates, strict=True)]
 
     def choose(self, questions: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
                divisors: Sequence[Sequence[float]] | None = None) -> list[int]:
-        """The best pair (context ids, candidate ids) of each question: of equal ones the first.
+        """The index of the best pair (context ids, candidate ids) of each question; the first one of equals.
 
-        By `confidence` it takes fewer evaluations than `score`, and the choice is the same: candidates that cannot win
-        any more are not finished.
+        By `confidence` this takes fewer evaluations than `score` and chooses the same: candidates that cannot win are
+        not completed.
 
         Args:
           questions: the pairs of each question.
-          divisors: lengths that the scores are divided by before they are compared; by default they are not.
+          divisors: lengths to divide the scores by before comparing; by default 1.
 
         Raises:
           InputError: see `score`, or a question has no candidates.
@@ -132,7 +132,7 @@ class Scorer:
             raise InputError(f"question {rows.index([])}: has no candidates")
         divisors = divisors or [[1.0] * len(group) for group in rows]
         if self.settings.method == "confidence":
-            groups = [[_reveal(row) for row in group] for group in rows]
+            groups = [[_hidden(row) for row in group] for group in rows]
             return best_candidate(self.evaluator, groups, divisors, self.settings.tokens_per_step)
         flat = [row for group in rows for row in group]
         values = iter(estimate(self.evaluator, flat, self.settings.mc_num, self.settings.seed))
@@ -145,14 +145,14 @@ class Scorer:
         tokens = before + list(candidate) + [self._ids.eos] * self.settings.eos
         if len(tokens) > self._max_length:
             raise InputError(f"{name}: {len(before)} tokens of context, {len(candidate)} of the candidate and "
-                             f"{int(self.settings.eos)} behind it exceed the context of {self._max_length} tokens")
+                             f"{int(self.settings.eos)} after it exceed the context of {self._max_length} tokens")
         for id_ in tokens:
             if not 0 <= id_ < self._ids.vocab_size:
                 raise InputError(f"{name}: id {id_} lies outside the vocabulary of {self._ids.vocab_size}")
         if self._ids.mask in tokens:
-            raise InputError(f"{name}: holds a mask (id {self._ids.mask}): give what is to be scored")
+            raise InputError(f"{name}: contains MASK (id {self._ids.mask}), which cannot be scored")
         return Candidate(np.array(tokens, np.int32), len(before), len(before) + len(candidate))
 
 
-def _reveal(row: Candidate) -> PartialCandidate:
+def _hidden(row: Candidate) -> PartialCandidate:
     return PartialCandidate(row.tokens_L, np.arange(row.start, row.stop), row.start)

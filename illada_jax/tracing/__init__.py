@@ -1,9 +1,9 @@
-"""Pictures of how a text was written: every state that it went through, and what else the network thought of.
+"""Traces: every state of a text while it was written, and the candidates of the network on the way.
 
 Begin with `compare`, which decodes a prompt with several strategies, and `write_page`, which shows traces side by side
-on one page of HTML. `trace` has the record itself and how it is rebuilt from a result of the decoder, `strategies` what
-differs between two of them, `page` (with `page.html`, `page.css`, `page.js`), `picture` and `terminal` the ways to show
-them. The room stands beside the commands, at the top: it may import everything, and is imported by commands only.
+on one HTML page. `trace` rebuilds a trace from a result of the decoder, `strategies` describes settings in words, and
+`page` (with `page.html`, `page.css`, `page.js`), `picture` and `terminal` render traces. The package may import
+everything below the commands; only commands import it.
 """
 
 from illada_jax.tracing.page import write_page

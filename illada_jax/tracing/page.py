@@ -1,4 +1,4 @@
-"""Traces as one page of HTML that needs nothing else: a slider over the steps, candidates, order as colours."""
+"""Traces as a self-contained HTML page: a slider over the steps, candidates, and the order as colours."""
 
 import dataclasses
 import importlib.resources
@@ -16,11 +16,11 @@ def _part(name: str) -> str:
 
 
 def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
-    """Writes a page that shows the traces side by side, step by step.
+    """Writes a page with all traces side by side.
 
     Args:
-      path: file to write; it holds all that it shows, and fetches nothing.
-      traces: of several prompts, or of one prompt with several strategies (`compare`).
+      path: file to write; self-contained.
+      traces: traces of several prompts, or of one prompt with several strategies (`compare`).
     """
     template = _part("page.html").replace("/*STYLE*/", _part("page.css")).replace("/*SCRIPT*/", _part("page.js"))
     data = [{**dataclasses.asdict(trace), "agreement": trace.agreement} for trace in traces]
@@ -28,6 +28,6 @@ def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
         trace["probability"] = [round(p, 4) for p in trace["probability"]]
         trace["candidates"] = [{column: [[piece, round(p, 4)] for piece, p in best] for column, best in step.items()}
                                for step in trace["candidates"]]
-    # Text of a model must not end the script.
+    # Escape "<": a model may write "</script>".
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     pathlib.Path(path).write_text(template.replace(_MARKER, text), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Traces as pictures for slides: an animated GIF of the steps, or a PNG with the order of writing as colours."""
+"""Traces as pictures: an animated GIF of the steps, or a PNG with the order of writing as colours."""
 
 import math
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 from illada_jax.errors import InputError
 from illada_jax.tracing.trace import Trace
 
-_COLUMNS = 64  # characters of a line
+_COLUMNS = 64  # characters per line
 _FONT_SIZE, _LINE_HEIGHT, _MARGIN = 22, 38, 28
 _LAST_FRAME_MS = 2500
 # The colours of page.css.
@@ -17,14 +17,14 @@ SUFFIXES = (".gif", ".png")
 
 
 def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
-    """Writes `path`: a .gif of all steps, or a .png of the finished text, coloured by when each token was written.
+    """Writes `path`: a .gif of all steps, or a .png of the finished text with the order of writing as colours.
 
     Raises:
-      InputError: another ending, or Pillow and matplotlib are missing.
+      InputError: the suffix is not one of SUFFIXES, or Pillow or matplotlib is not installed.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: the ending must be {' or '.join(SUFFIXES)}")
+        raise InputError(f"{path}: the suffix must be {' or '.join(SUFFIXES)}")
     try:
         import matplotlib
         from PIL import ImageFont
@@ -36,16 +36,16 @@ def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
     if path.suffix == ".png":
         _frame(trace, trace.num_steps, font, small, by_order=True).save(path)
         return
-    # Frame s shows what step s - 1 wrote, marked; in the last one nothing is, for the text is to be read.
+    # Frame s marks the tokens of step s - 1; the last frame marks nothing, for reading.
     frames = [_frame(trace, step, font, small, by_order=False) for step in range(trace.num_steps + 1)]
-    # Long texts are written faster: as on the page, about ten seconds in all.
+    # Long texts play faster, as on the page: about ten seconds in total.
     step_ms = int(min(400, max(60, 10000 / max(trace.num_steps, 1))))
     durations = [step_ms] * (len(frames) - 1) + [_LAST_FRAME_MS]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
 def _frame(trace: Trace, step: int, font: Any, small: Any, by_order: bool) -> Any:
-    """The canvas before `step`."""
+    """Image of the canvas before `step`."""
     from PIL import Image, ImageDraw
 
     width = font.getlength("m")
@@ -65,20 +65,20 @@ def _frame(trace: Trace, step: int, font: Any, small: Any, by_order: bool) -> An
             back = shade(at / max(steps - 1, 1))
         else:
             back = _NEW if at == step - 1 and step < steps else None
-        behind = trace.end is not None and column >= trace.end
+        after_end = trace.end is not None and column >= trace.end
         for line, start, text in runs:
             x, y = _MARGIN + width * start, _MARGIN + _LINE_HEIGHT * line
             if back:
                 gap = 1 if masked and not given else 0
                 draw.rounded_rectangle((x + gap, y, x + width * len(text) - 1 - gap, y + _LINE_HEIGHT - 7), 4, back)
             if given or not masked:
-                draw.text((x, y + 2), text, fill=_QUIET if given or behind else _INK, font=font)
+                draw.text((x, y + 2), text, fill=_QUIET if given or after_end else _INK, font=font)
     _footer(draw, trace, step, small, by_order, image.width, image.height - _MARGIN - 22)
     return image
 
 
 def _footer(draw: Any, trace: Trace, step: int, font: Any, by_order: bool, width: int, y: int) -> None:
-    """What strategy it is, and how far it is: a bar of the steps, or the key of the colours."""
+    """Draws the strategy and the progress bar, or the key to the colours."""
     words = [f"{trace.nfe} evaluations"] if trace.nfe else []
     words += [] if trace.agreement is None else [f"cache agrees with exact: {trace.agreement:.0%}"]
     words = " · ".join([*words, trace.strategy or trace.title])
@@ -91,17 +91,17 @@ def _footer(draw: Any, trace: Trace, step: int, font: Any, by_order: bool, width
         for cell in range(cells):
             x = start + cell * size
             draw.rectangle((x, y + 3, x + size - 1, y + 16), shade(cell / (cells - 1)))
-        room = start - 8 - font.getlength("first") - 16 - left
+        max_width = start - 8 - font.getlength("first") - 16 - left
     else:
         count = f"step {step} of {trace.num_steps}"
         draw.text((right, y), count, fill=_QUIET, font=font, anchor="ra")
-        room = right - font.getlength(count) - 16 - left
+        max_width = right - font.getlength(count) - 16 - left
         draw.rectangle((left, y - 12, right, y - 10), _MASK)
         if step:
             draw.rectangle((left, y - 12, left + (right - left) * step / trace.num_steps, y - 10), _ACCENT)
     words = words.replace("\n", " ")
-    if font.getlength(words) > room:
-        while words and font.getlength(words + "…") > room:
+    if font.getlength(words) > max_width:
+        while words and font.getlength(words + "…") > max_width:
             words = words[:-1]
         words += "…"
     draw.text((left, y), words, fill=_QUIET, font=font)
@@ -128,14 +128,14 @@ def shade(share: float) -> tuple[int, int, int]:
 
 
 def _layout(trace: Trace) -> tuple[list[list[tuple[int, int, str]]], int]:
-    """For each column its runs (line, first character, text) in the finished text, and the number of lines."""
+    """Runs (line, first character, text) of each column in the finished text, and the number of lines."""
     places, line, at = [], 0, 0
     for piece in trace.pieces:
         runs = []
         for number, part in enumerate(piece.split("\n")):
             if number:
                 line, at = line + 1, 0
-            if at and at + len(part.rstrip()) > _COLUMNS >= len(part):  # a token is not torn where it can be helped
+            if at and at + len(part.rstrip()) > _COLUMNS >= len(part):  # wrap before a token if it fits on a line
                 line, at, part = line + 1, 0, part.removeprefix(" ")
             while part:
                 if at >= _COLUMNS:

@@ -17,10 +17,10 @@ _UNSURE, _SURE = np.array([200, 110, 40]), np.array([70, 130, 225])  # legible o
 
 
 class Watcher:
-    """Shows a row of the decoder as it is written: an `on_block` callback, and a context manager.
+    """Draws a row of the decoder while it is written: an `on_block` callback and a context manager.
 
-    The compiled loop returns after each block; its steps are then shown one after the other. Where the console is no
-    terminal, a plain line a block says how far it is.
+    The compiled loop returns after each block, and the steps of the block are then drawn one by one. On a console that
+    is not a terminal, one plain line per block reports progress.
     """
 
     def __init__(self, tokenizer: Any, block_length: int, infill: bool = False, console: Console | None = None,
@@ -28,64 +28,64 @@ class Watcher:
         """Watches one row.
 
         Args:
-          tokenizer: of the model.
-          block_length: where borders are drawn.
-          infill: gaps are filled: no borders.
-          console: where to draw; None is standard error, so that the text itself can be piped.
-          seconds_per_step: how long a step is shown, at least.
+          tokenizer: the model's tokenizer.
+          block_length: distance of borders between blocks.
+          infill: gaps are filled; draws no borders.
+          console: console to draw on; None is standard error, so that the text itself can be piped.
+          seconds_per_step: minimal duration of a frame.
         """
         self._tokenizer = tokenizer
         self._block_length = 0 if infill else block_length
         self._console = console or Console(stderr=True, highlight=False)
         self._seconds = seconds_per_step
         self._shown = 0
-        self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._animated = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="visible")
 
     def __enter__(self) -> "Watcher":
-        if self._moves:
+        if self._animated:
             self._live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._moves:
+        if self._animated:
             self._live.stop()
-            self._console.print()  # the text itself follows, on standard output
+            self._console.print()  # the text itself follows on standard output
 
     def __call__(self, index: int, generation: Any) -> None:
-        """Shows the steps that are new in `generation`."""
+        """Draws the steps of `generation` that have not been drawn."""
         del index
         steps = max(generation.canvas_step, default=-1) + 1
-        if not self._moves:
+        if not self._animated:
             self._console.print(f"step {steps}, {generation.nfe} evaluations: {generation.text!r}", markup=False,
                                 soft_wrap=True)
             return
         for now in range(self._shown + 1, steps + 1):
-            drawn = frame(generation, self._tokenizer, now, self._block_length, not self._console.no_color)
-            self._live.update(drawn, refresh=True)
+            text = frame(generation, self._tokenizer, now, self._block_length, not self._console.no_color)
+            self._live.update(text, refresh=True)
             time.sleep(self._seconds)
         self._shown = steps
 
 
 def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key: bool = True) -> Text:
-    """The canvas after `now` steps: written tokens coloured by confidence, the newest reversed, masks as lines to fill.
+    """The canvas after `now` steps: tokens coloured by log-probability, the newest reversed, masks as lines.
 
-    Where it is known what will be written, its lines are as long: the text does not move as it comes into focus.
+    The line of a mask is as long as the token that is written there later, if known, so that the text does not move.
 
     Args:
-      generation: an `api.Generation`, finished or on its way.
-      tokenizer: of the model.
-      now: steps that have been taken.
-      block_length: borders are drawn before every so many new columns; 0 draws none.
-      key: say what the colours mean.
+      generation: an `api.Generation`, finished or partial.
+      tokenizer: the model's tokenizer.
+      now: number of steps taken.
+      block_length: distance of borders between blocks; 0 draws none.
+      key: add a key to the colours.
     """
     step = np.asarray(generation.canvas_step)
     canvas = np.asarray(generation.canvas)
     given = (step < 0) & (canvas != tokenizer.mask_id)
     start = int(np.argmin(given)) if not given.all() else len(canvas)
-    # Only of the answer's own tokens the confidence is known, not of what stands behind its end.
+    # Log-probabilities are known for the answer's tokens only, not for those after its end.
     first = 0 if len(generation.tokens) == len(canvas) else start
-    confidence = dict(enumerate(generation.confidence, start=first))
+    log_probs = dict(enumerate(generation.log_probs, start=first))
     text = Text()
     for column, id_ in enumerate(canvas.tolist()):
         if block_length and column >= start and (column - start) % block_length == 0:
@@ -95,7 +95,7 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
         elif not 0 <= step[column] < now:
             text.append(_lines(display(tokenizer, id_) if id_ != tokenizer.mask_id else "mask"), "dim")
         else:
-            style = "dim" if column not in confidence else colour(confidence[column])
+            style = "dim" if column not in log_probs else colour(log_probs[column])
             text.append(display(tokenizer, id_), f"{style} reverse" if step[column] == now - 1 else style)
     steps = max(step.max(initial=-1) + 1, 1)
     text.append(f"\nstep {now}, {now * generation.nfe // steps} evaluations", "dim")
@@ -105,13 +105,13 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
 
 
 def _lines(piece: str) -> str:
-    """The piece with a line for each character, spaces kept where they are: lines wrap where the text will."""
+    """The piece with characters replaced by lines; kept spaces make it wrap as the text does."""
     if not piece.strip():
         return piece.replace(" ", _MASK).replace("\n", f"{_MASK}\n")
     return "".join(c if c.isspace() else _MASK * cell_len(c) for c in piece)
 
 
 def colour(log_prob: float) -> str:
-    """The style of a token that was written with this log-probability."""
+    """Style of a token with the given log-probability."""
     red, green, blue = (_UNSURE + np.exp(min(log_prob, 0.0)) * (_SURE - _UNSURE)).round().astype(int)
     return f"rgb({red},{green},{blue})"

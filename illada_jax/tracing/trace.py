@@ -1,7 +1,8 @@
-"""The states of a canvas, from the steps at which its columns were written.
+"""Traces: the states of a canvas, rebuilt from the steps that wrote its columns, with candidates.
 
-A result of the decoder says when each column was written, and from that every state in between is known. The candidates
-are computed again by the same network on these states, so that decoding itself need not keep them.
+The network evaluates the rebuilt states again to find the candidates, so that decoding does not have to keep them.
+
+Dimensions: B rows (one), L canvas columns, Q queried columns, K candidates, V vocabulary.
 """
 
 import functools
@@ -15,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from illada_jax.decoding import SpecialIds
-from illada_jax.decoding.confidence import log_probs
+from illada_jax.decoding.confidence import log_softmax
 from illada_jax.decoding.decoder import make_rules
-from illada_jax.decoding.query import LogitsFn
-from illada_jax.decoding.sampling import classifier_free_guidance, mask_logits
+from illada_jax.decoding.query import CanvasSlice, LogitsFn, guided_logits
+from illada_jax.decoding.sampling import mask_logits
 from illada_jax.errors import InputError
 from illada_jax.model import make_init_cache
 from illada_jax.tracing.strategies import describe, differences
 
 
 class Candidate(NamedTuple):
-    """A token that the network would put into a column, with its probability."""
+    """A possible token of a column, with its probability."""
 
     piece: str
     probability: float
@@ -33,24 +34,22 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """How one text was written.
+    """The record of how one text was written.
 
     Attributes:
-      title: what the reader is told about it.
-      pieces: the text of each column of the finished canvas.
-      written_at: for each column the step that wrote it, counted from 0; -1 for what was given; `num_steps` for what is
-        still masked at the end.
-      block: for each column the number of its block, from 0; -1 for what was given.
-      probability: for each column the probability of its token in the state in which it was written; 1 for what was
-        given, 0 for what was never written.
-      visible: for each step, the columns that the network sees: in variable length the canvas grows.
-      candidates: for each step, the most probable tokens of the columns that are still masked in the active block, by
-        column.
-      agrees: for each column, whether decoding without a cache has the same token there; empty if there was no cache.
-      strategy: the settings that it was written with, in words.
-      nfe: network evaluations that it took.
-      end: the column behind the answer, of EOS or of what was written after a stop string; None if the answer goes to
-        the end of the canvas.
+      title: title for the reader.
+      pieces: text of each column of the finished canvas.
+      written_at: step that wrote each column, from 0; -1 for given columns, `num_steps` for columns still masked at the
+        end.
+      block: block of each column, from 0; -1 for given columns.
+      probability: probability of each column's token at the step that wrote it; 1 for given columns, 0 for columns that
+        were never written.
+      visible: for each step, the number of columns that the network sees; in variable length the canvas grows.
+      candidates: for each step, the most probable tokens of the masked columns of the active block, by column.
+      agrees: for each column, True if decoding without a cache writes the same token; empty if no cache was used.
+      strategy: the settings in words.
+      nfe: network evaluations of the text.
+      end: end column of the answer, which holds EOS or text after a stop string; None if the answer fills the canvas.
     """
 
     title: str
@@ -67,92 +66,113 @@ class Trace:
 
     @property
     def num_steps(self) -> int:
-        """Steps that wrote something."""
+        """Number of steps that wrote a token."""
         return len(self.visible)
 
     @property
     def agreement(self) -> float | None:
-        """Share of the written tokens that decoding without a cache writes too; None if there was no cache."""
+        """Share of written tokens that decoding without a cache writes, too; None if no cache was used."""
         written = [agrees for agrees, at in zip(self.agrees, self.written_at, strict=False) if 0 <= at < self.num_steps]
         return sum(written) / len(written) if written else None
 
 
+class _Writing(NamedTuple):
+    """A finished canvas and the order in which it was written; `written_at` and `block` as in Trace.
+
+    Attributes:
+      tokens_L: int32 ids.
+      written_at_L: int.
+      block_L: int.
+      num_steps: number of steps that wrote a token.
+    """
+
+    tokens_L: np.ndarray
+    written_at_L: np.ndarray
+    block_L: np.ndarray
+    num_steps: int
+
+    @classmethod
+    def of(cls, generation: Any, mask_id: int, block_length: int) -> "_Writing":
+        """The writing of an `api.Generation`. Raises InputError if nothing was written."""
+        tokens_L, step_L = np.asarray(generation.canvas, np.int32), np.asarray(generation.canvas_step)
+        num_steps = int(step_L.max(initial=-1)) + 1
+        if not num_steps:
+            raise InputError("trace: nothing was written")
+        written_at_L = np.where((step_L < 0) & (tokens_L == mask_id), num_steps, step_L)
+        columns = np.flatnonzero(written_at_L >= 0)
+        block_L = np.full(len(tokens_L), -1)
+        block_L[columns] = np.arange(len(columns)) // block_length
+        return cls(tokens_L, written_at_L, block_L, num_steps)
+
+    def active_columns(self, step: int) -> np.ndarray:
+        """Columns of the active block that are masked at the step."""
+        masked_L = self.written_at_L >= step
+        return np.flatnonzero(masked_L & (self.block_L == self.block_L[masked_L].min()))
+
+    def end_of_block(self, column: int) -> int:
+        """End column of the block that holds the column."""
+        return int(np.flatnonzero(self.block_L == self.block_L[column])[-1]) + 1
+
+
 def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "", infill: bool = False,
                num_candidates: int = 5, row: int = 0, **settings: Any) -> Trace:
-    """The trace of a result, one network evaluation for each of its steps.
+    """The trace of a result, for one network evaluation per step.
 
-    A cache approximates: if one was used, the row is decoded once more without it, to say how far they agree.
+    A cache approximates: if one was used, the row is decoded again without it to measure their agreement.
 
     Args:
       lm: the `api.LanguageModel` that wrote it.
       generation: the `api.Generation`.
       title: see Trace.
       strategy: see Trace; by default the settings that decide the order of writing.
-      infill: it was made by `lm.infill`.
-      num_candidates: tokens that are kept for each masked column and step.
-      row: the number that the row drew by.
-      **settings: those that it was made with.
+      infill: the result is of `lm.infill`.
+      num_candidates: candidates per masked column and step.
+      row: the row number of the result.
+      **settings: the settings of the result.
 
     Raises:
       InputError: nothing was written.
     """
-    ids = SpecialIds.of(lm.tokenizer)
-    decode = lm.decode_settings(settings)
+    ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
+    rules = make_rules(decode, ids, infill, make_init_cache(lm.config.model))
+    query = _CandidateQuery(ids.mask, ids.vocab_size, (ids.mask, *rules.suppressed_ids), decode.cfg_scale,
+                            num_candidates)
+    writing = _Writing.of(generation, ids.mask, decode.block_length)
     grows = decode.length == "variable" and not infill
-    never = (ids.mask, *make_rules(decode, ids, infill, make_init_cache(lm.config.model)).suppressed_ids)
-    canvas = np.asarray(generation.canvas, np.int32)
-    step = np.asarray(generation.canvas_step)
-    num_steps = int(step.max(initial=-1)) + 1
-    if not num_steps:
-        raise InputError("trace: nothing was written")
-    written_at = np.where((step < 0) & (canvas == ids.mask), num_steps, step)
-    block = np.full(len(canvas), -1)
-    to_write = np.flatnonzero(written_at >= 0)
-    block[to_write] = np.arange(len(to_write)) // decode.block_length
+    query_length = min(decode.block_length, int(np.sum(writing.written_at_L >= 0)))
 
-    probability = np.where(written_at < 0, 1.0, 0.0)
+    probability_L = np.where(writing.written_at_L < 0, 1.0, 0.0)
     visible, candidates = [], []
-    for now in range(num_steps):
-        masked = written_at >= now
-        active = np.flatnonzero(masked & (block == block[masked].min()))
-        end = int(np.flatnonzero(block == block[active[0]])[-1]) + 1 if grows else len(canvas)
-        state = np.where(masked, ids.mask, canvas)
-        want = np.resize(active, min(decode.block_length, len(to_write)))
-        best_Q5, log_probs_Q5, chosen_Q = _look(
-            lm.logits_fn, state[None], np.where(written_at < 0, ids.mask, state)[None],
-            (np.arange(len(canvas)) < end).astype(np.int32)[None], want[None], canvas[want][None], never,
-            ids.vocab_size, num_candidates, decode.cfg_scale)
-        probs_Q5 = np.exp(log_probs_Q5)
-        candidates.append({int(column): [Candidate(display(lm.tokenizer, int(i)), float(p))
-                                         for i, p in zip(best_5, probs_5, strict=True)]
-                           for column, best_5, probs_5 in zip(active, best_Q5, probs_Q5, strict=False)})
-        for column, log_prob in zip(active, chosen_Q, strict=False):
-            if written_at[column] == now:
-                probability[column] = np.exp(log_prob)
-        visible.append(end)
-    agrees = [] if decode.cache == "none" else _agrees(lm, canvas, written_at, infill, row, settings)
-    start = 0 if infill else int(np.argmax(written_at >= 0))
+    for step in range(writing.num_steps):
+        active = writing.active_columns(step)
+        visible.append(writing.end_of_block(active[0]) if grows else len(writing.tokens_L))
+        found = _evaluate(lm.logits_fn, writing, step, visible[-1], np.resize(active, query_length), query)
+        candidates.append(_candidates_by_column(lm.tokenizer, active, found))
+        now = writing.written_at_L[active] == step
+        probability_L[active[now]] = np.exp(found.chosen_log_probs_BQ[0, : len(active)][now])
+    agrees = [] if decode.cache == "none" else _agrees(lm, writing, infill, row, settings)
+    start = 0 if infill else int(np.argmax(writing.written_at_L >= 0))
     end = start + len(generation.tokens)
-    return Trace(title, [display(lm.tokenizer, int(i)) for i in canvas], written_at.tolist(), block.tolist(),
-                 probability.tolist(), visible, candidates, agrees, strategy or describe(decode), generation.nfe,
-                 end if end < len(canvas) else None)
+    return Trace(title, [display(lm.tokenizer, int(id_)) for id_ in writing.tokens_L], writing.written_at_L.tolist(),
+                 writing.block_L.tolist(), probability_L.tolist(), visible, candidates, agrees,
+                 strategy or describe(decode), generation.nfe, end if end < len(writing.tokens_L) else None)
 
 
 def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, infill: bool = False,
             num_candidates: int = 5, row: int = 0, **settings: Any) -> list[Trace]:
-    """One prompt written with several strategies, for `write_page`.
+    """Traces of one prompt decoded with several strategies, for `write_page`.
 
     Args:
       lm: an `api.LanguageModel`.
       prompt: text or ids.
       strategies: for each trace, the fields of DecodeConfig that differ from `settings`.
-      infill: the prompt has gaps, which are filled.
-      num_candidates: tokens that are kept for each masked column and step.
-      row: the number that the row draws by, the same for all.
-      **settings: fields of DecodeConfig that all have.
+      infill: fill the gaps of the prompt.
+      num_candidates: candidates per masked column and step.
+      row: row number of all results, which random draws depend on.
+      **settings: fields of DecodeConfig for all strategies.
 
     Raises:
-      InputError: the prompt or a setting is wrong; nothing was written.
+      InputError: the prompt or a setting is invalid, or nothing was written.
 
     >>> import illada_jax
     >>> lm = illada_jax.load("demo")
@@ -169,33 +189,81 @@ def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, in
             for each, strategy in zip(all_settings, words, strict=True)]
 
 
-def _agrees(lm: Any, canvas: np.ndarray, written_at: np.ndarray, infill: bool, row: int,
-            settings: dict[str, Any]) -> list[bool]:
-    """For each column of the canvas, whether decoding without a cache ends with the same token in it."""
+def _agrees(lm: Any, writing: _Writing, infill: bool, row: int, settings: dict[str, Any]) -> list[bool]:
+    """For each column of the canvas, True if decoding without a cache writes the same token."""
     exact = {**settings, "cache": "none"}
+    given_L = writing.written_at_L < 0
     if infill:
-        masked = np.where(written_at < 0, canvas, lm.tokenizer.mask_id)
-        result = lm.infill([masked.tolist()], rows=[row], **exact)[0]
+        masked_L = np.where(given_L, writing.tokens_L, lm.tokenizer.mask_id)
+        result = lm.infill([masked_L.tolist()], rows=[row], **exact)[0]
     else:
-        result = lm.generate([canvas[: np.argmax(written_at >= 0)].tolist()], rows=[row], **exact)[0]
-    return [token == other for token, other in itertools.zip_longest(canvas.tolist(), result.canvas)][: len(canvas)]
+        result = lm.generate([writing.tokens_L[: np.argmin(given_L)].tolist()], rows=[row], **exact)[0]
+    tokens = writing.tokens_L.tolist()
+    return [token == other for token, other in itertools.zip_longest(tokens, result.canvas)][: len(tokens)]
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _look(logits_fn: LogitsFn, tokens_BT, uncond_BT, segments_BT, query_columns_BQ, chosen_BQ, never: tuple[int, ...],
-          vocab_size: int, count: int, cfg_scale: float):
-    """For the wanted columns: the best ids, their log-probabilities, and the log-probability of the chosen id."""
-    positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-    logits_BQV, _ = logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, None)
-    if cfg_scale:
-        logits_BQV = classifier_free_guidance(logits_BQV, logits_fn(uncond_BT, positions_BT, segments_BT, query_columns_BQ, None)[0], cfg_scale)
-    log_probs_BQV = log_probs(mask_logits(logits_BQV, never, vocab_size))
-    best_BQn, ids_BQn = jax.lax.top_k(log_probs_BQV, count)
+@dataclass(frozen=True)
+class _CandidateQuery:
+    """Settings of `_top_candidates`, static under jit.
+
+    Attributes:
+      mask_id: id of MASK.
+      vocab_size: ids from here on are never chosen.
+      never_ids: further ids that are never chosen.
+      cfg_scale: classifier-free guidance.
+      num_candidates: K.
+    """
+
+    mask_id: int
+    vocab_size: int
+    never_ids: tuple[int, ...]
+    cfg_scale: float
+    num_candidates: int
+
+
+class _TopCandidates(NamedTuple):
+    """The K most probable ids of each queried column, and the chosen one.
+
+    Attributes:
+      ids_BQK: int32, most probable first.
+      log_probs_BQK: float32.
+      chosen_log_probs_BQ: float32 log-probability of the id that the finished canvas holds.
+    """
+
+    ids_BQK: jax.Array
+    log_probs_BQK: jax.Array
+    chosen_log_probs_BQ: jax.Array
+
+
+def _evaluate(logits_fn: LogitsFn, writing: _Writing, step: int, visible: int, columns_Q: np.ndarray,
+              query: _CandidateQuery) -> _TopCandidates:
+    """Candidates at the queried columns, given the state of the canvas before a step."""
+    state_L = np.where(writing.written_at_L >= step, query.mask_id, writing.tokens_L)
+    positions_L = np.arange(len(state_L), dtype=np.int32)
+    segments_L = (positions_L < visible).astype(np.int32)
+    canvas = CanvasSlice(*(x_L[None] for x_L in (state_L, positions_L, segments_L, writing.written_at_L < 0)))
+    return jax.device_get(_top_candidates(logits_fn, canvas, columns_Q[None], writing.tokens_L[columns_Q][None],
+                                          query=query))
+
+
+@functools.partial(jax.jit, static_argnames="query")
+def _top_candidates(logits_fn: LogitsFn, canvas: CanvasSlice, columns_BQ: jax.Array, chosen_BQ: jax.Array, *,
+                    query: _CandidateQuery) -> _TopCandidates:
+    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cfg_scale=query.cfg_scale, mask_id=query.mask_id)
+    log_probs_BQV = log_softmax(mask_logits(logits_BQV, query.never_ids, query.vocab_size))
+    log_probs_BQK, ids_BQK = jax.lax.top_k(log_probs_BQV, query.num_candidates)
     chosen_BQ1 = jnp.take_along_axis(log_probs_BQV, chosen_BQ[:, :, None], axis=-1)
-    return ids_BQn[0], best_BQn[0], chosen_BQ1[0, :, 0]
+    return _TopCandidates(ids_BQK, log_probs_BQK, chosen_BQ1[:, :, 0])
+
+
+def _candidates_by_column(tokenizer: Any, columns: np.ndarray, found: _TopCandidates) -> dict[int, list[Candidate]]:
+    probs_QK = np.exp(found.log_probs_BQK[0])
+    return {int(column): [Candidate(display(tokenizer, int(id_)), float(prob))
+                          for id_, prob in zip(ids_K, probs_K, strict=True)]
+            for column, ids_K, probs_K in zip(columns, found.ids_BQK[0], probs_QK, strict=False)}
 
 
 def display(tokenizer: Any, id_: int) -> str:
-    """The text of one token: as it decodes alone, or its piece where that is no text (half a character, a special)."""
+    """The text of one token: decoded alone, or its piece if that is not text (part of a character, a special token)."""
     text = tokenizer.decode([id_])
     return text if text and "\ufffd" not in text else tokenizer.id_to_piece(id_)

@@ -32,5 +32,5 @@ def assert_agree(networks, settings: DecodeConfig, prompts, infill: bool = False
         assert result.tokens == written[:end], f"row {row}"
         assert result.reveal_step == trace.reveal_step[start : start + end], f"row {row}"
         assert result.nfe == trace.steps * (2 if settings.cfg_scale else 1), f"row {row}"
-        np.testing.assert_allclose(result.confidence, trace.log_prob[start : start + end], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result.log_probs, trace.log_prob[start : start + end], rtol=1e-4, atol=1e-5)
     return near_ties

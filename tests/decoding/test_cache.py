@@ -10,6 +10,7 @@ import pytest
 from illada_jax import model
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder
+from illada_jax.model.cache import CacheMode
 from tests.decoding.toys import IDS, TRANSFORMER, transformer
 
 SETTINGS = DecodeConfig(max_new_tokens=24, block_length=8, steps_per_block=8, batch_size=4)
@@ -29,20 +30,22 @@ def test_a_slice_beside_the_cache_sees_what_the_whole_canvas_sees():
     columns_BL = jnp.broadcast_to(jnp.arange(24), (2, 24))
     segments_BL = (columns_BL < jnp.array([[24], [17]])).astype(jnp.int32)
     call = jax.jit(lambda f, *arguments: f(*arguments))
-    whole_BLV, cache = call(logits_fn, tokens_BL, columns_BL, segments_BL, columns_BL, INIT_CACHE(2, 24))
+    empty = INIT_CACHE(2, 24).replace(mode=CacheMode.WRITE)
+    whole_BLV, cache = call(logits_fn, tokens_BL, columns_BL, segments_BL, columns_BL, empty)
+    assert cache.mode is CacheMode.READ
     exact_BLV, _ = call(logits_fn, tokens_BL, columns_BL, segments_BL, columns_BL, None)
     np.testing.assert_allclose(whole_BLV, exact_BLV, atol=1e-6)
     # Any columns in any order; the last slot of the second row is unused.
     slice_BT = jnp.array([[5, 3, 20, 0], [16, 2, 9, 24]])
     used_BT = (slice_BT < 24).astype(jnp.int32)
     tokens_BT = jnp.take_along_axis(tokens_BL, slice_BT, axis=1, mode="clip")
-    want_BT = jnp.broadcast_to(jnp.arange(4), (2, 4))
-    part_BTV, _ = call(logits_fn, tokens_BT, slice_BT, used_BT, want_BT, cache)
+    query_columns_BT = jnp.broadcast_to(jnp.arange(4), (2, 4))
+    part_BTV, _ = call(logits_fn, tokens_BT, slice_BT, used_BT, query_columns_BT, cache)
     for row, used in ((0, 4), (1, 3)):
         np.testing.assert_allclose(part_BTV[row, :used], whole_BLV[row, slice_BT[row, :used]], atol=2e-5)
     # The cache does matter: with other tokens outside of the slice the logits are others.
-    _, other = call(logits_fn, (tokens_BL + 1) % 11, columns_BL, segments_BL, columns_BL, INIT_CACHE(2, 24))
-    assert np.abs(call(logits_fn, tokens_BT, slice_BT, used_BT, want_BT, other)[0] - part_BTV).max() > 0.01
+    _, other = call(logits_fn, (tokens_BL + 1) % 11, columns_BL, segments_BL, columns_BL, empty)
+    assert np.abs(call(logits_fn, tokens_BT, slice_BT, used_BT, query_columns_BT, other)[0] - part_BTV).max() > 0.01
 
 
 @pytest.mark.parametrize("changes", [

@@ -26,7 +26,7 @@ def test_eos_stops_a_row_and_is_not_part_of_the_answer():
     assert stopped
     for result in results:
         assert IDS.eos not in result.tokens
-        assert len(result.tokens) == len(result.reveal_step) == len(result.confidence)
+        assert len(result.tokens) == len(result.reveal_step) == len(result.log_probs)
         if result.stopped_by == "length":
             assert len(result.tokens) == 24
     assert any(r.nfe < 12 for r in stopped)  # a row that stopped early did not pay for the rest
@@ -149,15 +149,13 @@ class Halves:
         return ranking.masked_B // 2
 
 
-@dataclasses.dataclass(frozen=True)
-class FromTheRight:
-    def __call__(self, guess):
-        return jax.lax.broadcasted_iota(jnp.float32, guess.tokens_BQ.shape, 1) - 1000
+def from_the_right(prediction):
+    return jax.lax.broadcasted_iota(jnp.float32, prediction.tokens_BQ.shape, 1) - 1000
 
 
 def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
-    monkeypatch.setitem(REVEALS, "halves", lambda settings: Halves())
-    monkeypatch.setitem(CONFIDENCES, "from_the_right", FromTheRight)
+    monkeypatch.setitem(REVEALS, "halves", Halves)
+    monkeypatch.setitem(CONFIDENCES, "from_the_right", from_the_right)
     settings = dataclasses.replace(SETTINGS, reveal="halves", confidence="from_the_right", max_new_tokens=8)
     result = Decoder(table(eos_bias=-20.0)[0], settings, IDS, 96).generate([[4]])[0]
     assert result.reveal_step == [3, 2, 1, 1, 0, 0, 0, 0]
@@ -165,7 +163,7 @@ def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
 
 @pytest.mark.parametrize("call, message", [
     (lambda d: d.generate([[4], [4] * 96]), "prompt 1: its 96 tokens leave no room in the context of 96"),
-    (lambda d: d.generate([[4, M, 5]]), "prompt 0: holds a mask (id 0) at position 1"),
+    (lambda d: d.generate([[4, M, 5]]), "prompt 0: contains MASK (id 0) at position 1"),
     (lambda d: d.generate([[4, 11]]), "id 11 lies outside the vocabulary of 11"),
     (lambda d: d.infill([[4, 5]]), "no gap to fill"),
     (lambda d: d.infill([[M] * 97]), "exceed the context of 96"),

@@ -81,9 +81,9 @@ def test_the_whole_model_gives_the_same_with_the_kernel():
     np.testing.assert_allclose(run(kernel, params, tokens_BL, positions_BL, segments_BL), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("wanted", "length"), [(512, 8192), (512, 384), (1024, 640), (384, 4096)])
-def test_blocks_divide_the_length_and_do_not_exceed_the_setting(wanted, length):
-    block = _block(wanted, length)
-    assert length % block == 0 and block <= wanted
-    larger = [b for b in range(block + LANES, wanted + 1, LANES) if length % b == 0]
+@pytest.mark.parametrize(("limit", "length"), [(512, 8192), (512, 384), (1024, 640), (384, 4096)])
+def test_blocks_divide_the_length_and_do_not_exceed_the_setting(limit, length):
+    block = _block(limit, length)
+    assert length % block == 0 and block <= limit
+    larger = [b for b in range(block + LANES, limit + 1, LANES) if length % b == 0]
     assert not larger

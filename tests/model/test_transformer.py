@@ -29,8 +29,8 @@ def inputs(batch_size=3, length=12):
 
 @jax.jit
 def run(logits_fn, tokens_BL, positions_BL, segments_BL):
-    want_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    return logits_fn(tokens_BL, positions_BL, segments_BL, want_BL, None)[0]
+    columns_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    return logits_fn(tokens_BL, positions_BL, segments_BL, columns_BL, None)[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,8 +69,8 @@ def test_attention_looks_both_ways_and_padding_is_not_seen():
 
 @pytest.mark.parametrize("scan_unroll", [1, 2])
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
-def test_wanted_columns_are_those_of_the_whole(num_layers, scan_unroll):
-    """Decoding computes the last layer for the wanted columns only, training for all: in any order, across segments."""
+def test_queried_columns_are_those_of_the_whole(num_layers, scan_unroll):
+    """Decoding computes the last layer for queried columns only, training for all: in any order, across segments."""
     config = dataclasses.replace(SMALL, num_layers=num_layers)
     if num_layers % scan_unroll == 0:
         config = dataclasses.replace(config, scan_unroll=scan_unroll)
@@ -96,13 +96,13 @@ def test_how_it_is_computed_changes_neither_values_nor_gradients(change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, other_grads)
 
 
-def test_wanted_columns_are_those_of_all_columns():
+def test_queried_columns_are_those_of_all_columns():
     logits_fn = model.make_logits_fn(SMALL, random_params(SMALL))
     rows = inputs()
     query_columns_BQ = np.array([[3, 0], [11, 4], [2, 2]], np.int32)
-    all_BLV = run(logits_fn, *rows)
+    all_BLV = np.asarray(run(logits_fn, *rows))
     some_BQV, _ = logits_fn(*(jnp.asarray(x) for x in rows), jnp.asarray(query_columns_BQ), None)
-    np.testing.assert_allclose(some_BQV, np.take_along_axis(np.asarray(all_BLV), query_columns_BQ[..., None], 1), atol=1e-5)
+    np.testing.assert_allclose(some_BQV, np.take_along_axis(all_BLV, query_columns_BQ[..., None], 1), atol=1e-5)
 
 
 def test_other_params_do_not_compile_again():

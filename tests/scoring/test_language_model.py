@@ -65,7 +65,7 @@ def test_a_pair_is_tokenised_as_one_text_unless_a_token_straddles_it():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda lm: lm.score("a", "b"), "a list of candidates is wanted"),
+    (lambda lm: lm.score("a", "b"), "must be a list of candidates"),
     (lambda lm: lm.score("a", ["b", ""]), "pair 1: the candidate is empty"),
     (lambda lm: lm.score("a" * 20, ["b" * 9]), "exceed the context of 24 tokens"),
     (lambda lm: lm.score("a", ["b"], method="likelihood"), "config.score.method = 'likelihood': must be one of"),

@@ -15,7 +15,7 @@ from illada_jax.parallel.mesh import make_mesh
 from illada_jax.parallel.sharding import param_shardings
 from illada_jax.scoring import ScoreConfig, Scorer
 from illada_jax.scoring import log_probs as log_prob_queries
-from illada_jax.scoring.log_probs import log_probs_of
+from illada_jax.scoring.log_probs import log_softmax_at
 from illada_jax.scoring.monte_carlo import Candidate, hidden_columns, replicate_sizes
 from tests import reference_scoring as reference
 from tests.decoding.toys import IDS, TRANSFORMER, network_of, transformer
@@ -125,8 +125,12 @@ def test_shapes_are_few(networks):
 def test_no_row_is_padding(networks, monkeypatch):
     logits_fn, _ = networks
     answers, rows, run = scorer(logits_fn, batch_size=8), [], log_prob_queries.token_log_probs
-    monkeypatch.setattr(log_prob_queries, "token_log_probs", lambda fn, *arrays, **settings: rows.append(len(arrays[0])) or run(
-        fn, *arrays, **settings))
+
+    def counted(logits_fn, tokens_BL, *arrays, **settings):
+        rows.append(len(tokens_BL))
+        return run(logits_fn, tokens_BL, *arrays, **settings)
+
+    monkeypatch.setattr(log_prob_queries, "token_log_probs", counted)
     answers.score([pair for pair in PAIRS if len(pair[1]) > 2][:13])
     assert sum(rows) == answers.evaluator.evaluations and set(rows) == {1, 2, 4, 8}
 
@@ -144,16 +148,16 @@ def test_reveal_several_at_a_time(networks):
 
 
 @pytest.mark.parametrize("divided", [False, True])
-def test_the_race_finds_the_best_with_fewer_evaluations(networks, divided):
+def test_choose_finds_the_best_with_fewer_evaluations(networks, divided):
     logits_fn, _ = networks
     questions = [[(PAIRS[start][0], PAIRS[start + i][1]) for i in range(4)] for start in range(0, 24, 4)]
     divisors = [[len(pair[1]) for pair in pairs] for pairs in questions] if divided else None
-    racing, scoring = scorer(logits_fn), scorer(logits_fn)
-    chosen = racing.choose(questions, divisors)
+    choosing, scoring = scorer(logits_fn), scorer(logits_fn)
+    chosen = choosing.choose(questions, divisors)
     flat = iter(scoring.score([pair for pairs in questions for pair in pairs]))
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
     assert chosen == [int(np.argmax(group)) for group in values]
-    assert racing.evaluator.evaluations < scoring.evaluator.evaluations
+    assert choosing.evaluator.evaluations < scoring.evaluator.evaluations
     sampled = scorer(logits_fn, method="monte_carlo", mc_num=4)
     flat = iter(sampled.score([pair for pairs in questions for pair in pairs]))
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
@@ -196,7 +200,7 @@ def test_log_probabilities_do_not_saturate():
     """Float32 softmax is exactly 1 beyond a margin of 17; here the order of sure positions survives."""
     logits = np.array([[[30.0, 0, -5], [40, 0, -5], [0, 90, 1], [7, 7, 7]]], np.float32)
     targets = np.array([[[0, 1], [0, 2], [1, 0], [0, 2]]], np.int32)
-    found, best = log_probs_of(logits, targets)
+    found, best = log_softmax_at(logits, targets)
     double = logits.astype(np.float64)
     exact = np.take_along_axis(double, targets, axis=-1) - np.logaddexp.reduce(double, axis=-1, keepdims=True)
     np.testing.assert_allclose(found[0, :, 1], exact[0, :, 1], rtol=1e-6)
@@ -229,9 +233,9 @@ def test_masks_of_monte_carlo():
 
 @pytest.mark.parametrize("pairs, message", [
     ([([4], [])], "pair 0: the candidate is empty"),
-    ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 behind it exceed the"),
+    ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 after it exceed the"),
     ([([4], [11])], "id 11 lies outside the vocabulary of 11"),
-    ([([IDS.mask], [5])], "holds a mask (id 0)"),
+    ([([IDS.mask], [5])], "contains MASK (id 0)"),
 ])
 def test_bad_pairs(networks, pairs, message):
     with pytest.raises(InputError) as caught:

@@ -22,7 +22,7 @@ A, B, C, D, X = TOKENIZER.encode("abcdx")
 def generation(**changes) -> api.Generation:
     """`ab` was given; `c` came third, `d` first, then EOS; behind it an `x`."""
     return api.Generation(**{"text": "cd", "tokens": [C, D], "nfe": 4, "stopped_by": "eos", "reveal_step": [2, 0],
-                             "confidence": [-3.0, -0.01], "canvas": [A, B, C, D, EOS, X],
+                             "log_probs": [-3.0, -0.01], "canvas": [A, B, C, D, EOS, X],
                              "canvas_step": [-1, -1, 2, 0, 1, 3]} | changes)
 
 
@@ -38,7 +38,7 @@ def test_a_frame_shows_what_was_written_by_then(now, drawn):
     assert newest == [{1: "d", 2: eos, 3: "c", 4: "x"}[now]] if now else not newest
 
 
-def test_colours_follow_confidence_and_unknown_ones_are_dim():
+def test_colours_follow_log_probs_and_unknown_ones_are_dim():
     text = frame(generation(), TOKENIZER, 9, block_length=0)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles["c"] == colour(-3.0) != styles["d"] == colour(-0.01)
@@ -48,7 +48,7 @@ def test_colours_follow_confidence_and_unknown_ones_are_dim():
 
 
 def test_infilling_has_no_borders_and_keeps_its_columns():
-    filled = generation(text="acbd", tokens=[A, C, B, D], confidence=[0.0, -1.0, 0.0, -2.0], canvas=[A, C, B, D],
+    filled = generation(text="acbd", tokens=[A, C, B, D], log_probs=[0.0, -1.0, 0.0, -2.0], canvas=[A, C, B, D],
                         canvas_step=[-1, 1, -1, 0], reveal_step=[-1, 1, -1, 0], nfe=2, stopped_by="filled")
     text = frame(filled, TOKENIZER, 1)
     assert text.plain.startswith("a▁bd\n")
@@ -58,13 +58,13 @@ def test_infilling_has_no_borders_and_keeps_its_columns():
 def test_lines_to_fill_are_as_long_as_what_fills_them():
     """So that nothing moves: at every step the text wraps where it will in the end."""
     ids = TOKENIZER.encode("ab c\nd xy")
-    row = generation(tokens=ids[1:], confidence=[-1.0] * (len(ids) - 1), canvas=ids,
+    row = generation(tokens=ids[1:], log_probs=[-1.0] * (len(ids) - 1), canvas=ids,
                      canvas_step=[-1, *range(len(ids) - 1)])
     last = frame(row, TOKENIZER, len(ids)).plain.rpartition("\nstep")[0]
     assert last == "ab c\nd xy"
     first = frame(row, TOKENIZER, 0).plain.rpartition("\nstep")[0]
     assert first == "a▁▁▁▁\n▁▁▁▁"  # a byte is a token here: its space is to be filled, too
-    unknown = generation(canvas=[A, B, MASK, MASK], canvas_step=[-1, -1, -1, -1], tokens=[], confidence=[])
+    unknown = generation(canvas=[A, B, MASK, MASK], canvas_step=[-1, -1, -1, -1], tokens=[], log_probs=[])
     assert frame(unknown, TOKENIZER, 0).plain.startswith("ab▁▁▁▁▁▁▁▁\n")
 
 

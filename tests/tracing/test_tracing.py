@@ -44,7 +44,7 @@ def test_a_trace_replays_what_the_decoder_did(lm):
     check(trace, lm, generation)
     assert trace.visible == [7] * 4 + [11] * 4 + [15] * 4
     assert trace.block == [-1] * 3 + [0] * 4 + [1] * 4 + [2] * 4
-    np.testing.assert_allclose(np.log(trace.probability[3:]), generation.confidence, rtol=1e-3)
+    np.testing.assert_allclose(np.log(trace.probability[3:]), generation.log_probs, rtol=1e-3)
 
 
 def test_a_guided_trace_shows_the_probabilities_that_wrote_the_text(lm):
@@ -52,7 +52,7 @@ def test_a_guided_trace_shows_the_probabilities_that_wrote_the_text(lm):
     generation = lm.generate(["abc"], **settings)[0]
     trace = make_trace(lm, generation, **settings)
     check(trace, lm, generation)
-    np.testing.assert_allclose(np.log(trace.probability[3:]), generation.confidence, rtol=1e-3)
+    np.testing.assert_allclose(np.log(trace.probability[3:]), generation.log_probs, rtol=1e-3)
 
 
 def test_a_fixed_canvas_is_visible_from_the_start(lm):
