@@ -12,11 +12,12 @@ import pytest
 from etils import epath
 
 from illada_jax import api, config
+from illada_jax.data.tokenizers import train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
-from illada_jax.data.tokenizers.tokenizer import train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training import run as run_setup
 from illada_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -164,7 +165,8 @@ def test_bad_settings(place, changes, message):
 
 def test_bad_input_is_one_line_and_leaves_nothing(place):
     got = run_main(place, place / "bad", **{"eval.answer_metric": "similar"})
-    assert got.returncode == 2 and "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
+    assert got.returncode == 2
+    assert "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
     assert "Traceback" not in got.stderr and not (place / "bad").exists()
 
 

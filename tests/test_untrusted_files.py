@@ -14,7 +14,7 @@ from illada_jax.config import DataConfig
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.preparing.corpora import Settings, prepare
 from illada_jax.data.sources import examples
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import open_source
 from illada_jax.training.saved_model import load_inference

@@ -10,7 +10,7 @@ from illada_jax.config import DataConfig
 from illada_jax.data import shards
 from illada_jax.data.preparing import corpora as preparing
 from illada_jax.data.shards import TokenStream
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 
 _PREPARED = "prepared:"

@@ -27,8 +27,8 @@ from illada_jax.data.preparing.jobs import in_processes
 from illada_jax.data.sources import examples as reading
 from illada_jax.data.sources.examples import Example, ExamplePart, RejectedExample
 from illada_jax.data.sources.registry import split_hash
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.data.tokenizers.chat import Conversation, encode_conversation
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
 _FORMAT_VERSION = 1

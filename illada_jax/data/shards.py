@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError, StorageError
 
 FORMAT_VERSION = 1

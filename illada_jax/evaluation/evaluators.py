@@ -21,7 +21,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.batches import Batches
 from illada_jax.data.corpus import Corpus
 from illada_jax.data.example_store import Examples
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.loss import loss_weights, token_losses
 from illada_jax.diffusion.process import corrupt_fixed_count

@@ -8,13 +8,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from illada_jax.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.data.tokenizers.chat import chat_format, encode_chat, encode_conversation
-from illada_jax.data.tokenizers.tokenizer import (
-    ByteTokenizer,
-    load_tokenizer,
-    tokenizer_from_files,
-    train_sentencepiece,
-)
 from illada_jax.errors import InputError
 
 CHATML = ("{% for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}\n"

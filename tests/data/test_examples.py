@@ -11,7 +11,7 @@ from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainC
 from illada_jax.data import example_store
 from illada_jax.data.example_store import open_examples
 from illada_jax.data.sources import synthetic
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation import answer_metrics as scorers
 

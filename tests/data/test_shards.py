@@ -5,7 +5,7 @@ import pytest
 
 from illada_jax.data import shards
 from illada_jax.data.shards import Manifest, ShardWriter, TokenStream, open_shards
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
 CHUNK = 16

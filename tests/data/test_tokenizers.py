@@ -6,12 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from illada_jax.data.preparing.corpora import check_lossless
-from illada_jax.data.tokenizers.tokenizer import (
-    ByteTokenizer,
-    load_tokenizer,
-    tokenizer_from_files,
-    train_sentencepiece,
-)
+from illada_jax.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.\n\n    def f(x):\n\treturn x  # two  blanks\r\n" * 5,

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from illada_jax.data import shards
 from illada_jax.data.shards import open_shards
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import InputError
 from illada_jax.interop.checkpoint import read_checkpoint
 from illada_jax.interop.tensors import INDEX, TensorDirectory

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from illada_jax.data import packing
 from illada_jax.data.sources import examples
 from illada_jax.data.sources import registry as sources
+from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, train_sentencepiece
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
 from tests.data.test_chat import tokenizer_with

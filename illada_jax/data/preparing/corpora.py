@@ -32,7 +32,7 @@ from illada_jax.data.preparing.jobs import (
 from illada_jax.data.shards import Manifest
 from illada_jax.data.sources import registry
 from illada_jax.data.sources.registry import Document, Part
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 
 _IN_MEMORY_BYTES = 64 * 2**20

@@ -23,7 +23,7 @@ import tqdm
 from illada_jax.data import shards
 from illada_jax.data.shards import ShardInfo, ShardWriter
 from illada_jax.data.sources.registry import Document, Part
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 DONE_DIRECTORY = "done"
 S = TypeVar("S")

@@ -7,9 +7,10 @@ from typing import Any
 
 import tokenizers
 
-from illada_jax.data.tokenizers.tokenizer import MOST_IDS, Tokenizer
+from illada_jax.data.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from illada_jax.errors import InputError
 
+HUGGING_FACE_FILE = "tokenizer.json"
 # Names in the order of preference; anything between the brackets of a special token counts.
 _NAMES = {
     "mask": ("mask", "mdm_mask"),
@@ -51,15 +52,15 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises a bare Exception for whatever it cannot read
             raise InputError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
         used = set(table.get_vocab(with_added_tokens=True).values())
-        if max(used, default=0) >= MOST_IDS:
-            raise InputError(f"not a tokenizer.json: the id {max(used)} is beyond {MOST_IDS}")
+        if max(used, default=0) >= MAX_VOCAB_SIZE:
+            raise InputError(f"not a tokenizer.json: the id {max(used)} is beyond {MAX_VOCAB_SIZE}")
         self.named_ids = _find_special_ids(table, added, names)
         found = dict(self.named_ids)
         for name in _NAMES:
             found.setdefault(name, 1 + max(used | set(found.values())))
         found |= special_ids or {}
-        if max(found.values()) >= MOST_IDS:
-            raise InputError(f"special ids {found}: must be less than {MOST_IDS}")
+        if max(found.values()) >= MAX_VOCAB_SIZE:
+            raise InputError(f"special ids {found}: must be less than {MAX_VOCAB_SIZE}")
         super().__init__(1 + max(used | set(found.values())), found)
         self._unused = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
         for token in added:
@@ -110,8 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def vocabulary_files(self) -> dict[str, bytes]:
         """See Tokenizer."""
-        return {"tokenizer.json": self._json,
-                "special_ids.json": json.dumps({"kind": "huggingface", **self.special_ids}, indent=1).encode()}
+        return {HUGGING_FACE_FILE: self._json, **self._special_ids_file("huggingface")}
 
 
 def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]],
