@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from illada_jax.data import packing
 from illada_jax.data.sources import examples
-from illada_jax.data.sources import registry as sources
+from illada_jax.data.sources.registry import documents
 from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.decoding.gaps import parse_gaps
@@ -68,8 +68,8 @@ def test_jsonl_is_read_or_refused_line_by_line(tmp_path_factory, lines):
     whole = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     assert len(found) == len(whole), "an example or a reason for every line"
     try:
-        documents = list(sources.documents(f"jsonl:{path}"))
-        assert len(documents) == len(whole)
+        found = list(documents(f"jsonl:{path}"))
+        assert len(found) == len(whole)
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
 

@@ -46,7 +46,7 @@ class Settings:
     """What a preparation depends on, besides the text.
 
     Attributes:
-      sources: see `data/sources/registry.py`.
+      sources: see `data/sources`.
       tokenizer: `bytes`, `sentencepiece` (trained here) or a path.
       vocab_size: size of a tokenizer that is trained here.
       heldout_fraction: share of the documents, chosen by hash.

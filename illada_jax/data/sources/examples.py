@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from illada_jax.data.sources import registry, synthetic
+from illada_jax.data.sources import synthetic
+from illada_jax.data.sources.files import READ_ERRORS, find_files, open_input
 from illada_jax.data.tokenizers.chat import check_messages
 from illada_jax.errors import InputError
 
@@ -90,7 +91,7 @@ def parts(spec: str) -> list[ExamplePart]:
         return [ExamplePart(spec, read)]
     if kind == "chat":
         return [ExamplePart(str(path), functools.partial(_read_file, path), (path,))
-                for path in registry.find_files("chat", argument)]
+                for path in find_files("chat", argument)]
     raise InputError(f"source {spec!r}: fine-tuning (config.sft.format) reads chat:PATH and tasks:NAME:COUNT")
 
 
@@ -137,7 +138,7 @@ def to_example(where: str, record: Any) -> Example | RejectedExample:
 
 def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     try:
-        with registry.open_input(path) as file:
+        with open_input(path) as file:
             for number, line in enumerate(io.BufferedReader(file), start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
@@ -147,7 +148,7 @@ def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                         yield where, RejectedExample(where, "not UTF-8", f"byte {error.start}")
                     except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
                         yield where, RejectedExample(where, "not JSON", getattr(error, "msg", str(error)))
-    except registry.READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
