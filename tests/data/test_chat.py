@@ -25,6 +25,12 @@ FORGETFUL = ("{% for m in messages %}{% set c = m.content %}"
              "{% if m.role == 'assistant' and not loop.last %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}"
              "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+# What transformers adds to Jinja: arguments of tojson, breaks, a scope in generation, namespaces.
+EXTRAS = ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set x = 1 %}{% set ns.n = ns.n + 1 %}"
+          "{% generation %}{% set x = 2 %}{{ {'é': m.content, 'a': [x]} | tojson(indent=1, separators=(',', ':')) }}"
+          "{{ dict(c=m.content) | tojson(ensure_ascii=True, sort_keys=True) }}{% endgeneration %}{{ x }}{{ ns.n }}"
+          "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% if loop.index == 3 %}{% break %}{% endif %}"
+          "{% endfor %}")
 TEMPLATES = {"chatml": CHATML, "trimming": TRIMMING, "no_system": NO_SYSTEM, "forgetful": FORGETFUL}
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|mdm_mask|>"]
 CHAT = [{"role": "user", "content": " What is 2 + 2?  "},
@@ -67,10 +73,10 @@ def test_renders_as_the_library_does(name, add_generation_prompt, turns):
     assert got == library_rendering(TEMPLATES[name], CHAT[:turns], add_generation_prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "trimming", "forgetful"])
-def test_renders_as_transformers_does(name, tmp_path):
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, FORGETFUL, EXTRAS])
+def test_renders_as_transformers_does(template, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer_with(TEMPLATES[name]).save(tmp_path)
+    tokenizer_with(template).save(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     system = [{"role": "system", "content": "Be brief.\n"}]
     for messages in (CHAT[:1], CHAT, system + CHAT[:3]):

@@ -1,6 +1,9 @@
 """Text, prompts, JSONL and chat templates of any kind: no hang, no crash without a message, nothing lost."""
 
 import json
+import resource
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from illada_jax.data import packing
 from illada_jax.data.sources import examples
 from illada_jax.data.sources.registry import documents
-from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, template_sandbox, templates, train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
@@ -89,45 +92,74 @@ PIECES = st.sampled_from([
 @given(st.lists(PIECES, min_size=1, max_size=8).map("".join))
 def test_templates_render_or_are_refused(template):
     try:
-        ids = encode_chat(tokenizer_with(template), CHAT, True)
-        assert all(isinstance(i, int) for i in ids)
+        assert isinstance(templates.render(template, CHAT, True, {"bos_token": "<s>"}), str)
     except InputError as error:
         assert "\n" not in str(error)
 
 
-ATTACKS = {
+HOSTILE = {
     "reads a file": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "reads a file through a filter": "{{ (''|attr('__class__')).mro() }}",
     "reads a file through format": "{{ '{0.__class__.__init__.__globals__}'.format(cycler) }}",
+    "reads through a stored format": "{% set ns = namespace(f='{0.__class__.__init__.__globals__}'.format) %}{{ ns.f(cycler) }}",
     "imports": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "imports through lipsum": "{{ lipsum.__globals__['os'].system('id') }}",
     "imports through self": "{{ self.__init__.__globals__.__builtins__.__import__('os') }}",
+    "imports through dict": "{{ dict.__globals__['json'] }}",
     "includes": "{% include '/etc/passwd' %}",
+    "names of Python's own": "{% set ns = namespace() %}{% set ns.__call__ = lipsum %}",
+    "names of Python's own at once": "{{ namespace(__html__=lipsum) }}",
+    "changes the conversation": "{{ messages.append(1) }}",
+    "changes a message": "{{ dict.update(messages[0], role='system') }}",
+}
+BOMBS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
              "{% endfor %}",
-    "loops in filters": "{% for a in range(99999) %}{{ range(99999)|sum }}{% endfor %}",
-    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "loops before an answer": "{% if add_generation_prompt %}{% for a in range(99999) %}{{ range(99999)|sum }}"
+                              "{% endfor %}{% endif %}",
     "calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
     "multiplies": "{{ 'a' * 10000000000 }}",
-    "multiplies backwards": "{{ 10000000000 * [1] }}",
-    "doubles": "{% set ns = namespace(a='a' * 9999) %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-    "joins": "{% set ns = namespace(a='a' * 9999) %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
-    "pads": "{{ 'a'.center(10000000000) }}",
-    "pads by a filter": "{{ 'a'|center(10000000000) }}",
-    "pads by a format": "{{ '%010000000000d' % 1 }}",
-    "pads by a format's argument": "{{ '%*d' % (10000000000, 1) }}",
-    "pads by format": "{{ '{:>10000000000}'.format(1) }}",
-    "pads by the format filter": "{{ '%10000000000d'|format(1) }}",
-    "powers": "{{ 9 ** 9 ** 9 }}",
-    "replaces": "{% set ns = namespace(a='a' * 10000) %}{% for i in range(9) %}"
-                "{% set ns.a = ns.a.replace('a', ns.a) %}{% endfor %}",
+    "doubles": "{% set ns = namespace(a='a' * 9999) %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+    "pads": "{{ '%*d' % (10000000000, 1) }}",
+    "powers": "{{ 9 ** (9 ** 9) }}",
+    "writes": "{{ 'a' * 2000000 }}",
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_templates_cannot_leave_or_exhaust_the_sandbox(attack):
-    started = time.process_time()
-    with pytest.raises(InputError) as caught:
-        encode_chat(tokenizer_with("{{ messages[1].content }}" + ATTACKS[attack]), CHAT, True)
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_templates_cannot_leave_the_sandbox(attack):
+    with pytest.raises(InputError, match=r"the chat template (refuses|fails)") as caught:
+        templates.render(HOSTILE[attack], [dict(message) for message in CHAT], True, {})
     assert "\n" not in str(caught.value)
-    assert time.process_time() - started < 30
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_crude_bombs_are_refused_within_seconds(bomb):
+    """In a process of their own: this one neither waits for them nor grows."""
+    tokenizer = tokenizer_with("{{ messages[1].content }}" + BOMBS[bomb])
+    started, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for _ in range(2):  # the refusal is remembered
+        with pytest.raises(InputError, match=r"takes more than|needs more than|writes 2,") as caught:
+            encode_chat(tokenizer, CHAT, True)
+        assert "\n" not in str(caught.value)
+    assert time.process_time() - started < 1
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100 * 1024  # KiB
+
+
+def test_the_trial_of_a_template_imports_only_jinja():
+    request = json.dumps({"template": "x", "renderings": [{}]})
+    tried = subprocess.run([sys.executable, "-X", "importtime", "-P", template_sandbox.__file__], input=request,
+                           capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in tried.stderr.splitlines()}
+    assert "jinja2" in imported and tried.stdout == "\n"
+    assert imported.isdisjoint({"illada_jax", "jax", "numpy", "sentencepiece", "tokenizers"})
+
+
+def test_only_templates_of_strangers_are_tried_and_a_failed_trial_is_a_refusal(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    encode_chat(TOKENIZERS[0], CHAT, True)
+    stranger = tokenizer_with("{{ messages }} never tried before")  # loading it starts no process
+    with pytest.raises(InputError, match=r"cannot be tried in a child process: .*/nowhere/python"):
+        encode_chat(stranger, CHAT, True)

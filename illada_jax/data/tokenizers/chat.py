@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from illada_jax.data.tokenizers.templates import render
+from illada_jax.data.tokenizers.templates import check_limits, render
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 
@@ -230,6 +230,8 @@ class _Protection:
 
 @functools.lru_cache(maxsize=16)
 def _probe(template: str, specials: _Specials, variables: tuple[tuple[str, str], ...], eos_id: int) -> ChatFormat:
+    if template != DEFAULT_TEMPLATE:
+        check_limits(template, dict(variables))
     turns = [{"role": role, "content": _PROBE[role]} for role in ("user", "assistant")]
     rendered = render(template, turns, False, dict(variables))
     _, found, after = rendered.partition(_PROBE["assistant"])
