@@ -84,7 +84,7 @@ def test_a_checkpoint_that_claims_to_be_larger_than_its_arrays_is_refused(tmp_pa
     path = tmp_path / "run" / "checkpoints" / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["config"]["model"] |= changes
-    path.write_text(json.dumps({key: meta[key] for key in meta if key not in ("seal", "fingerprints")}))
+    path.write_text(json.dumps({key: meta[key] for key in meta if key not in ("checksum", "fingerprints")}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"checkpoints/1/params: damaged: .*there is no other checkpoint"):
         load_inference(tmp_path / "run")

@@ -169,17 +169,17 @@ def test_template_travels_with_the_tokenizer(tmp_path):
     ByteTokenizer().save(tmp_path / "b")
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     bytes_ = load_tokenizer(tmp_path / "b")
-    with pytest.raises(InputError, match="does not write what the assistant says"):
+    with pytest.raises(InputError, match="does not render the content of assistant messages"):
         encode_chat(bytes_, CHAT[:1], True)
 
 
 @pytest.mark.parametrize(("messages", "message"), [
-    ([], "there are none"),
-    ("hello", "a list of objects"),
+    ([], "must not be empty"),
+    ("hello", "must be a list of objects"),
     (["hello"], "message 1: must be an object"),
     ([{"role": "user"}], "message 1: has no 'content'"),
     ([{"role": "tool", "content": "x"}], "message 1: unknown role 'tool'"),
-    ([{"role": "user", "content": None}], "message 1: its content is no text"),
+    ([{"role": "user", "content": None}], "message 1: content must be a string"),
     ([CHAT[0], {"role": "system", "content": "x"}], "message 2: a system message must come first"),
 ])
 def test_bad_messages(messages, message):

@@ -1,6 +1,6 @@
 """Tokenizers: lossless, with the special ids that diffusion needs, and chat templates.
 
-Begin with `tokenizer`, the interface. Conversations become tokens in `chat`.
+Begin with `tokenizer`, the interface; `loading` reads any kind of tokenizer, `chat` turns conversations into tokens.
 """
 
 from illada_jax.data.tokenizers.bytes import ByteTokenizer

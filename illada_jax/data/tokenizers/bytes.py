@@ -1,4 +1,4 @@
-"""UTF-8 bytes as tokens."""
+"""A tokenizer whose tokens are UTF-8 bytes."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from illada_jax.data.tokenizers.tokenizer import SPECIAL_NAMES, Tokenizer
 
 
 class ByteTokenizer(Tokenizer):
-    """The UTF-8 bytes themselves, after the four special ids."""
+    """The 256 byte values, numbered after the four special ids."""
 
     _OFFSET = len(SPECIAL_NAMES)
 

@@ -1,4 +1,4 @@
-"""Tokenizers from their files."""
+"""Loading of tokenizers from their files."""
 
 import json
 import pathlib
@@ -18,10 +18,13 @@ from illada_jax.errors import InputError
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Loads what `save` wrote (a directory), a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+    """Loads a tokenizer from a path.
+
+    Args:
+      path: a directory written by `Tokenizer.save`, a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
     Raises:
-      InputError: there is none, or it is broken; names the path.
+      InputError: there is no tokenizer, or it is broken; the message names the path.
     """
     path = pathlib.Path(path)
     try:
@@ -38,13 +41,16 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer that `files()` describes.
+    """The tokenizer with these files: the inverse of `Tokenizer.files`.
+
+    Args:
+      files: contents by name; files that belong to no tokenizer are ignored.
 
     Raises:
-      InputError: the files are no tokenizer's.
+      InputError: no tokenizer is among the files, or it is broken.
     """
     chat_files = {name: files[name] for name in CHAT_FILES if name in files}
-    read_chat_template(chat_files)
+    read_chat_template(chat_files)  # raises if it cannot be parsed
     tokenizer = _vocabulary_from_files(files)
     tokenizer.chat_files = chat_files
     return tokenizer
@@ -57,7 +63,7 @@ def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
             described = json.loads(files[SPECIAL_IDS_FILE])
             special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise InputError(f"{SPECIAL_IDS_FILE} does not name the ids {', '.join(SPECIAL_NAMES)}") from error
+            raise InputError(f"{SPECIAL_IDS_FILE}: must give integer ids for {', '.join(SPECIAL_NAMES)}") from error
     if SENTENCEPIECE_FILE in files:
         return SentencePieceTokenizer(files[SENTENCEPIECE_FILE], special_ids)
     if HUGGING_FACE_FILE in files:

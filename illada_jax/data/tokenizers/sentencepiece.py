@@ -10,22 +10,22 @@ from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
-_BLANK = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # stands for a space in SentencePiece pieces
 _MASK_NAME = re.compile(r"[<\[|]*mask[>\]|]*", re.IGNORECASE)
-# A NormalizerSpec (field 3 of ModelProto) that protobuf merges over the model's when it is appended: name "identity",
-# no character map, no dummy prefix, no white-space collapse, spaces escaped. The generated protobuf classes that come
-# with SentencePiece would do, but refuse to load beside the older protobuf that Apache Beam asks for.
+# A serialised NormalizerSpec (field 3 of ModelProto); appended to a model, protobuf merges it over the model's own. It
+# says: name "identity", no character map, no dummy prefix, no white-space collapse, spaces escaped. SentencePiece's
+# generated protobuf classes would be clearer, but conflict with the older protobuf that Apache Beam requires.
 _LOSSLESS_NORMALIZER = b"\x1a\x12" + b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
 _MIN_TRAINED_VOCAB_SIZE = 5 + 256
-_LONGEST_TRAINING_CHUNK = 2048
+_MAX_TRAINING_CHUNK = 2048
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, made lossless.
 
-    Whatever the model says, text is not normalised, gets no dummy prefix and keeps its white space. SentencePiece
-    cannot tell U+2581 from a space: that character is encoded as its three bytes. Special ids that the model does not
-    have are added after its vocabulary.
+    The model's own normalisation is replaced: text is not normalised, gets no dummy prefix and keeps its white space.
+    SentencePiece cannot tell U+2581 from a space, so that character is encoded as its three bytes. Special ids that the
+    model lacks are numbered after its vocabulary.
     """
 
     def __init__(self, model: bytes, special_ids: Mapping[str, int] | None = None):
@@ -33,25 +33,25 @@ class SentencePieceTokenizer(Tokenizer):
 
         Args:
           model: a serialised ModelProto.
-          special_ids: ids by name; those left out are looked up in the model.
+          special_ids: all special ids by name; default: those that the model declares.
 
         Raises:
-          InputError: it is no SentencePiece model, or it has no byte fallback.
+          InputError: the model cannot be parsed or lacks byte fallback.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model + _LOSSLESS_NORMALIZER)
             num_pieces = processor.get_piece_size()
             self._bytes_of_id = [_bytes_of_piece(processor, i) for i in range(num_pieces)]
             byte_ids = {processor.id_to_piece(i): i for i in range(num_pieces) if processor.is_byte(i)}
-        except (RuntimeError, ValueError) as error:  # also pieces that are not UTF-8, or no bytes
+        except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8 or not a byte
             raise InputError("not a SentencePiece model") from error
         if not num_pieces:
             raise InputError("not a SentencePiece model: it has no pieces")
         self._model = model
         self._processor = processor
         if len(byte_ids) != 256:
-            raise InputError("the SentencePiece model has no byte fallback, so it cannot hold every text")
-        self._blank_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _BLANK.encode()]
+            raise InputError("the SentencePiece model has no byte fallback, so it cannot encode every text")
+        self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()]
         special_ids = dict(special_ids or _special_ids_of_model(processor))
         super().__init__(max(num_pieces, 1 + max(special_ids.values())), special_ids)
         for token_id in special_ids.values():
@@ -67,10 +67,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
-        if _BLANK not in text:
+        if _SPACE not in text:
             return self._processor.encode(text)
-        ids = self._processor.encode(text.split(_BLANK))
-        return [i for n, part in enumerate(ids) for i in (self._blank_ids + part if n else part)]
+        ids = self._processor.encode(text.split(_SPACE))
+        return [i for n, part in enumerate(ids) for i in (self._space_ids + part if n else part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
@@ -94,11 +94,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
 
     Args:
       texts: the training documents.
-      vocab_size: ids to have, special ids and the 256 byte pieces included. A small corpus may have fewer.
+      vocab_size: number of ids, special ids and the 256 byte pieces included. A small corpus may yield fewer.
 
     Raises:
-      ConfigError: vocab_size does not leave room for special ids and bytes.
-      InputError: there is no text.
+      ConfigError: vocab_size is too small for special ids and bytes.
+      InputError: the texts are empty, or training fails.
     """
     if vocab_size < _MIN_TRAINED_VOCAB_SIZE:
         raise ConfigError(f"config.data.tokenizer_vocab_size = {vocab_size}: must be at least "
@@ -118,14 +118,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=8 * _LONGEST_TRAINING_CHUNK,
+            max_sentence_length=8 * _MAX_TRAINING_CHUNK,
             num_threads=2,
             bos_id=0, pad_id=1, eos_id=2, unk_id=3,
             control_symbols=["<mask>"],
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("] ")[2]  # without the place in its source
+        reason = str(error).splitlines()[0].rpartition("] ")[2]  # without its source location
         raise InputError(f"SentencePiece could not be trained with {vocab_size} ids: {reason}") from error
     return SentencePieceTokenizer(model.getvalue(), {"bos": 0, "pad": 1, "eos": 2, "mask": 4})
 
@@ -136,11 +136,11 @@ def _bytes_of_piece(processor: sentencepiece.SentencePieceProcessor, token_id: i
         return bytes([int(piece[3:-1], 16)])
     if processor.is_control(token_id) or processor.is_unknown(token_id):
         return b""
-    return piece.replace(_BLANK, " ").encode()
+    return piece.replace(_SPACE, " ").encode()
 
 
 def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """The special ids that a model declares; what it lacks is numbered after its vocabulary."""
+    """The special ids that a model declares; those that it lacks are numbered after its vocabulary."""
     ids = {"bos": processor.bos_id(), "pad": processor.pad_id(), "eos": processor.eos_id(), "mask": -1}
     for i in range(processor.get_piece_size()):
         if processor.is_control(i) and _MASK_NAME.fullmatch(processor.id_to_piece(i)):
@@ -154,9 +154,9 @@ def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor) -> di
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts texts after blank lines, or where a chunk gets long, since the trainer skips what is too long for it."""
+    """Cuts texts after blank lines and at a maximum length, since the trainer skips sentences that are too long."""
     for text in texts:
-        for piece in text.split(_BLANK):
+        for piece in text.split(_SPACE):
             for paragraph in re.findall(r"(?s:.+?)(?:\n\n+|\Z)", piece):
-                for start in range(0, len(paragraph), _LONGEST_TRAINING_CHUNK):
-                    yield paragraph[start : start + _LONGEST_TRAINING_CHUNK]
+                for start in range(0, len(paragraph), _MAX_TRAINING_CHUNK):
+                    yield paragraph[start : start + _MAX_TRAINING_CHUNK]

@@ -14,24 +14,24 @@ from collections.abc import Iterable, Mapping
 from illada_jax.errors import InputError
 
 SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
-CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first that has a template decides
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first one with a template wins
 SPECIAL_IDS_FILE = "special_ids.json"
-MAX_VOCAB_SIZE = 2**24  # an id beyond is a mistake, which tables of all ids must not follow
+MAX_VOCAB_SIZE = 2**24  # a larger id is a mistake in a file; tables of all ids would exhaust memory
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back.
+    """Maps text to ids and back.
 
     Attributes:
-      vocab_size: number of ids, special ones included.
-      mask_id: id of MASK; `eos_id`, `bos_id`, `pad_id` likewise.
-      chat_files: those of CHAT_FILES that came with it, by name: what conversations look like, not what ids mean.
+      vocab_size: number of ids, special ids included.
+      mask_id, eos_id, bos_id, pad_id: the special ids.
+      chat_files: contents of its CHAT_FILES by name. They define how conversations look, not what ids mean.
     """
 
     def __init__(self, vocab_size: int, special_ids: Mapping[str, int]):
         for name in SPECIAL_NAMES:
             if not 0 <= special_ids[name] < min(vocab_size, MAX_VOCAB_SIZE):
-                raise InputError(f"tokenizer: {name} id {special_ids[name]} is not among the {vocab_size} ids")
+                raise InputError(f"tokenizer: {name} id {special_ids[name]} is outside the vocabulary of {vocab_size}")
         self.vocab_size = vocab_size
         self.mask_id = special_ids["mask"]
         self.eos_id = special_ids["eos"]
@@ -46,37 +46,37 @@ class Tokenizer(abc.ABC):
 
     @property
     def unused_ids(self) -> tuple[int, ...]:
-        """Ids below vocab_size that stand for nothing: a decoder must not write them."""
+        """Ids below vocab_size without a token; a decoder must not write them."""
         return ()
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. Never a special id, no BOS, no EOS."""
+        """The ids of a text: never a special id, no BOS, no EOS."""
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special ids yield nothing; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Special ids yield no text; bytes that are not UTF-8 become U+FFFD."""
 
     @abc.abstractmethod
     def id_to_piece(self, token_id: int) -> str:
-        """A short name of an id, for display."""
+        """The name of a token, for display."""
 
     @abc.abstractmethod
     def vocabulary_files(self) -> dict[str, bytes]:
-        """The files that decide what ids mean."""
+        """The files that define what ids mean."""
 
     def files(self) -> dict[str, bytes]:
-        """The files that make up the tokenizer; `tokenizer_from_files` is the inverse."""
+        """All files of the tokenizer; `tokenizer_from_files` is the inverse."""
         return {**self.vocabulary_files(), **self.chat_files}
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """How special tokens are written in a chat template, and their ids. In text they are just text."""
+        """Special tokens as chat templates write them, with their ids. In text they are ordinary text."""
         return {self.id_to_piece(special_id): special_id for special_id in self.special_ids.values()}
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of conversations, or None; see `data/tokenizers/chat.py`.
+        """The Jinja template of conversations, or None; `data/tokenizers/chat.py` renders it.
 
         Raises:
           InputError: see `read_chat_template`.
@@ -85,14 +85,14 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies what ids mean: a hash of the files that decide it."""
+        """A hash of the files that define what ids mean."""
         digest = hashlib.sha256()
         for name, content in sorted(self.vocabulary_files().items()):
             digest.update(f"{name}:{len(content)}:".encode() + content)
         return digest.hexdigest()[:16]
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes the files into a directory (any path object that has mkdir and `/`, so also an epath)."""
+        """Writes the files to a directory; accepts any path type with mkdir and `/`, such as epath."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             (directory / name).write_bytes(content)
@@ -102,19 +102,19 @@ class Tokenizer(abc.ABC):
 
 
 def read_chat_template(files: Mapping[str, bytes]) -> str | None:
-    """The chat template among the files of a tokenizer, or None.
+    """The chat template in the files of a tokenizer, or None.
 
     Raises:
-      InputError: a file that could hold one cannot be read.
+      InputError: one of CHAT_FILES cannot be parsed.
     """
     try:
         template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
         if "chat_template.jinja" in files:
             return files["chat_template.jinja"].decode()
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{' or '.join(CHAT_FILES)}: no chat template can be read: {error}") from error
     if not isinstance(template, str | None):
-        raise InputError("tokenizer_config.json: its chat_template is no text")
+        raise InputError("tokenizer_config.json: chat_template must be a string")
     return template
