@@ -73,7 +73,7 @@ BAD_FILES = [
     ("text", "a.txt.zst", b"not zstd", r"a\.txt\.zst: cannot be read"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": ', r"a\.jsonl, line 3: not JSON"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n{"body": "a"}\n',
-     r"a\.jsonl, line 2: no text in the field 'text' \(there are: body\)"),
+     r"a\.jsonl, line 2: no text in the field 'text' \(its keys: body\)"),
     ("jsonl", "a.jsonl", b'[1]\n', r"a\.jsonl, line 1: no text in the field 'text'"),
     ("jsonl", "a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: no text in the field 'text'"),
     ("jsonl", "a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: .*surrogate"),
@@ -94,7 +94,7 @@ def test_bad_files_are_named(tmp_path, kind, name, content, message):
     ("text", "which files"),
     ("jsonl:#field", "which files"),
     ("poetry:x", "unknown kind 'poetry'; known: jsonl, python_docs, python_source, sudoku, text"),
-    ("prepared:x", "is prepared already"),
+    ("prepared:x", "already prepared"),
     ("sudoku:9", "takes no argument"),
 ])
 def test_bad_specs(spec, message):

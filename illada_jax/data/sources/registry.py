@@ -1,7 +1,8 @@
-"""Where text comes from: `KIND` or `KIND:ARGUMENT`, each kind a function that lists the parts of a corpus.
+"""The registry of sources, `KIND` or `KIND:ARGUMENT`; each kind is a function that lists the parts of a corpus.
 
-To add a kind, write a function `argument -> list[Part]` and decorate it with `@register("name")`. Parts are read one by
-one, possibly in other processes, so what a part holds may depend on nothing but its files and arguments.
+To add a kind, write a function `argument -> list[Part]`, decorate it with `@register("name")`, and import its module in
+the package. Parts are read one by one, possibly in other processes, so the content of a part may depend only on its
+files and arguments.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from illada_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text that stands on its own.
+    """A text of its own.
 
     Attributes:
       text: the text.
-      group: documents of the same group fall on the same side of the held-out split; empty: a group of its own.
+      group: documents of one group fall on the same side of the held-out split; if empty, the text is its own group.
     """
 
     text: str
@@ -26,7 +27,7 @@ class Document:
 
     @property
     def split_hash(self) -> int:
-        """A uniform 64-bit number that decides about the held-out split."""
+        """A uniform 64-bit number that decides the side of the held-out split."""
         return split_hash(self.group or self.text)
 
 
@@ -37,13 +38,13 @@ def split_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source that is read at one go.
+    """A share of a source, the unit of parallel reading.
 
     Attributes:
-      name: for messages and progress.
-      read: yields the documents, the same ones in the same order each time. Pickled to other processes.
-      num_bytes: about how much there is to read.
-      files: the files that it depends on.
+      name: the name in messages and progress bars.
+      read: yields the documents, the same ones in the same order each time; can be pickled.
+      num_bytes: the approximate size.
+      files: the files that the documents depend on.
     """
 
     name: str
@@ -56,7 +57,7 @@ _KINDS: dict[str, Callable[[str], list[Part]]] = {}
 
 
 def register(kind: str) -> Callable[[Callable[[str], list[Part]]], Callable[[str], list[Part]]]:
-    """Decorates the function that lists the parts of sources of this kind."""
+    """Decorates the function that lists the parts of sources of one kind."""
 
     def decorate(function: Callable[[str], list[Part]]) -> Callable[[str], list[Part]]:
         _KINDS[kind] = function
@@ -72,31 +73,27 @@ def parts(spec: str) -> list[Part]:
       spec: `KIND` or `KIND:ARGUMENT`.
 
     Raises:
-      InputError: the kind is unknown, or its argument is no good.
+      InputError: the kind is unknown, or its argument is invalid.
     """
     kind, _, argument = spec.partition(":")
     if kind == "prepared":
-        raise InputError(f"source {spec!r}: is prepared already; name it in config.data.sources")
+        raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
         raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
     return _KINDS[kind](argument)
 
 
 def documents(spec: str) -> Iterator[Document]:
-    """All the documents of a source, in order.
+    """All documents of a source, in order.
 
     Raises:
-      InputError: the source is unknown or cannot be read; names the file and where in it.
+      InputError: the source is unknown or cannot be read; the message names the file and the position in it.
     """
     for part in parts(spec):
         yield from part.read()
 
 
-def no_argument(kind: str, argument: str) -> None:
-    """For kinds without an argument.
-
-    Raises:
-      InputError: there is one.
-    """
+def check_no_argument(kind: str, argument: str) -> None:
+    """Raises InputError if a source of a kind without arguments has one."""
     if argument:
         raise InputError(f"source {kind}:{argument}: {kind!r} takes no argument")
