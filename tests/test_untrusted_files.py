@@ -1,4 +1,4 @@
-"""Files from strangers run no code: no pickle, no remote code, no text that is evaluated where something is loaded."""
+"""Untrusted files run no code: nothing is unpickled, evaluated or imported when they are loaded."""
 
 import ast
 import json
@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "checkpoints" / "illada-gqa-tied"
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "transformers", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "extractall", "import_module"}
-# Where code is run on purpose: a generated program in its sandbox; a scorer that the user's own config names; the
-# standard library's own documentation.
+# Code that is run on purpose: a generated program in its sandbox, a metric that the user's own config names, and the
+# documentation of the standard library.
 ALLOWED = {"evaluation/sandboxed.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"import_module"},
            "data/sources/builtin.py": {"import_module"}}
 
@@ -42,7 +42,7 @@ def test_no_module_loads_code_from_data(path):
         elif isinstance(node, ast.Call):
             function = node.func
             called = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-            # Methods named compile are those of regular expressions and of lowered programs.
+            # Methods named compile belong to regular expressions and lowered programs.
             if called in CALLS and (called != "compile" or isinstance(function, ast.Name)):
                 assert called in ALLOWED.get(name, set()), f"{name}, line {node.lineno}: {ast.unparse(node)}"
             for keyword in node.keywords:
@@ -52,7 +52,7 @@ def test_no_module_loads_code_from_data(path):
 
 @pytest.fixture
 def no_pickle(monkeypatch):
-    """Whoever unpickles fails."""
+    """Makes unpickling fail."""
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 

@@ -1,4 +1,4 @@
-"""Text, prompts, JSONL and chat templates of any kind: no hang, no crash without a message, nothing lost."""
+"""Arbitrary text, prompts, JSON lines and chat templates: no hang, no crash without a message, nothing lost."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
 from tests.data.test_chat import tokenizer_with
-from tests.fuzz.strategies import JUNK, spoilt
+from tests.fuzz.strategies import JUNK, corrupted
 
 CHAT = [{"role": "user", "content": "hi {x:>99999999} %s"}, {"role": "assistant", "content": "hello"}]
 TOKENIZERS = [ByteTokenizer(), train_sentencepiece(["some text to train on", "漢字"], 290)]
@@ -27,7 +27,7 @@ TOKENIZERS = [ByteTokenizer(), train_sentencepiece(["some text to train on", "�
 
 @given(st.binary(max_size=40))
 def test_any_bytes_survive_the_byte_tokenizer(content):
-    """Also those that are no UTF-8: ids stand for bytes one by one."""
+    """Bytes that are not UTF-8 too: each byte has its id."""
     tokenizer = TOKENIZERS[0]
     ids = [byte + 4 for byte in content]
     assert tokenizer.decode(ids) == content.decode(errors="replace")
@@ -37,10 +37,10 @@ def test_any_bytes_survive_the_byte_tokenizer(content):
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from(TOKENIZERS))
 def test_prompts_of_odd_unicode_become_ids_or_a_message(text, tokenizer):
-    """Halves of surrogate pairs are refused before, see `api.LanguageModel`."""
+    """Lone surrogates are refused earlier, see `api.LanguageModel`."""
     try:
         gapped = parse_gaps(text + "[[mask:2]]")
-    except InputError as error:  # a gap that is none, such as [[mask:x]]
+    except InputError as error:  # an invalid gap, such as [[mask:x]]
         assert "\n" not in str(error)
         return
     ids = gapped.tokens(tokenizer)
@@ -58,7 +58,7 @@ def test_windows_hold_every_token_once(tokens, length):
 
 
 RECORD = {"messages": [{"role": "system", "content": "s"}, *CHAT], "text": "words", "n": 1}
-LINES = st.one_of(spoilt(RECORD).map(json.dumps), JUNK.map(json.dumps), st.text(max_size=20),
+LINES = st.one_of(corrupted(RECORD).map(json.dumps), JUNK.map(json.dumps), st.text(max_size=20),
                   st.sampled_from(["[" * 100_000, '{"a":' * 50_000, "1" * 5000, '{"text": "\\ud800"}', "\ufeff{}"]))
 
 
@@ -101,7 +101,8 @@ HOSTILE = {
     "reads a file": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "reads a file through a filter": "{{ (''|attr('__class__')).mro() }}",
     "reads a file through format": "{{ '{0.__class__.__init__.__globals__}'.format(cycler) }}",
-    "reads through a stored format": "{% set ns = namespace(f='{0.__class__.__init__.__globals__}'.format) %}{{ ns.f(cycler) }}",
+    "reads through a stored format": "{% set ns = namespace(f='{0.__class__.__init__.__globals__}'.format) %}"
+                                     "{{ ns.f(cycler) }}",
     "imports": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "imports through lipsum": "{{ lipsum.__globals__['os'].system('id') }}",
     "imports through self": "{{ self.__init__.__globals__.__builtins__.__import__('os') }}",
@@ -135,7 +136,7 @@ def test_templates_cannot_leave_the_sandbox(attack):
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_crude_bombs_are_refused_within_seconds(bomb):
-    """In a process of their own: this one neither waits for them nor grows."""
+    """They use the time and memory of a child process, not of this one."""
     tokenizer = tokenizer_with("{{ messages[1].content }}" + BOMBS[bomb])
     started, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -157,9 +158,9 @@ def test_the_trial_of_a_template_imports_only_jinja():
     assert imported.isdisjoint({"illada_jax", "jax", "numpy", "sentencepiece", "tokenizers"})
 
 
-def test_only_templates_of_strangers_are_tried_and_a_failed_trial_is_a_refusal(monkeypatch):
+def test_only_foreign_templates_are_tried_and_a_failed_trial_is_a_refusal(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     encode_chat(TOKENIZERS[0], CHAT, True)
-    stranger = tokenizer_with("{{ messages }} never tried before")  # loading it starts no process
+    foreign = tokenizer_with("{{ messages }} never tried before")  # loading starts no process
     with pytest.raises(InputError, match=r"cannot be tried in a child process: .*/nowhere/python"):
-        encode_chat(stranger, CHAT, True)
+        encode_chat(foreign, CHAT, True)
