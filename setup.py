@@ -30,7 +30,7 @@ setup(
         "flax",
         "grain",
         "jax",
-        "jinja2",
+        "jinja2>=3.1.6",  # its sandbox had known escapes before
         "ml_collections",
         "numpy",
         "optax",

@@ -117,7 +117,7 @@ class DataConfig:
     """Text and how it becomes batches.
 
     Attributes:
-      sources: where the text comes from, `KIND` or `KIND:PATH`; `illada_jax/data/sources/registry.py` lists the kinds.
+      sources: where the text comes from, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds.
         `prepared:DIR` is what `python -m illada_jax.prepare` wrote. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`,
         see `illada_jax/data/sources/examples.py`.
       weights: shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by

@@ -12,7 +12,7 @@ import pytest
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import importing
 from illada_jax.interop.conversion import Conversion

@@ -9,7 +9,7 @@ from absl import flags
 
 from illada_jax import api, generate, model
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from tests.util import random_params
 

@@ -1,4 +1,4 @@
-"""Fine-tuning and chat as typed, on a tiny model."""
+"""Fine-tuning and chat from the command line, with a tiny model."""
 
 import importlib.util
 import json
@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from illada_jax import api, config
+from illada_jax.data.tokenizers import train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
-from illada_jax.data.tokenizers.tokenizer import train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
@@ -53,7 +53,7 @@ def run_main(place, workdir, **changes):
 
 
 def opened(place, **changes):
-    """The same run, in this process: its config, examples and batches."""
+    """The config, examples and batches of the same run, in this process."""
     spec = importlib.util.spec_from_file_location("quickstart", ROOT / "experiments" / "sft_quickstart.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -81,7 +81,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
 
 
-def test_what_was_left_out_is_said_and_answers_are_scored(trained):
+def test_rejected_examples_are_reported_and_answers_are_scored(trained):
     workdir, said = trained
     assert "1 of 32 examples left out: not JSON: " in said and "line 31" in said
     assert "left out: neither messages nor prompt and response" in said
@@ -91,7 +91,7 @@ def test_what_was_left_out_is_said_and_answers_are_scored(trained):
     assert "who?" in last["eval/answers"] and "✓" in last["eval/answers"]
 
 
-def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_what_is_too_long_ago(trained):
+def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_the_oldest_messages(trained):
     talk = run("illada_jax.generate", f"--checkpoint={trained[0]}", "--chat",
                stdin="I am Bob!\n\nwho?\n" + "who?\n" * 3 + "/exit\nx")
     assert talk.returncode == 0, talk.stderr
@@ -100,7 +100,7 @@ def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_what_is_too_long_ag
     assert "the context is full: the oldest 2 messages are forgotten" in talk.stderr
 
 
-def test_chat_in_python_is_the_template_and_a_stop(trained):
+def test_chat_in_python_applies_the_template_and_stops(trained):
     lm = api.load(str(trained[0]))
     messages = conversation("Eve", "!")["messages"][:3]
     answer = lm.chat(messages)
@@ -124,13 +124,13 @@ def losses(place, workdir, form, **changes):
 
 
 @pytest.mark.parametrize("form", ["illada", "llada"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(place, tmp_path, form):
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(place, tmp_path, form):
     whole = losses(place, tmp_path / "whole", form)
     losses(place, tmp_path / "parts", form, **{"train.stop_step": 3})
     assert len(whole) >= 6 and losses(place, tmp_path / "parts", form) == whole
 
 
-def test_starting_from_a_checkpoint_takes_its_tokenizer(place, trained):
+def test_initialising_from_a_checkpoint_uses_its_tokenizer(place, trained):
     changes = {"init.checkpoint": str(trained[0]), "data.tokenizer": "checkpoint", "train.epochs": 3,
                "optimizer.warmup_steps": 1}
     settled, examples, batches = opened(place, **changes)
@@ -165,7 +165,8 @@ def test_bad_settings(place, changes, message):
 
 def test_bad_input_is_one_line_and_leaves_nothing(place):
     got = run_main(place, place / "bad", **{"eval.answer_metric": "similar"})
-    assert got.returncode == 2 and "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
+    assert got.returncode == 2
+    assert "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
     assert "Traceback" not in got.stderr and not (place / "bad").exists()
 
 

@@ -1,4 +1,4 @@
-"""Files from strangers run no code: no pickle, no remote code, no text that is evaluated where something is loaded."""
+"""Untrusted files run no code: nothing is unpickled, evaluated or imported when they are loaded."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ from illada_jax.data.corpus import open_corpus
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.data.sources import examples
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model, open_model
 from illada_jax.training.saved_model import checksum
@@ -43,7 +43,7 @@ def test_no_module_loads_code_from_data(path):
         elif isinstance(node, ast.Call):
             function = node.func
             called = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-            # Methods named compile are those of regular expressions and of lowered programs.
+            # Methods named compile belong to regular expressions and lowered programs.
             if called in CALLS and (called != "compile" or isinstance(function, ast.Name)):
                 assert called in ALLOWED.get(name, set()), f"{name}, line {node.lineno}: {ast.unparse(node)}"
             for keyword in node.keywords:
@@ -53,7 +53,7 @@ def test_no_module_loads_code_from_data(path):
 
 @pytest.fixture
 def no_pickle(monkeypatch):
-    """Whoever unpickles fails."""
+    """Makes unpickling fail."""
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 

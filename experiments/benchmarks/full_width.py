@@ -51,7 +51,7 @@ def write_checkpoint(directory: pathlib.Path, layers: int, tiny: bool, shard_byt
     import numpy as np
 
     from illada_jax.config import ModelConfig
-    from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+    from illada_jax.data.tokenizers import ByteTokenizer
     from illada_jax.interop.families import ILLADA, write_model_config
     from illada_jax.interop.layout import tensor_mappings
     from illada_jax.interop.tensors import TensorInfo, write_tensors

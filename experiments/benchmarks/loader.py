@@ -25,7 +25,7 @@ from illada_jax.data.corpus import open_corpus
 from illada_jax.data.manifest import Manifest
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.data.shards import ShardWriter
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 
 _LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "rows of a batch")

@@ -31,7 +31,7 @@ from illada_jax import model
 from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.shards import Question
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.interop import load_model
 from illada_jax.parallel.mesh import make_mesh

@@ -13,7 +13,7 @@ from illada_jax.data.preparing.examples import list_example_parts, prepare_examp
 from illada_jax.data.preparing.settings import ExampleSettings, Settings, content_key, given_tokenizer
 from illada_jax.data.preparing.text import list_parts, prepare
 from illada_jax.data.shards import ExampleSet, TokenStream
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.files import new_directory
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from illada_jax.data import shards
 from illada_jax.data.shards import ExampleSet, ShardInfo, TokenStream
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError
 from illada_jax.files import write_atomically
 

@@ -20,7 +20,7 @@ from illada_jax.config import Config, DecodeConfig
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus, Examples
 from illada_jax.data.pipeline import Batches
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.decoding import Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.files import new_directory, remove_leftovers
 from illada_jax.interop.families import Family, write_model_config

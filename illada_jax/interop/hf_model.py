@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.interop.families import Family, find_family, read_model_config
 from illada_jax.interop.importing import import_params

@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError, StorageError
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import fingerprints, first_difference

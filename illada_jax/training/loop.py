@@ -17,7 +17,7 @@ from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 from illada_jax.data.pipeline import Batches
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints

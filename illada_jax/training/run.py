@@ -16,7 +16,6 @@ from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples,
 from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Batches, Pipeline
 from illada_jax.data.tokenizers.chat import chat_format
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import training_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible

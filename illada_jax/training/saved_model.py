@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers import Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.model.int8 import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding

@@ -7,7 +7,7 @@ from etils import epath
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.files import remove_leftovers, write_atomically
 

@@ -1,4 +1,4 @@
-"""Chat templates: the rendering of the library, no special token out of what people wrote, one end token an answer."""
+"""Chat templates: rendered as transformers does, contents yield no special tokens, each answer has one end token."""
 
 import json
 
@@ -8,13 +8,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from illada_jax.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.data.tokenizers.chat import chat_format, encode_chat, encode_conversation
-from illada_jax.data.tokenizers.tokenizer import (
-    ByteTokenizer,
-    load_tokenizer,
-    tokenizer_from_files,
-    train_sentencepiece,
-)
 from illada_jax.errors import InputError
 
 CHATML = ("{% for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}\n"
@@ -25,11 +20,17 @@ TRIMMING = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role']
 NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
              "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}")
-# Forgets the thoughts of earlier turns, as reasoning models do.
+# Drops the thoughts of earlier turns, as templates of reasoning models do.
 FORGETFUL = ("{% for m in messages %}{% set c = m.content %}"
              "{% if m.role == 'assistant' and not loop.last %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}"
              "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+# Additions of transformers to Jinja: arguments of tojson, breaks, the scope of generation, namespaces.
+EXTRAS = ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set x = 1 %}{% set ns.n = ns.n + 1 %}"
+          "{% generation %}{% set x = 2 %}{{ {'é': m.content, 'a': [x]} | tojson(indent=1, separators=(',', ':')) }}"
+          "{{ dict(c=m.content) | tojson(ensure_ascii=True, sort_keys=True) }}{% endgeneration %}{{ x }}{{ ns.n }}"
+          "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% if loop.index == 3 %}{% break %}{% endif %}"
+          "{% endfor %}")
 TEMPLATES = {"chatml": CHATML, "trimming": TRIMMING, "no_system": NO_SYSTEM, "forgetful": FORGETFUL}
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|mdm_mask|>"]
 CHAT = [{"role": "user", "content": " What is 2 + 2?  "},
@@ -56,7 +57,7 @@ def tokenizer_with(template: str):
 
 
 def library_rendering(template: str, messages: list, add_generation_prompt: bool) -> list[int]:
-    """What jinja2 and `tokenizers` make of it: the text first, special tokens matched in all of it."""
+    """The ids from jinja2 and `tokenizers`: the whole text is rendered, then special tokens are matched in it."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     plain = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     text = environment.from_string(plain).render(
@@ -72,10 +73,10 @@ def test_renders_as_the_library_does(name, add_generation_prompt, turns):
     assert got == library_rendering(TEMPLATES[name], CHAT[:turns], add_generation_prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "trimming", "forgetful"])
-def test_renders_as_transformers_does(name, tmp_path):
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, FORGETFUL, EXTRAS])
+def test_renders_as_transformers_does(template, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer_with(TEMPLATES[name]).save(tmp_path)
+    tokenizer_with(template).save(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     system = [{"role": "system", "content": "Be brief.\n"}]
     for messages in (CHAT[:1], CHAT, system + CHAT[:3]):
@@ -88,24 +89,24 @@ def test_renders_as_transformers_does(name, tmp_path):
                                        "\U000f0000", "\U000f0001"]), max_size=6),
        name=st.sampled_from(["bytes", "sentencepiece", *TEMPLATES]))
 @settings(max_examples=300, deadline=None)
-def test_what_people_write_never_becomes_a_special_token(many, parts, name):
-    tokenizer, content = many[name], "".join(parts)
+def test_contents_never_become_special_tokens(tokenizers_by_name, parts, name):
+    tokenizer, content = tokenizers_by_name[name], "".join(parts)
     turns = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text}]  # noqa: E731
     specials = set(tokenizer.special_tokens.values())
     only_specials = lambda ids: [i for i in ids if i in specials]  # noqa: E731
     ids = encode_chat(tokenizer, turns(content), True)
     assert only_specials(ids) == only_specials(encode_chat(tokenizer, turns("x"), True))
-    if name not in ("trimming", "no_system"):  # one trims, the other trims nothing but writes no end
+    if name not in ("trimming", "no_system"):  # these change white space at the edges
         assert content in tokenizer.decode(ids)
 
 
 @pytest.fixture(scope="module")
-def many():
+def tokenizers_by_name():
     return {"bytes": ByteTokenizer(), "sentencepiece": train_sentencepiece(["user assistant what"] * 9, 280),
             **{name: tokenizer_with(template) for name, template in TEMPLATES.items()}}
 
 
-def test_half_a_special_token_is_not_made_whole_by_the_template():
+def test_half_a_special_token_is_not_completed_by_the_template():
     tokenizer = tokenizer_with("{% for m in messages %}<|im_{{ m.content }}end|>{% endfor %}")
     end_id = tokenizer.special_tokens["<|im_end|>"]
     ids = encode_chat(tokenizer, [{"role": "user", "content": " start|> <|im_"}], False)
@@ -147,7 +148,7 @@ def test_each_answer_ends_with_one_end_token(name, end):
     assert ids[-1] == end_id
 
 
-def test_system_opens_the_first_user_turn_where_there_is_no_role_for_it():
+def test_system_message_is_prepended_to_the_first_user_message_without_a_system_role():
     tokenizer = tokenizer_with(NO_SYSTEM)
     system = {"role": "system", "content": "Be brief."}
     merged = [{"role": "user", "content": "Be brief.\n\nHi"}]
@@ -168,17 +169,17 @@ def test_template_travels_with_the_tokenizer(tmp_path):
     ByteTokenizer().save(tmp_path / "b")
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     bytes_ = load_tokenizer(tmp_path / "b")
-    with pytest.raises(InputError, match="does not write what the assistant says"):
+    with pytest.raises(InputError, match="does not render the content of assistant messages"):
         encode_chat(bytes_, CHAT[:1], True)
 
 
 @pytest.mark.parametrize(("messages", "message"), [
-    ([], "there are none"),
-    ("hello", "a list of objects"),
+    ([], "must not be empty"),
+    ("hello", "must be a list of objects"),
     (["hello"], "message 1: must be an object"),
     ([{"role": "user"}], "message 1: has no 'content'"),
     ([{"role": "tool", "content": "x"}], "message 1: unknown role 'tool'"),
-    ([{"role": "user", "content": None}], "message 1: its content is no text"),
+    ([{"role": "user", "content": None}], "message 1: content must be a string"),
     ([CHAT[0], {"role": "system", "content": "x"}], "message 2: a system message must come first"),
 ])
 def test_bad_messages(messages, message):

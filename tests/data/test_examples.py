@@ -11,7 +11,7 @@ from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainC
 from illada_jax.data.corpus import open_examples
 from illada_jax.data.preparing import examples as preparing
 from illada_jax.data.sources import synthetic
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.evaluation import answer_metrics as scorers
 
@@ -47,10 +47,10 @@ BAD = [
     (say(("user", "x"), ("assistant", "")), "empty response"),
     (say(("user", "x"), ("robot", "y")), "bad message: .*message 2: unknown role 'robot'"),
     ({"messages": [{"role": "user"}]}, "message 1: has no 'content'"),
-    ({"messages": []}, "there are none"),
+    ({"messages": []}, "must not be empty"),
     ({"messages": "hello"}, "a list of objects"),
-    (say(("user", "x")), "no answer: .*the last message is the user's"),
-    ('{"prompt": "x", "response": "\\ud800"}', "half a surrogate pair"),
+    (say(("user", "x")), "no answer: .*the last message has the role 'user'"),
+    ('{"prompt": "x", "response": "\\ud800"}', "lone surrogate"),
 ]
 
 

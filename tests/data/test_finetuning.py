@@ -10,7 +10,7 @@ from illada_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, 
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import open_examples
 from illada_jax.data.finetuning import example_batches
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.diffusion.process import MaskProcess, corrupt
 
 TOKENIZER = ByteTokenizer()

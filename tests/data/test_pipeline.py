@@ -10,7 +10,7 @@ from illada_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Component, Corpus
 from illada_jax.data.pipeline import Mixture, Pipeline, num_windows, pack
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import ConfigError, InputError
 
 EOS, PAD = ByteTokenizer().eos_id, ByteTokenizer().pad_id

@@ -6,7 +6,7 @@ import pytest
 from illada_jax.data import shards
 from illada_jax.data.manifest import Manifest, open_shards
 from illada_jax.data.shards import ExampleSet, ShardWriter, TokenStream
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from illada_jax.errors import InputError
 
 CHUNK = 16

@@ -5,8 +5,7 @@ import re
 import pytest
 import zstandard
 
-from illada_jax.data.sources import builtin
-from illada_jax.data.sources import registry as sources
+from illada_jax.data.sources import builtin, files, registry
 from illada_jax.data.sources.registry import Document, Part, documents
 from illada_jax.errors import InputError
 
@@ -58,7 +57,7 @@ def test_jsonl(tmp_path, name):
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 20, 64, 10_000])
 def test_jsonl_ranges_hold_every_line_once(tmp_path, monkeypatch, part_bytes):
-    monkeypatch.setattr(sources, "_JSONL_PART_BYTES", part_bytes)
+    monkeypatch.setattr(files, "_JSONL_PART_BYTES", part_bytes)
     wanted = [f"é{i}" * (i % 4) + "." for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in wanted))
     assert texts(f"jsonl:{tmp_path}/a.jsonl") == wanted
@@ -74,7 +73,7 @@ BAD_FILES = [
     ("text", "a.txt.zst", b"not zstd", r"a\.txt\.zst: cannot be read"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": ', r"a\.jsonl, line 3: not JSON"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n{"body": "a"}\n',
-     r"a\.jsonl, line 2: no text in the field 'text' \(there are: body\)"),
+     r"a\.jsonl, line 2: no text in the field 'text' \(its keys: body\)"),
     ("jsonl", "a.jsonl", b'[1]\n', r"a\.jsonl, line 1: no text in the field 'text'"),
     ("jsonl", "a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: no text in the field 'text'"),
     ("jsonl", "a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: .*surrogate"),
@@ -95,7 +94,7 @@ def test_bad_files_are_named(tmp_path, kind, name, content, message):
     ("text", "which files"),
     ("jsonl:#field", "which files"),
     ("poetry:x", "unknown kind 'poetry'; known: jsonl, python_docs, python_source, sudoku, text"),
-    ("prepared:x", "is prepared already"),
+    ("prepared:x", "already prepared"),
     ("sudoku:9", "takes no argument"),
 ])
 def test_bad_specs(spec, message):
@@ -104,9 +103,9 @@ def test_bad_specs(spec, message):
 
 
 def test_a_new_kind_is_one_function_and_one_registration(monkeypatch):
-    monkeypatch.setattr(sources, "_KINDS", dict(sources._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
 
-    @sources.register("letters")
+    @registry.register("letters")
     def _letters(argument):
         return [Part("letters", lambda: map(Document, argument), len(argument))]
 

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from illada_jax.data.preparing.settings import check_lossless
-from illada_jax.data.tokenizers.tokenizer import (
+from illada_jax.data.tokenizers import (
     ByteTokenizer,
     load_tokenizer,
     tokenizer_from_files,
@@ -87,7 +87,7 @@ def test_any_ids_decode_and_have_a_piece(all_tokenizers, kind):
 
 
 @KINDS
-def test_files_bring_the_same_tokenizer_back(all_tokenizers, kind, tmp_path):
+def test_saved_files_load_as_the_same_tokenizer(all_tokenizers, kind, tmp_path):
     tokenizer = all_tokenizers[kind]
     tokenizer.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
@@ -153,7 +153,7 @@ def test_hugging_face_ids_come_from_names_config_or_the_end():
     assert chosen.mask_id == 7
 
 
-def test_special_names_in_text_are_encoded_as_if_nobody_had_added_them():
+def test_names_of_added_tokens_in_text_are_encoded_as_ordinary_text():
     content = byte_level_json()
     plain = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(content), "added_tokens": []}))
     text = "The <[MASK]> quick</s> brown<|im_end|>"
@@ -180,7 +180,7 @@ def test_lossy_tokenizer_is_refused_for_preparing():
 
 
 @KINDS
-def test_ours_are_accepted_for_preparing(all_tokenizers, kind):
+def test_lossless_tokenizers_are_accepted_for_preparing(all_tokenizers, kind):
     check_lossless(all_tokenizers[kind], kind)
 
 

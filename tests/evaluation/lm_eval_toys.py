@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.training.checkpoints import Checkpoints
 from illada_jax.training.faults import FaultCounts
 from illada_jax.training.step import TrainState

@@ -1,4 +1,4 @@
-"""Values that nobody expects, and JSON of which a part has been replaced by one."""
+"""Strategies for unexpected values, and for JSON with a few of them in it."""
 
 import copy
 import math
@@ -13,18 +13,18 @@ JUNK = st.one_of(
 
 
 @st.composite
-def spoilt(draw, tree):
-    """`tree` (dicts, lists and leaves) with one to three places replaced by junk, removed, or added to."""
+def corrupted(draw, tree):
+    """`tree` (dicts, lists and leaves) with one to three entries replaced by junk, removed or added."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(tree))
-        if not places:
+        entries = list(_entries(tree))
+        if not entries:
             break
-        parent, key = draw(st.sampled_from(places))
-        what = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
-        if what == "replace":
+        parent, key = draw(st.sampled_from(entries))
+        edit = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
+        if edit == "replace":
             parent[key] = draw(JUNK)
-        elif what == "remove":
+        elif edit == "remove":
             del parent[key]
         elif isinstance(parent, dict):
             parent[draw(st.text(max_size=4))] = draw(JUNK)
@@ -33,12 +33,12 @@ def spoilt(draw, tree):
     return tree
 
 
-def _places(tree):
+def _entries(tree):
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield tree, key
-            yield from _places(value)
+            yield from _entries(value)
     elif isinstance(tree, list):
         for key, value in enumerate(tree):
             yield tree, key
-            yield from _places(value)
+            yield from _entries(value)

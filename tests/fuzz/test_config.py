@@ -1,4 +1,4 @@
-"""A config that is wrong is refused before anything is compiled; one that is not refused can be compiled."""
+"""An invalid config is refused before anything is compiled; an accepted one can be compiled."""
 
 import json
 
@@ -13,13 +13,13 @@ from illada_jax.training import run
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch
 from illada_jax.training.step import abstract_state
-from tests.fuzz.strategies import spoilt
+from tests.fuzz.strategies import corrupted
 
 VALUES = config_lib.to_dict(Config())
 VALUES["model"]["vocab_size"] = 264
 
 
-@given(spoilt(VALUES))
+@given(corrupted(VALUES))
 def test_no_edit_reaches_the_compiler_with_a_bad_value(values):
     try:
         config = config_lib.from_dict(values)
@@ -41,8 +41,8 @@ def test_no_edit_reaches_the_compiler_with_a_bad_value(values):
     assert config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config)))) == config
 
 
-@given(spoilt(json.loads(json.dumps(VALUES))))
-def test_a_saved_config_is_read_or_refused(values):
+@given(corrupted(json.loads(json.dumps(VALUES))))
+def test_a_saved_config_is_loaded_or_refused(values):
     try:
         config_lib.from_saved(values)
     except ConfigError as error:

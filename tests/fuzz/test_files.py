@@ -1,4 +1,4 @@
-"""Files from strangers: whatever they hold, they are read or refused by name; nothing outside of them is touched."""
+"""Untrusted files are read or refused with a message that names them, whatever they contain."""
 
 import json
 import pathlib
@@ -13,13 +13,13 @@ from safetensors.numpy import save
 
 from illada_jax.data import shards
 from illada_jax.data.manifest import open_shards
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, tokenizer_from_files, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.errors import InputError
 from illada_jax.interop.hf_model import open_hf_model
 from illada_jax.interop.tensors import INDEX, TensorDirectory
 from tests.data.test_shards import random_documents, write_corpus
 from tests.data.test_tokenizers import byte_level_json
-from tests.fuzz.strategies import JUNK, spoilt
+from tests.fuzz.strategies import JUNK, corrupted
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "checkpoints"
 
@@ -44,7 +44,7 @@ def test_a_manifest_is_read_or_refused(corpus, tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("m") / "corpus"
     shutil.copytree(corpus, directory)
     manifest = json.loads((directory / "manifest.json").read_text())
-    changed = data.draw(spoilt(manifest) | JUNK)
+    changed = data.draw(corrupted(manifest) | JUNK)
     (directory / "manifest.json").write_text(json.dumps(changed))
     try:
         stream = open_shards(directory)[2]["train"]
@@ -69,7 +69,7 @@ def test_a_manifest_cannot_name_files_elsewhere(corpus, tmp_path):
 
 @given(data=st.data())
 def test_a_flipped_bit_in_a_token_shard_is_detected(corpus, tmp_path_factory, data):
-    """Every record has a checksum: what is read is what was written, or an error names the shard."""
+    """Every record has a checksum: the tokens are those written, or an error names the shard."""
     whole = open_shards(corpus)[2]["train"]
     directory = tmp_path_factory.mktemp("s") / "corpus"
     shutil.copytree(corpus, directory)
@@ -103,10 +103,10 @@ def test_tokenizer_files_are_read_or_refused(data, kind):
     name = data.draw(st.sampled_from(sorted(files)))
     if name.endswith(".json"):
         content = json.loads(files[name])
-        if name == "tokenizer.json":  # small enough to be drawn from
+        if name == "tokenizer.json":  # smaller, for speed
             content["model"]["vocab"] = dict(list(content["model"]["vocab"].items())[:300])
             content["model"]["merges"] = []
-        files[name] = json.dumps(data.draw(spoilt(content) | JUNK)).encode()
+        files[name] = json.dumps(data.draw(corrupted(content) | JUNK)).encode()
     else:
         content = bytearray(files[name])
         for _ in range(data.draw(st.integers(1, 20))):
@@ -126,7 +126,7 @@ def test_tokenizer_files_are_read_or_refused(data, kind):
 def test_files_of_a_checkpoint_are_read_or_refused(checkpoint, data, name):
     path = checkpoint / name
     before = path.read_bytes() if path.exists() else None
-    changed = data.draw(spoilt(json.loads(before or '{"eos_token_id": [1, 2], "bos_token_id": 0}')) | JUNK)
+    changed = data.draw(corrupted(json.loads(before or '{"eos_token_id": [1, 2], "bos_token_id": 0}')) | JUNK)
     path.write_text(json.dumps(changed))
     try:
         open_hf_model(checkpoint)
@@ -147,7 +147,7 @@ def test_safetensors_headers_are_read_or_refused(tmp_path_factory, data):
     start = 8 + struct.unpack("<Q", WEIGHTS[:8])[0]
     kind = data.draw(st.sampled_from(["header", "length", "bytes"]))
     if kind == "header":
-        header = json.dumps(data.draw(spoilt(HEADER) | JUNK)).encode()
+        header = json.dumps(data.draw(corrupted(HEADER) | JUNK)).encode()
         content = struct.pack("<Q", len(header)) + header + WEIGHTS[start:]
     elif kind == "length":
         content = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1))) + WEIGHTS[8:]

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from illada_jax import interop
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.interop import exporting
 from illada_jax.interop.exporting import export_model

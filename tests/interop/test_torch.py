@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from illada_jax import interop  # noqa: E402
 from illada_jax.config import Config, ModelConfig  # noqa: E402
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer  # noqa: E402
+from illada_jax.data.tokenizers import ByteTokenizer  # noqa: E402
 from illada_jax.interop.exporting import export_model  # noqa: E402
 from illada_jax.interop.families import FAMILIES  # noqa: E402
 from illada_jax.training.saved_model import LoadedModel, open_saved_model, save_model  # noqa: E402

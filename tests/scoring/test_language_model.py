@@ -5,7 +5,7 @@ import pytest
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from illada_jax.decoding import SpecialIds
 from illada_jax.errors import InputError
 from tests import reference_scoring as reference

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.tracing import Watcher
 from illada_jax.tracing.terminal import colour, frame
 from tests.util import random_params

@@ -8,7 +8,7 @@ import pytest
 
 from illada_jax import api
 from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.errors import InputError
 from illada_jax.tracing import Trace, compare, make_trace, write_page, write_picture
 from illada_jax.tracing.trace import Candidate, display

@@ -13,7 +13,7 @@ from etils import epath
 from illada_jax import model
 from illada_jax.config import Config, from_dict, to_dict
 from illada_jax.data.pipeline import Batches, pack
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer
+from illada_jax.data.tokenizers import ByteTokenizer
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import RunSetup, train
 from tests.enumerable import LENGTH, MASK, OUTCOMES, SYMBOLS, enumerated, exact_measure, make_joint

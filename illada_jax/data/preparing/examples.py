@@ -14,8 +14,8 @@ from illada_jax.data.preparing.settings import ExampleSettings, save_tokenizer
 from illada_jax.data.sources import examples as reading
 from illada_jax.data.sources.examples import Example, RejectedExample
 from illada_jax.data.sources.registry import Part, split_hash
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.data.tokenizers.chat import Conversation, encode_conversation
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 
 _WORTH_PROCESSES = 32 * 2**20  # bytes

@@ -19,7 +19,7 @@ from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY
 from illada_jax.data.shards import ShardInfo, ShardWriter
 from illada_jax.data.sources.examples import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
-from illada_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.files import write_atomically
 
 DONE_DIRECTORY = "done"

@@ -17,7 +17,7 @@ import tqdm
 from illada_jax.data.manifest import TOKENIZER_DIRECTORY
 from illada_jax.data.preparing import jobs as shard_jobs
 from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path
-from illada_jax.data.tokenizers.tokenizer import load_tokenizer
+from illada_jax.data.tokenizers import load_tokenizer
 
 S = TypeVar("S")
 T = TypeVar("T")

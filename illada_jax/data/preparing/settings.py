@@ -12,7 +12,7 @@ from typing import Literal
 from illada_jax.data.manifest import FORMAT_VERSION, TOKENIZER_DIRECTORY
 from illada_jax.data.shards import file_sha256
 from illada_jax.data.sources.registry import Part
-from illada_jax.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.files import new_directory
 

@@ -22,7 +22,7 @@ from illada_jax.data.preparing.local import LocalEngine, progress_bar
 from illada_jax.data.preparing.settings import Settings, given_tokenizer, save_tokenizer
 from illada_jax.data.sources import registry
 from illada_jax.data.sources.registry import Document, Part
-from illada_jax.data.tokenizers.tokenizer import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.files import remove_leftovers, write_atomically
 

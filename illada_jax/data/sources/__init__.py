@@ -3,4 +3,4 @@
 Begin with `registry`: a kind of source is a function from its argument to a list of `Part`s, registered by name.
 """
 
-from illada_jax.data.sources import builtin  # noqa: F401  registers its kinds
+from illada_jax.data.sources import builtin, files  # noqa: F401  imported to register their kinds

@@ -1,4 +1,4 @@
-"""Sources that need no download: the text and the source of the Python standard library, and sudoku."""
+"""Sources that need no download: documentation and source code of the Python standard library, and sudokus."""
 
 import ast
 import functools
@@ -11,20 +11,21 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 
-from illada_jax.data.sources.registry import Document, Part, no_argument, register
+from illada_jax.data.sources.registry import Document, Part, check_no_argument, register
 
-# Tests hold broken and generated code; the others are not the standard library.
+# Tests contain broken and generated code; the other directories are not the standard library.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "__pycache__"}
 _PUZZLES_PER_GRID = 64
 
 
 @register("python_docs")
 def _python_docs(argument: str) -> list[Part]:
-    """The language reference, a document a topic, and the docstrings of the standard library.
+    """The language reference and the docstrings of the standard library.
 
-    A document is a topic, the docstring of a module, or those of a top-level class or function and all inside it.
+    A document is a topic of the reference, the docstring of a module, or the docstrings of a top-level class or
+    function and of everything inside it.
     """
-    no_argument("python_docs", argument)
+    check_no_argument("python_docs", argument)
     modules = _library_modules()
     reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
     total = sum(path.stat().st_size for path in modules)
@@ -37,8 +38,8 @@ def _python_docs(argument: str) -> list[Part]:
 
 @register("python_source")
 def _python_source(argument: str) -> list[Part]:
-    """The source of the standard library, a document a module."""
-    no_argument("python_source", argument)
+    """The source code of the standard library, one document per module."""
+    check_no_argument("python_source", argument)
     modules = _library_modules()
     total = sum(path.stat().st_size for path in modules)
     return [Part("source of the standard library", functools.partial(_sources, modules), total, modules)]
@@ -46,11 +47,11 @@ def _python_source(argument: str) -> list[Part]:
 
 @register("sudoku")
 def _sudoku(argument: str) -> list[Part]:
-    """4 × 4 sudokus: `PUZZLE=SOLUTION`, 33 characters, rows one after the other, `.` for an empty cell.
+    """4 × 4 sudokus as `PUZZLE=SOLUTION`: 33 characters, row by row, with `.` for an empty cell.
 
-    64 puzzles with a unique solution for each of the 288 grids. A grid is a group, so held-out grids are new ones.
+    Each of the 288 grids has 64 puzzles with a unique solution and is a group: no held-out grid occurs in training.
     """
-    no_argument("sudoku", argument)
+    check_no_argument("sudoku", argument)
     return [Part("4 × 4 sudokus", _sudoku_documents, 288 * _PUZZLES_PER_GRID * 33)]
 
 
@@ -71,7 +72,7 @@ def _sources(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
             with tokenize.open(path) as file:
                 yield Document(file.read())
         except (SyntaxError, UnicodeDecodeError):
-            continue  # some files of the library are broken on purpose
+            continue  # some files of the library are invalid on purpose
 
 
 def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
@@ -95,7 +96,7 @@ def _docstrings_below(node: ast.AST) -> Iterator[str]:
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements, as they stand in the source (ast.walk goes level by level)."""
+    """All statements in the order of the source (ast.walk goes level by level)."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
@@ -116,14 +117,14 @@ def _sudoku_documents() -> Iterator[Document]:
 
 
 def _puzzle(grid: str, grids_with: dict[tuple[int, str], int], draw: random.Random) -> str:
-    """Empties cells in random order, as many as drawn, but never so that another grid would fit."""
+    """Empties a random number of cells in random order, skipping those whose loss would let another grid fit."""
     cells = list(range(16))
     draw.shuffle(cells)
-    wanted = draw.randint(6, 12)
+    target = draw.randint(6, 12)
     empty: set[int] = set()
     for cell in cells:
-        left = [grids_with[c, grid[c]] for c in range(16) if c not in empty and c != cell]
-        if len(empty) < wanted and functools.reduce(int.__and__, left).bit_count() == 1:
+        clues = [grids_with[c, grid[c]] for c in range(16) if c not in empty and c != cell]
+        if len(empty) < target and functools.reduce(int.__and__, clues).bit_count() == 1:
             empty.add(cell)
     return "".join("." if c in empty else digit for c, digit in enumerate(grid))
 

@@ -1,19 +1,19 @@
-"""Examples for fine-tuning as their sources have them: `chat:PATH` and `tasks:NAME:COUNT`.
+"""Sources of examples for fine-tuning: `chat:PATH` and `tasks:NAME:COUNT`.
 
-`chat:PATH` reads JSONL (also .gz, .zst) or Parquet, a file, a glob or a directory. A record holds `messages`, a list of
-objects with `role` and `content`, or `prompt` and `response`, two texts that are used as they are, without a template.
-What is no example is reported as `RejectedExample` with its place and a reason; nothing is dropped in silence.
+`chat:PATH` reads JSON lines (also .gz, .zst) or Parquet from a file, a directory or a glob. A record has `messages`, a
+list of objects with `role` and `content`, or `prompt` and `response`, two texts that are used without a template. An
+invalid record becomes a `RejectedExample` with its position and the reason; none is dropped silently.
 """
 
 import functools
-import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from illada_jax.data.sources import registry, synthetic
+from illada_jax.data.sources import synthetic
+from illada_jax.data.sources.files import find_files, open_input
 from illada_jax.data.tokenizers.chat import check_messages
 from illada_jax.errors import InputError
 
@@ -22,13 +22,13 @@ _PARQUET = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation, or a prompt and its response.
+    """A conversation, or a pair of prompt and response.
 
     Attributes:
-      where: its place in the source, for messages.
+      where: the position in the source, for messages.
       messages: the conversation; empty for a pair.
-      prompt: what is given.
-      response: what is to be written, without its end token.
+      prompt: the prompt of a pair.
+      response: the response of a pair, without an end token.
     """
 
     where: str
@@ -38,24 +38,24 @@ class Example:
 
     @property
     def group(self) -> str:
-        """What decides about the held-out split: examples that ask the same fall on the same side."""
-        asked = [message["content"] for message in self.messages if message["role"] != "assistant"]
-        return "\n".join(asked[:2]) if self.messages else self.prompt
+        """The key of the held-out split: examples with the same question fall on the same side."""
+        questions = [message["content"] for message in self.messages if message["role"] != "assistant"]
+        return "\n".join(questions[:2]) if self.messages else self.prompt
 
     @property
     def texts(self) -> list[str]:
-        """All that people wrote."""
+        """The contents of all messages, or prompt and response."""
         return [message["content"] for message in self.messages] or [self.prompt, self.response]
 
 
 @dataclass(frozen=True)
 class RejectedExample:
-    """What is no example.
+    """A record that is not a valid example.
 
     Attributes:
-      where: its place in the source.
-      reason: one of a few, to be counted.
-      detail: more, for a message.
+      where: the position in the source.
+      reason: the reason, in words that are the same for all such records, so that they can be counted.
+      detail: details of this record, for messages.
     """
 
     where: str
@@ -65,12 +65,12 @@ class RejectedExample:
 
 @dataclass(frozen=True)
 class ExamplePart:
-    """A share of a source that is read at one go.
+    """A share of a source of examples, the unit of parallel reading.
 
     Attributes:
-      name: for messages.
-      read: yields the examples, the same ones in the same order each time.
-      files: the files that it depends on.
+      name: the name in messages.
+      read: yields the examples, the same ones in the same order each time; can be pickled.
+      files: the files that the examples depend on.
     """
 
     name: str
@@ -82,7 +82,7 @@ def parts(spec: str) -> list[ExamplePart]:
     """The parts of a source of examples, in order.
 
     Raises:
-      InputError: the kind is unknown, or its argument is no good.
+      InputError: the kind is unknown, or its argument is invalid.
     """
     kind, _, argument = spec.partition(":")
     if kind == "tasks":
@@ -90,7 +90,7 @@ def parts(spec: str) -> list[ExamplePart]:
         return [ExamplePart(spec, read)]
     if kind == "chat":
         return [ExamplePart(str(path), functools.partial(_read_file, path), (path,))
-                for path in registry.find_files("chat", argument)]
+                for path in find_files("chat", argument)]
     raise InputError(f"source {spec!r}: fine-tuning (config.sft.format) reads chat:PATH and tasks:NAME:COUNT")
 
 
@@ -106,7 +106,7 @@ def _read_file(path: pathlib.Path) -> Iterator[Example | RejectedExample]:
 
 
 def to_example(where: str, record: Any) -> Example | RejectedExample:
-    """Checks a record."""
+    """The example in a record, or the reason why it is invalid."""
     if not isinstance(record, dict):
         return RejectedExample(where, "not an object")
     if record.get("messages") is not None:
@@ -115,7 +115,7 @@ def to_example(where: str, record: Any) -> Example | RejectedExample:
         except InputError as error:
             return RejectedExample(where, "bad message", str(error))
         if messages[-1]["role"] != "assistant":
-            return RejectedExample(where, "no answer", f"the last message is the {messages[-1]['role']}'s")
+            return RejectedExample(where, "no answer", f"the last message has the role {messages[-1]['role']!r}")
         example = Example(where, messages=tuple(messages))
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
     else:
@@ -123,7 +123,7 @@ def to_example(where: str, record: Any) -> Example | RejectedExample:
         if missing:
             keys = ", ".join(map(str, record)) or "none"
             return RejectedExample(where, "neither messages nor prompt and response",
-                       f"no text in {' and '.join(map(repr, missing))}; its keys: {keys}")
+                                   f"no text in {' and '.join(map(repr, missing))}; its keys: {keys}")
         example = Example(where, prompt=record["prompt"], response=record["response"])
         answers = [example.response]
     if not all(answer.strip() for answer in answers):
@@ -131,24 +131,21 @@ def to_example(where: str, record: Any) -> Example | RejectedExample:
     try:
         "".join(example.texts).encode()
     except UnicodeEncodeError:
-        return RejectedExample(where, "half a surrogate pair, which is no Unicode")
+        return RejectedExample(where, "a lone surrogate, which is not valid Unicode")
     return example
 
 
 def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with registry.open_input(path) as file:
-            for number, line in enumerate(io.BufferedReader(file), start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except UnicodeDecodeError as error:
-                        yield where, RejectedExample(where, "not UTF-8", f"byte {error.start}")
-                    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
-                        yield where, RejectedExample(where, "not JSON", getattr(error, "msg", str(error)))
-    except registry.READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    with open_input(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except UnicodeDecodeError as error:
+                    yield where, RejectedExample(where, "not UTF-8", f"byte {error.start}")
+                except (ValueError, RecursionError) as error:  # ValueError also for too long numbers
+                    yield where, RejectedExample(where, "not JSON", getattr(error, "msg", str(error)))
 
 
 def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

@@ -1,37 +1,25 @@
-"""Where text comes from: `KIND` or `KIND:ARGUMENT`, each kind a function that lists the parts of a corpus.
+"""The registry of sources, `KIND` or `KIND:ARGUMENT`; each kind is a function that lists the parts of a corpus.
 
-To add a kind, write a function `argument -> list[Part]` and decorate it with `@register("name")`. Parts are read one by
-one, possibly in other processes, so what a part holds may depend on nothing but its files and arguments.
+To add a kind, write a function `argument -> list[Part]`, decorate it with `@register("name")`, and import its module in
+the package. Parts are read one by one, possibly in other processes, so the content of a part may depend only on its
+files and arguments.
 """
 
-import functools
-import glob
-import gzip
 import hashlib
-import io
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
-
-import zstandard
 
 from illada_jax.errors import InputError
-
-_TEXT_DOCUMENT_BYTES = 16 * 1024
-_JSONL_PART_BYTES = 64 * 2**20
-_COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text that stands on its own.
+    """A text of its own.
 
     Attributes:
       text: the text.
-      group: documents of the same group fall on the same side of the held-out split; empty: a group of its own.
+      group: documents of one group fall on the same side of the held-out split; if empty, the text is its own group.
     """
 
     text: str
@@ -39,7 +27,7 @@ class Document:
 
     @property
     def split_hash(self) -> int:
-        """A uniform 64-bit number that decides about the held-out split."""
+        """A uniform 64-bit number that decides the side of the held-out split."""
         return split_hash(self.group or self.text)
 
 
@@ -50,13 +38,13 @@ def split_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source that is read at one go.
+    """A share of a source, the unit of parallel reading.
 
     Attributes:
-      name: for messages and progress.
-      read: yields the documents, the same ones in the same order each time. Pickled to other processes.
-      num_bytes: about how much there is to read.
-      files: the files that it depends on.
+      name: the name in messages and progress bars.
+      read: yields the documents, the same ones in the same order each time; can be pickled.
+      num_bytes: the approximate size.
+      files: the files that the documents depend on.
     """
 
     name: str
@@ -69,7 +57,7 @@ _KINDS: dict[str, Callable[[str], list[Part]]] = {}
 
 
 def register(kind: str) -> Callable[[Callable[[str], list[Part]]], Callable[[str], list[Part]]]:
-    """Decorates the function that lists the parts of sources of this kind."""
+    """Decorates the function that lists the parts of sources of one kind."""
 
     def decorate(function: Callable[[str], list[Part]]) -> Callable[[str], list[Part]]:
         _KINDS[kind] = function
@@ -85,157 +73,27 @@ def parts(spec: str) -> list[Part]:
       spec: `KIND` or `KIND:ARGUMENT`.
 
     Raises:
-      InputError: the kind is unknown, or its argument is no good.
+      InputError: the kind is unknown, or its argument is invalid.
     """
     kind, _, argument = spec.partition(":")
     if kind == "prepared":
-        raise InputError(f"source {spec!r}: is prepared already; name it in config.data.sources")
+        raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
         raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
     return _KINDS[kind](argument)
 
 
 def documents(spec: str) -> Iterator[Document]:
-    """All the documents of a source, in order.
+    """All documents of a source, in order.
 
     Raises:
-      InputError: the source is unknown or cannot be read; names the file and where in it.
+      InputError: the source is unknown or cannot be read; the message names the file and the position in it.
     """
     for part in parts(spec):
         yield from part.read()
 
 
-def no_argument(kind: str, argument: str) -> None:
-    """For kinds without an argument.
-
-    Raises:
-      InputError: there is one.
-    """
+def check_no_argument(kind: str, argument: str) -> None:
+    """Raises InputError if a source of a kind without arguments has one."""
     if argument:
         raise InputError(f"source {kind}:{argument}: {kind!r} takes no argument")
-
-
-@register("text")
-def _text(argument: str) -> list[Part]:
-    """UTF-8 text files, a file, a glob or a directory (everything in it that is not hidden).
-
-    A file longer than 16 KiB becomes several documents, cut at blank lines if it has them: so that a single book can be
-    split into training and held-out text. Put together they are the file.
-    """
-    return [
-        Part(str(path), functools.partial(_read_text, path), path.stat().st_size, (path,))
-        for path in find_files("text", argument)
-    ]
-
-
-@register("jsonl")
-def _jsonl(argument: str) -> list[Part]:
-    """Files with a JSON object a line, a file, a glob or a directory; the text is in the field after `#`."""
-    pattern, _, field = argument.partition("#")
-    found = []
-    for path in find_files("jsonl", pattern):
-        size = path.stat().st_size
-        # Lines of a plain file can be found from anywhere in it; a compressed one is read from its beginning.
-        step = size or 1 if path.suffix in _COMPRESSED else _JSONL_PART_BYTES
-        for start in range(0, max(size, 1), step):
-            stop = min(start + step, size)
-            read = functools.partial(_read_jsonl, path, field or "text", start, stop)
-            found.append(Part(f"{path}@{start}", read, stop - start, (path,)))
-    return found
-
-
-def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
-    """The files that a file, a directory or a glob names. Raises InputError if there are none."""
-    if not pattern:
-        raise InputError(f"source {kind!r}: which files? Write {kind}:FILE, {kind}:DIRECTORY or {kind}:GLOB")
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        paths = [p for p in path.rglob("*") if p.is_file() and not any(
-            name.startswith(".") for name in p.relative_to(path).parts)]
-    else:
-        paths = [pathlib.Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
-    if not paths:
-        raise InputError(f"source {kind}:{pattern}: no such file, and no file matches")
-    return sorted(paths)
-
-
-def open_input(path: pathlib.Path) -> BinaryIO:
-    """Opens a file for reading, decompressing by its suffix."""
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        return zstandard.open(path, "rb")
-    return path.open("rb")
-
-
-READ_ERRORS = (OSError, EOFError, zstandard.ZstdError)
-
-
-def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02X})") from error
-
-
-def _read_text(path: pathlib.Path) -> Iterator[Document]:
-    try:
-        with open_input(path) as file:
-            offset, pending = 0, []
-            size = 0
-            for line in io.BufferedReader(file) if path.suffix == ".zst" else file:
-                pending.append(line)
-                size += len(line)
-                # A file without blank lines is cut at a line's end, one without lines is one document.
-                if (size >= _TEXT_DOCUMENT_BYTES and not line.strip()) or size >= 2 * _TEXT_DOCUMENT_BYTES:
-                    yield Document(_decode(b"".join(pending), path, offset))
-                    offset, pending, size = offset + size, [], 0
-            if pending:
-                yield Document(_decode(b"".join(pending), path, offset))
-    except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int) -> Iterator[Document]:
-    """Lines that begin in [start, stop); of a compressed file, all lines."""
-    try:
-        with open_input(path) as file:
-            position = 0
-            if start:
-                file.seek(start - 1)
-                file.readline()
-                position = file.tell()
-            everything = path.suffix in _COMPRESSED
-            for line in io.BufferedReader(file) if path.suffix == ".zst" else file:
-                if position >= stop and not everything:
-                    return
-                if line.strip():
-                    where = functools.partial(_line_number, path, position)
-                    yield Document(_text_field(line, path, position, field, where))
-                position += len(line)
-    except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _text_field(line: bytes, path: pathlib.Path, position: int, field: str, where: Callable[[], int]) -> str:
-    text = _decode(line, path, position)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
-        raise InputError(f"{path}, line {where()}: not JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        fields = ", ".join(record) if isinstance(record, dict) else "it is no object"
-        raise InputError(f"{path}, line {where()}: no text in the field {field!r} (there are: {fields})")
-    try:
-        record[field].encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}, line {where()}: the text has half a surrogate pair, which is no Unicode") from error
-    return record[field]
-
-
-def _line_number(path: pathlib.Path, position: int) -> int:
-    """The number of the line that begins at a byte; counted only when there is an error to report."""
-    with open_input(path) as file:
-        return 1 + file.read(position).count(b"\n")

@@ -1,9 +1,8 @@
-"""Tasks with answers of very different lengths, made here: `tasks:NAME`, `tasks:NAME:COUNT`, `tasks:NAME:COUNT:SEED`.
+"""Synthetic tasks: `tasks:NAME`, `tasks:NAME:COUNT` or `tasks:NAME:COUNT:SEED`.
 
-Prompts are all different and their order is fixed; another seed draws other examples.
-
-Answers are 1 to more than 100 characters long. The prompt names the task, so that tasks mix; working is part of the
-answer where it helps (`addition`, `story`).
+All prompts of a task differ, and their order is fixed; another seed draws other examples. Answers have 1 to more than
+100 characters. The prompt names the task, so that tasks can be mixed; the answers of `addition` and `story` include the
+working.
 """
 
 import random
@@ -13,14 +12,14 @@ from collections.abc import Callable, Iterator
 from illada_jax.errors import InputError
 
 DEFAULT_COUNT = 10_000
-_PATIENCE = 100  # draws per wanted prompt before a task counts as exhausted
+_MAX_DRAWS = 100  # per example, before a task counts as exhausted
 
 
 def parse(argument: str) -> tuple[str, int, int]:
     """The task, the number of examples and the seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`.
 
     Raises:
-      InputError: there is no such task, or COUNT or SEED is no number.
+      InputError: the task is unknown, or COUNT or SEED is not a number.
     """
     name, _, numbers = argument.partition(":")
     count, _, seed = numbers.partition(":")
@@ -34,10 +33,10 @@ def parse(argument: str) -> tuple[str, int, int]:
 
 
 def examples(name: str, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, response), all prompts different; fewer than `count` if the task has no more."""
+    """Yields pairs (prompt, response) with distinct prompts; fewer than `count` if the task has no more."""
     draw = random.Random(f"{name} {seed}" if seed else name)
     seen: set[str] = set()
-    for _ in range(_PATIENCE * count):
+    for _ in range(_MAX_DRAWS * count):
         prompt, response = TASKS[name](draw)
         if prompt not in seen:
             seen.add(prompt)
@@ -46,30 +45,30 @@ def examples(name: str, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
             return
 
 
-def _letters(draw: random.Random, least: int, most: int) -> str:
-    return "".join(draw.choices(string.ascii_lowercase, k=draw.randint(least, most)))
+def _letters(draw: random.Random, low: int, high: int) -> str:
+    return "".join(draw.choices(string.ascii_lowercase, k=draw.randint(low, high)))
 
 
 def _reverse(draw: random.Random) -> tuple[str, str]:
-    """3 to 7 letters."""
+    """Reverse 3 to 7 letters."""
     word = _letters(draw, 3, 7)
     return f"reverse {word}=", word[::-1]
 
 
 def _sort(draw: random.Random) -> tuple[str, str]:
-    """3 to 12 letters."""
+    """Sort 3 to 12 letters."""
     word = _letters(draw, 3, 12)
     return f"sort {word}=", "".join(sorted(word))
 
 
 def _last(draw: random.Random) -> tuple[str, str]:
-    """The letter that comes last in the alphabet: an answer of one character."""
+    """Name the letter that comes last in the alphabet: an answer of one character."""
     word = _letters(draw, 2, 8)
     return f"last {word}=", max(word)
 
 
 def _addition(draw: random.Random) -> tuple[str, str]:
-    """Two numbers of up to 10 digits, digit by digit from the right with carries, then the sum: up to 100 characters.
+    """Add two numbers of up to 10 digits: digit by digit from the right with carries, then the sum.
 
     `add 58+7=` has the answer `8+7=15 5+0+1=06 65`.
     """
@@ -84,14 +83,14 @@ def _addition(draw: random.Random) -> tuple[str, str]:
 
 
 def _count(draw: random.Random) -> tuple[str, str]:
-    """Counting up: 1 to 40 numbers. There are 2,440 such prompts."""
+    """Count up: 1 to 40 numbers. There are 2,440 such prompts."""
     start, terms = draw.randint(0, 60), draw.randint(1, 40)
     numbers = range(start, start + terms)
     return f"count {start} to {numbers[-1]}=", " ".join(map(str, numbers))
 
 
 def _down(draw: random.Random) -> tuple[str, str]:
-    """Counting down in steps of 1 to 9 while it goes: 1 to 40 numbers. There are 813 such prompts."""
+    """Count down in steps of 1 to 9 while positive: 1 to 40 numbers. There are 813 such prompts."""
     step = draw.randint(1, 9)
     numbers = range(draw.randint(1, min(99, 40 * step)), 0, -step)
     return f"down {numbers[0]} by {step}=", " ".join(map(str, numbers))
@@ -102,7 +101,7 @@ _THINGS = ("apples", "books", "coins", "eggs", "pens")
 
 
 def _story(draw: random.Random) -> tuple[str, str]:
-    """Word problems of one to five steps with their working."""
+    """Solve a word problem of one to five steps, with the working."""
     person, thing = draw.choice(_PEOPLE), draw.choice(_THINGS)
     have = draw.randint(1, 20)
     text, working = [f"{person} has {have} {thing}"], []

@@ -1,0 +1,74 @@
+"""Loading of tokenizers from their files."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+from illada_jax.data.tokenizers.bytes import ByteTokenizer
+from illada_jax.data.tokenizers.huggingface import HUGGING_FACE_FILE, HuggingFaceTokenizer
+from illada_jax.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from illada_jax.data.tokenizers.tokenizer import (
+    CHAT_FILES,
+    SPECIAL_IDS_FILE,
+    SPECIAL_NAMES,
+    Tokenizer,
+    read_chat_template,
+)
+from illada_jax.errors import InputError
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Loads a tokenizer from a path.
+
+    Args:
+      path: a directory written by `Tokenizer.save`, a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+    Raises:
+      InputError: there is no tokenizer, or it is broken; the message names the path.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            return tokenizer_from_files({f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.is_file()})
+        files = {SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE: path.read_bytes()}
+        beside = (path.parent / name for name in CHAT_FILES)
+        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
+        return tokenizer_from_files(files)
+    except OSError as error:
+        raise InputError(f"tokenizer {path}: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"tokenizer {path}: {error}") from error
+
+
+def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer with these files: the inverse of `Tokenizer.files`.
+
+    Args:
+      files: contents by name; files that belong to no tokenizer are ignored.
+
+    Raises:
+      InputError: no tokenizer is among the files, or it is broken.
+    """
+    chat_files = {name: files[name] for name in CHAT_FILES if name in files}
+    read_chat_template(chat_files)  # raises if it cannot be parsed
+    tokenizer = _vocabulary_from_files(files)
+    tokenizer.chat_files = chat_files
+    return tokenizer
+
+
+def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    special_ids = None
+    if SPECIAL_IDS_FILE in files:
+        try:
+            described = json.loads(files[SPECIAL_IDS_FILE])
+            special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(f"{SPECIAL_IDS_FILE}: must give integer ids for {', '.join(SPECIAL_NAMES)}") from error
+    if SENTENCEPIECE_FILE in files:
+        return SentencePieceTokenizer(files[SENTENCEPIECE_FILE], special_ids)
+    if HUGGING_FACE_FILE in files:
+        return HuggingFaceTokenizer(files[HUGGING_FACE_FILE], files.get("tokenizer_config.json"), special_ids)
+    if special_ids is not None and described.get("kind") == "bytes":
+        return ByteTokenizer()
+    raise InputError(f"no tokenizer among {sorted(files)}: expected {SENTENCEPIECE_FILE}, {HUGGING_FACE_FILE} or "
+                     f"{SPECIAL_IDS_FILE}")
