@@ -9,14 +9,5 @@ from illada_jax.data.tokenizers.loading import load_tokenizer, tokenizer_from_fi
 from illada_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from illada_jax.data.tokenizers.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer
 
-__all__ = [
-    "CHAT_FILES",
-    "SPECIAL_NAMES",
-    "ByteTokenizer",
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "load_tokenizer",
-    "tokenizer_from_files",
-    "train_sentencepiece",
-]
+__all__ = ["CHAT_FILES", "SPECIAL_NAMES", "ByteTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer",
+           "Tokenizer", "load_tokenizer", "tokenizer_from_files", "train_sentencepiece"]

@@ -62,7 +62,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if max(found.values()) >= MAX_VOCAB_SIZE:
             raise InputError(f"special ids {found}: must be less than {MAX_VOCAB_SIZE}")
         super().__init__(1 + max(used | set(found.values())), found)
-        self._unused_ids = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
+        self.unused_ids = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
         for token in added:
             # The library matches added tokens in text unless they are marked as special.
             token["special"] = token["special"] or token["id"] in found.values()
@@ -98,11 +98,6 @@ class HuggingFaceTokenizer(Tokenizer):
             names = [name for name, special_id in self.special_ids.items() if special_id == token_id]
             return f"<{names[0] if names else token_id}>"
         return piece
-
-    @property
-    def unused_ids(self) -> tuple[int, ...]:
-        """See Tokenizer."""
-        return self._unused_ids
 
     @property
     def special_tokens(self) -> dict[str, int]:

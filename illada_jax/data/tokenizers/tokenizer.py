@@ -25,6 +25,7 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: number of ids, special ids included.
       mask_id, eos_id, bos_id, pad_id: the special ids.
+      unused_ids: ids below vocab_size without a token; a decoder must not write them.
       chat_files: contents of its CHAT_FILES by name. They define how conversations look, not what ids mean.
     """
 
@@ -37,17 +38,13 @@ class Tokenizer(abc.ABC):
         self.eos_id = special_ids["eos"]
         self.bos_id = special_ids["bos"]
         self.pad_id = special_ids["pad"]
+        self.unused_ids: tuple[int, ...] = ()
         self.chat_files: dict[str, bytes] = {}
 
     @property
     def special_ids(self) -> dict[str, int]:
         """The special ids by name."""
         return {"bos": self.bos_id, "pad": self.pad_id, "eos": self.eos_id, "mask": self.mask_id}
-
-    @property
-    def unused_ids(self) -> tuple[int, ...]:
-        """Ids below vocab_size without a token; a decoder must not write them."""
-        return ()
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
