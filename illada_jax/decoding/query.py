@@ -134,7 +134,7 @@ class SpecialIds(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialIds":
-        """The special ids of a `data.tokenizers.tokenizer.Tokenizer`."""
+        """The special ids of a `data.tokenizers.Tokenizer`."""
         return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size,
                    tuple(tokenizer.encode(END_OF_THINKING)), tokenizer.unused_ids)
 

@@ -15,6 +15,7 @@ from illada_jax.config import Config
 from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples, report_dropped
 from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Batches, Pipeline
+from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.data.tokenizers.chat import chat_format
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import training_flops_per_token
