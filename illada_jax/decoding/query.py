@@ -77,23 +77,14 @@ def guided_logits(logits_fn: LogitsFn, canvas: CanvasSlice, query_columns_BQ: ja
     if cfg_scale:
         hidden_BT = canvas.given_BT & (canvas.segments_BT > 0)
         uncond = (jnp.where(hidden_BT, mask_id, canvas.tokens_BT), *inputs[1:])
-        inputs = jax.tree.map(_interleave_rows, inputs, uncond)
+        inputs = [jnp.stack(pair, axis=1).reshape(-1, pair[0].shape[1]) for pair in zip(inputs, uncond, strict=True)]
     logits, cache = logits_fn(*inputs, cache)
     chex.assert_shape(logits, (*inputs[3].shape, None))
     chex.assert_type(logits, jnp.float32)
     if cfg_scale:
-        logits = classifier_free_guidance(*_separate_rows(logits), cfg_scale)
+        cond_BQV, uncond_BQV = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
+        logits = classifier_free_guidance(cond_BQV, uncond_BQV, cfg_scale)
     return logits, cache
-
-
-def _interleave_rows(cond_BT: jax.Array, uncond_BT: jax.Array) -> jax.Array:
-    return jnp.stack([cond_BT, uncond_BT], axis=1).reshape(-1, *cond_BT.shape[1:])
-
-
-def _separate_rows(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `_interleave_rows`."""
-    pairs_B2QV = logits.reshape(-1, 2, *logits.shape[1:])
-    return pairs_B2QV[:, 0], pairs_B2QV[:, 1]
 
 
 def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:

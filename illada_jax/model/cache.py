@@ -3,6 +3,7 @@
 import enum
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from flax import struct
 
 from illada_jax.config import ModelConfig
 
-KeysValues = tuple[jax.Array, jax.Array]
+
+class KeysValues(NamedTuple):
+    """Rotated keys and values of one layer, and their int32 segments; no token attends to segment -1."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    segments_BS: jax.Array
 
 
 class CacheMode(enum.Enum):
@@ -42,21 +49,20 @@ class Cache:
     mode: CacheMode = struct.field(pytree_node=False, default=CacheMode.READ)
 
     def segments_without(self, columns_BT: jax.Array) -> jax.Array:
-        """Segments [B, S] with -1, which no token attends to, in these columns; ignores columns beyond the canvas."""
+        """Segments [B, S] with -1 in the given columns; columns beyond the canvas are ignored."""
         rows_B1 = jnp.arange(len(columns_BT))[:, None]
         return self.segments_BS.at[rows_B1, columns_BT].set(-1, mode="drop")
 
-    def layer(self, index: jax.Array) -> KeysValues:
-        """Keys and values [B, S, K, H] of one layer."""
-        return (jax.lax.dynamic_index_in_dim(self.keys_YBSKH, index, keepdims=False),
-                jax.lax.dynamic_index_in_dim(self.values_YBSKH, index, keepdims=False))
+    def read(self, index: jax.Array, segments_BS: jax.Array) -> KeysValues:
+        """Keys and values of a layer, with the given segments."""
+        stacks = self.keys_YBSKH, self.values_YBSKH
+        return KeysValues(*(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in stacks), segments_BS)
 
-    def with_layer(self, index: jax.Array, new_kv: KeysValues) -> "Cache":
-        """The cache with all columns of one layer replaced; in place under jit, never twice in memory."""
-        new_k_BSKH, new_v_BSKH = new_kv
+    def write(self, index: jax.Array, new_kv: KeysValues) -> "Cache":
+        """The cache with all columns of a layer replaced; in place under jit, never twice in memory."""
         return self.replace(
-            keys_YBSKH=jax.lax.dynamic_update_index_in_dim(self.keys_YBSKH, new_k_BSKH, index, 0),
-            values_YBSKH=jax.lax.dynamic_update_index_in_dim(self.values_YBSKH, new_v_BSKH, index, 0))
+            keys_YBSKH=jax.lax.dynamic_update_index_in_dim(self.keys_YBSKH, new_kv.k_BSKH, index, 0),
+            values_YBSKH=jax.lax.dynamic_update_index_in_dim(self.values_YBSKH, new_kv.v_BSKH, index, 0))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ V vocabulary, Q queried columns. Logical axis names say how an array may be shar
 """
 
 import math
-from typing import NamedTuple
 
 import chex
 import jax
@@ -80,20 +79,6 @@ def _columns_of(x_BT: jax.Array, query_columns_BQ: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BT, query_columns_BQ.reshape(query_columns_BQ.shape + (1,) * (x_BT.ndim - 2)), axis=1)
 
 
-class CachedColumns(NamedTuple):
-    """What one layer's attention reads of a cache.
-
-    Attributes:
-      k_BSKH: rotated keys.
-      v_BSKH: values.
-      segments_BS: int32 segments; -1 in the columns that are computed anew.
-    """
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-    segments_BS: jax.Array
-
-
 class Attention(nn.Module):
     """Bidirectional attention within segments, with N query heads and K key/value heads."""
 
@@ -101,7 +86,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: CachedColumns | None = None,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
         query_columns_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to the cached columns.
@@ -110,7 +95,7 @@ class Attention(nn.Module):
           x_BTD: normed residual stream.
           rope: cosines and sines of its positions, see `rope_cos_sin`.
           segments_BT: int32 segments.
-          cached: further keys and values, or None.
+          cached: keys and values of other columns, or None.
           query_columns_BQ: int32 columns of x_BTD that attend; None is all of them.
 
         Returns:
@@ -131,13 +116,13 @@ class Attention(nn.Module):
         q_BQNH = apply_rope(self._project(x_BQD, q_DNH), query_rope)
         q_BQNH = nn.with_logical_constraint(q_BQNH, ("batch", "length", "heads_act", None))
         q_BQNH, k_BTKH, v_BTKH = checkpoint_name((q_BQNH, k_BTKH, v_BTKH), PROJECTIONS)
-        keys = CachedColumns(k_BTKH, v_BTKH, segments_BT)
+        kv = new_kv = KeysValues(k_BTKH, v_BTKH, segments_BT)
         if cached is not None:
-            keys = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), cached, keys)
-        out_BQNH = attention_fn(c)(q_BQNH, keys.k_BSKH, keys.v_BSKH, segments_BQ, keys.segments_BS)
+            kv = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), cached, new_kv)
+        out_BQNH = attention_fn(c)(q_BQNH, kv.k_BSKH, kv.v_BSKH, segments_BQ, kv.segments_BS)
         out_BQE = out_BQNH.reshape(*out_BQNH.shape[:2], -1)
         added_BQD = dense(out_BQE, o_NHD.reshape(-1, c.d_model), x_BTD.dtype)
-        return checkpoint_name(added_BQD, PROJECTIONS), (k_BTKH, v_BTKH)
+        return checkpoint_name(added_BQD, PROJECTIONS), new_kv
 
     def _project(self, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
         heads_BTE = dense(x_BTD, w_DNH.reshape(self.config.d_model, -1), x_BTD.dtype)
@@ -168,7 +153,7 @@ class Layer(nn.Module):
 
     Attributes:
       config: the model.
-      returns_kv: the output is (keys, values) of all columns, for a cache; else None.
+      returns_kv: the output is the keys and values of all columns, for a cache; else None.
     """
 
     config: ModelConfig
@@ -176,7 +161,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: CachedColumns | None = None,
+        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
         query_columns_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Adds attention and feed-forward to the residual stream x_BTD, or to its queried columns; see Attention."""
@@ -277,9 +262,9 @@ class Transformer(nn.Module):
         def layer(carry, index, query_columns_BQ=None):
             x_BTD, cache = carry
             params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked_params)
-            cached = CachedColumns(*cache.layer(index), cached_segments_BS) if reads else None
+            cached = cache.read(index, cached_segments_BS) if reads else None
             x_BTD, new_kv = module.apply({"params": params}, x_BTD, rope, segments_BT, cached, query_columns_BQ)
-            return (x_BTD, cache.with_layer(index, new_kv) if writes else cache), None
+            return (x_BTD, cache.write(index, new_kv) if writes else cache), None
 
         last = c.num_layers - 1
         carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))

@@ -186,9 +186,6 @@ def token_log_probs(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Ar
 
     Returns:
       (log-probabilities of the targets, float32 [B, Q, C]; of the most probable id, float32 [B, Q]).
-
-    Raises:
-      AssertionError: shapes do not match.
     """
     rows = len(tokens_BL)
     chex.assert_shape([lengths_B, context_lengths_B], (rows,))

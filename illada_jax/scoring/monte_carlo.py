@@ -44,7 +44,7 @@ def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Candidate], mc_nu
              seed: int) -> list[tuple[float, float]]:
     """Log-likelihoods in nats with standard errors.
 
-    Masks depend only on (seed, context, draw): candidates of one context share them, in any company.
+    Masks depend only on (seed, context, draw): candidates of one context share them, in any batch.
 
     Args:
       evaluator: the network.

@@ -16,7 +16,7 @@ slider.max = last;
 byId("prompt").textContent = samePrompt ? traces[0].title : "";
 byId("differs").hidden = traces.every(trace => trace.agreement === null);
 
-// A card for each trace: what strategy it is, the text, and the map of position against step.
+// A card for each trace: the strategy, the text, and the map of position against step.
 const cards = traces.map((trace, index) => {
   const box = make("section", "trace"), head = make("div", "head"), count = make("span", "count");
   const canvas = make("div", "canvas");
@@ -49,7 +49,7 @@ const cards = traces.map((trace, index) => {
 
 function drawMap(trace, box) {
   const first = trace.written_at.findIndex(at => at >= 0), steps = trace.visible.length;
-  const thick = Math.max(1, steps / 20); // thinner ones could not be seen
+  const thick = Math.max(1, steps / 20); // visible in maps of many steps
   const shape = (x, y, width, height, className) => {
     const rect = document.createElementNS(svgNames, "rect");
     for (const [key, value] of Object.entries({ x, y, width, height, class: className })) rect.setAttribute(key, value);
@@ -91,7 +91,7 @@ function draw() {
       if (!masked && trace.agrees[column] === false) classes.push("differs");
       if (at >= 0 && !masked) {
         if (mode !== "new") classes.push(mode);
-        // At the end nothing is new any more: the text is to be read.
+        // At the end no token is marked as new, for reading.
         else if (at === step - 1 && now < last) classes.push("new");
       }
       const name = classes.join(" "), hidden = column >= visible;
@@ -111,7 +111,7 @@ function draw() {
   showTip();
 }
 
-// The two shades that need a key.
+// The key to the two colour scales.
 function drawScale() {
   const ends = { order: ["first", "last"], sure: ["p = 0", "p = 1"] }[colour()], scale = byId("scale");
   scale.replaceChildren();
@@ -125,7 +125,7 @@ function drawScale() {
   scale.append(ends[0], bar, ends[1]);
 }
 
-let pointed = null; // [card, column] of the token that is asked about
+let pointed = null; // [card, column] of the token under the pointer
 function point(index, column) {
   if (pointed) cards[pointed[0]].spans[pointed[1]].style.boxShadow = "";
   pointed = column === undefined ? null : [index, Number(column)];
@@ -155,8 +155,8 @@ function showTip() {
     tip.append(table);
   }
   span.style.boxShadow = "0 0 0 2px var(--accent)";
-  tip.style.left = 0; // the width is to be that of the content, not of what is left beside the token
-  // Below the token, or above it where the window ends.
+  tip.style.left = 0; // so that the content sets the width, not the space next to the token
+  // Below the token, or above it at the end of the window.
   const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const below = place.bottom + 8 + tip.offsetHeight < innerHeight;
   tip.style.left = Math.max(8, Math.min(place.left, innerWidth - tip.offsetWidth - 8)) + "px";
@@ -175,7 +175,7 @@ function toggle() {
     timer = null;
   } else {
     if (Number(slider.value) >= last) go(0);
-    // Long texts are written faster: ten seconds in all, unless that would be too fast or too slow to follow.
+    // Long texts play faster: ten seconds in total, within limits that can be followed.
     timer = setInterval(() => {
       go(Number(slider.value) + 1);
       if (Number(slider.value) >= last) toggle();
@@ -185,7 +185,7 @@ function toggle() {
   play.setAttribute("aria-label", timer ? "pause" : "play");
 }
 
-// Keys inside of a text: from token to token, and through the steps.
+// Keys inside a text move from token to token and through the steps.
 function walk(event, index) {
   const { trace, spans } = cards[index], here = pointed && pointed[0] === index ? pointed[1] : -1;
   const shift = { ArrowRight: 1, ArrowLeft: -1 }[event.key], time = { ArrowDown: 1, ArrowUp: -1 }[event.key];

@@ -77,14 +77,7 @@ class Trace:
 
 
 class _Writing(NamedTuple):
-    """A finished canvas and the order in which it was written; `written_at` and `block` as in Trace.
-
-    Attributes:
-      tokens_L: int32 ids.
-      written_at_L: int.
-      block_L: int.
-      num_steps: number of steps that wrote a token.
-    """
+    """A finished canvas (int32 ids) and the order in which it was written, as in Trace."""
 
     tokens_L: np.ndarray
     written_at_L: np.ndarray
@@ -104,14 +97,12 @@ class _Writing(NamedTuple):
         block_L[columns] = np.arange(len(columns)) // block_length
         return cls(tokens_L, written_at_L, block_L, num_steps)
 
-    def active_columns(self, step: int) -> np.ndarray:
-        """Columns of the active block that are masked at the step."""
-        masked_L = self.written_at_L >= step
-        return np.flatnonzero(masked_L & (self.block_L == self.block_L[masked_L].min()))
-
-    def end_of_block(self, column: int) -> int:
-        """End column of the block that holds the column."""
-        return int(np.flatnonzero(self.block_L == self.block_L[column])[-1]) + 1
+    def state(self, step: int, visible: int, mask_id: int) -> CanvasSlice:
+        """The canvas before a step, of which `visible` columns are no padding; a batch of one row."""
+        tokens_L = np.where(self.written_at_L >= step, mask_id, self.tokens_L)
+        positions_L = np.arange(len(tokens_L), dtype=np.int32)
+        segments_L = (positions_L < visible).astype(np.int32)
+        return CanvasSlice(*(x_L[None] for x_L in (tokens_L, positions_L, segments_L, self.written_at_L < 0)))
 
 
 def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "", infill: bool = False,
@@ -135,8 +126,6 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     """
     ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
     rules = make_rules(decode, ids, infill, make_init_cache(lm.config.model))
-    query = _CandidateQuery(ids.mask, ids.vocab_size, (ids.mask, *rules.suppressed_ids), decode.cfg_scale,
-                            num_candidates)
     writing = _Writing.of(generation, ids.mask, decode.block_length)
     grows = decode.length == "variable" and not infill
     query_length = min(decode.block_length, int(np.sum(writing.written_at_L >= 0)))
@@ -144,12 +133,21 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     probability_L = np.where(writing.written_at_L < 0, 1.0, 0.0)
     visible, candidates = [], []
     for step in range(writing.num_steps):
-        active = writing.active_columns(step)
-        visible.append(writing.end_of_block(active[0]) if grows else len(writing.tokens_L))
-        found = _evaluate(lm.logits_fn, writing, step, visible[-1], np.resize(active, query_length), query)
-        candidates.append(_candidates_by_column(lm.tokenizer, active, found))
+        masked_L = writing.written_at_L >= step
+        in_block_L = writing.block_L == writing.block_L[masked_L].min()
+        active = np.flatnonzero(masked_L & in_block_L)
+        visible.append(int(np.flatnonzero(in_block_L)[-1]) + 1 if grows else len(masked_L))
+        columns = np.resize(active, query_length)  # one shape for all steps
+        found = _top_candidates(lm.logits_fn, writing.state(step, visible[-1], ids.mask), columns[None],
+                                writing.tokens_L[columns][None], mask_id=ids.mask, vocab_size=ids.vocab_size,
+                                never_ids=(ids.mask, *rules.suppressed_ids), cfg_scale=decode.cfg_scale,
+                                num_candidates=num_candidates)
+        ids_QK, log_probs_QK, chosen_log_probs_Q = (x[0, : len(active)] for x in jax.device_get(found))
+        candidates.append({int(column): [Candidate(display(lm.tokenizer, int(id_)), float(prob))
+                                         for id_, prob in zip(ids_K, probs_K, strict=True)]
+                           for column, ids_K, probs_K in zip(active, ids_QK, np.exp(log_probs_QK), strict=True)})
         now = writing.written_at_L[active] == step
-        probability_L[active[now]] = np.exp(found.chosen_log_probs_BQ[0, : len(active)][now])
+        probability_L[active[now]] = np.exp(chosen_log_probs_Q[now])
     agrees = [] if decode.cache == "none" else _agrees(lm, writing, infill, row, settings)
     start = 0 if infill else int(np.argmax(writing.written_at_L >= 0))
     end = start + len(generation.tokens)
@@ -202,65 +200,16 @@ def _agrees(lm: Any, writing: _Writing, infill: bool, row: int, settings: dict[s
     return [token == other for token, other in itertools.zip_longest(tokens, result.canvas)][: len(tokens)]
 
 
-@dataclass(frozen=True)
-class _CandidateQuery:
-    """Settings of `_top_candidates`, static under jit.
-
-    Attributes:
-      mask_id: id of MASK.
-      vocab_size: ids from here on are never chosen.
-      never_ids: further ids that are never chosen.
-      cfg_scale: classifier-free guidance.
-      num_candidates: K.
-    """
-
-    mask_id: int
-    vocab_size: int
-    never_ids: tuple[int, ...]
-    cfg_scale: float
-    num_candidates: int
-
-
-class _TopCandidates(NamedTuple):
-    """The K most probable ids of each queried column, and the chosen one.
-
-    Attributes:
-      ids_BQK: int32, most probable first.
-      log_probs_BQK: float32.
-      chosen_log_probs_BQ: float32 log-probability of the id that the finished canvas holds.
-    """
-
-    ids_BQK: jax.Array
-    log_probs_BQK: jax.Array
-    chosen_log_probs_BQ: jax.Array
-
-
-def _evaluate(logits_fn: LogitsFn, writing: _Writing, step: int, visible: int, columns_Q: np.ndarray,
-              query: _CandidateQuery) -> _TopCandidates:
-    """Candidates at the queried columns, given the state of the canvas before a step."""
-    state_L = np.where(writing.written_at_L >= step, query.mask_id, writing.tokens_L)
-    positions_L = np.arange(len(state_L), dtype=np.int32)
-    segments_L = (positions_L < visible).astype(np.int32)
-    canvas = CanvasSlice(*(x_L[None] for x_L in (state_L, positions_L, segments_L, writing.written_at_L < 0)))
-    return jax.device_get(_top_candidates(logits_fn, canvas, columns_Q[None], writing.tokens_L[columns_Q][None],
-                                          query=query))
-
-
-@functools.partial(jax.jit, static_argnames="query")
+@functools.partial(jax.jit, static_argnames=("mask_id", "vocab_size", "never_ids", "cfg_scale", "num_candidates"))
 def _top_candidates(logits_fn: LogitsFn, canvas: CanvasSlice, columns_BQ: jax.Array, chosen_BQ: jax.Array, *,
-                    query: _CandidateQuery) -> _TopCandidates:
-    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cfg_scale=query.cfg_scale, mask_id=query.mask_id)
-    log_probs_BQV = log_softmax(mask_logits(logits_BQV, query.never_ids, query.vocab_size))
-    log_probs_BQK, ids_BQK = jax.lax.top_k(log_probs_BQV, query.num_candidates)
+                    mask_id: int, vocab_size: int, never_ids: tuple[int, ...], cfg_scale: float, num_candidates: int,
+                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(Most probable ids [B, Q, K], their log-probabilities [B, Q, K], those of the chosen ids [B, Q])."""
+    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cfg_scale=cfg_scale, mask_id=mask_id)
+    log_probs_BQV = log_softmax(mask_logits(logits_BQV, never_ids, vocab_size))
+    log_probs_BQK, ids_BQK = jax.lax.top_k(log_probs_BQV, num_candidates)
     chosen_BQ1 = jnp.take_along_axis(log_probs_BQV, chosen_BQ[:, :, None], axis=-1)
-    return _TopCandidates(ids_BQK, log_probs_BQK, chosen_BQ1[:, :, 0])
-
-
-def _candidates_by_column(tokenizer: Any, columns: np.ndarray, found: _TopCandidates) -> dict[int, list[Candidate]]:
-    probs_QK = np.exp(found.log_probs_BQK[0])
-    return {int(column): [Candidate(display(tokenizer, int(id_)), float(prob))
-                          for id_, prob in zip(ids_K, probs_K, strict=True)]
-            for column, ids_K, probs_K in zip(columns, found.ids_BQK[0], probs_QK, strict=False)}
+    return ids_BQK, log_probs_BQK, chosen_BQ1[:, :, 0]
 
 
 def display(tokenizer: Any, id_: int) -> str:

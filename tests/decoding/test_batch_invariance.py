@@ -1,4 +1,4 @@
-"""Design law 3: what a row becomes does not depend on the rows beside it, the batch size, the order or the devices."""
+"""A row's result does not depend on the other rows, the batch size, the order or the devices."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def near_ties(params, settings, one, other):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("kind", ["random", "trained"])
-def test_alone_or_in_company(kind, temperature):
+def test_alone_or_in_a_batch(kind, temperature):
     settings = dataclasses.replace(SETTINGS, temperature=temperature)
     params = params_of(kind)
     alone = {i: decode(params, settings, [i], 1)[i] for i in EVERYTHING}
@@ -94,7 +94,7 @@ def test_alone_or_in_company(kind, temperature):
     assert len({str(tokens) for tokens, _, _ in alone.values()}) > 5
 
 
-def test_matrices_spread_over_devices():
+def test_sharded_matrices():
     """Rows over two devices, heads and feed-forward over two more."""
     settings = dataclasses.replace(SETTINGS, temperature=0.7)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])

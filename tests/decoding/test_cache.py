@@ -23,7 +23,7 @@ def decode(settings, prompts=PROMPTS, infill=False):
     return [r.tokens for r in (decoder.infill if infill else decoder.generate)(prompts)]
 
 
-def test_a_slice_beside_the_cache_sees_what_the_whole_canvas_sees():
+def test_a_slice_with_a_cache_equals_the_whole_canvas():
     logits_fn, _ = transformer()
     rng = np.random.default_rng(0)
     tokens_BL = jnp.asarray(rng.integers(0, 11, (2, 24)), jnp.int32)
@@ -84,7 +84,7 @@ def test_the_whole_canvas_is_computed_at_refreshes_only(cache_refresh, wholes):
     assert len(computed) == 24 and computed.count(8) == 24 - wholes
 
 
-def test_company_does_not_matter_to_a_cached_row():
+def test_a_cached_row_does_not_depend_on_the_batch():
     settings = dataclasses.replace(SETTINGS, cache="dual", reveal="threshold", threshold=0.5)
     alone = [decode(settings, [prompt])[0] for prompt in PROMPTS]
     assert decode(settings) == alone

@@ -1,4 +1,4 @@
-"""What holds of every row, whatever the network says."""
+"""Properties of every row, for any network."""
 
 import dataclasses
 
@@ -143,7 +143,7 @@ def test_callback_sees_every_block_and_stops_rows():
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """Half of what is left."""
+    """Half of the masked positions."""
 
     def __call__(self, ranking):
         return ranking.masked_B // 2

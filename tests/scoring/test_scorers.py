@@ -1,4 +1,4 @@
-"""Both scorers against naive loops, and design law 3: a score depends on its own pair alone."""
+"""Both scorers against naive loops; a score depends only on its own pair."""
 
 import dataclasses
 import itertools
@@ -84,8 +84,8 @@ def test_one_draw_has_no_error_and_one_token_is_exact(networks):
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "monte_carlo", "mc_num": 6}, {"eos": True, "cfg_scale": 1.0}])
-def test_alone_or_in_company(networks, settings):
-    """Batch size, order and companions change nothing; two runs of one batch are the same bit by bit."""
+def test_alone_or_in_a_batch(networks, settings):
+    """Batch size, order and other pairs change nothing; two runs of one batch are equal bit for bit."""
     logits_fn, network = networks
     alone = [scorer(logits_fn, batch_size=1, **settings).score([pair])[0] for pair in PAIRS]
     together = scorer(logits_fn, batch_size=8, **settings).score(PAIRS)
@@ -102,7 +102,7 @@ def test_alone_or_in_company(networks, settings):
     assert near_ties <= 1 and len({score.value for score in alone}) == len(PAIRS)
 
 
-def test_what_looks_the_same_is_evaluated_once(networks):
+def test_equal_inputs_are_evaluated_once(networks):
     logits_fn, _ = networks
     answers = scorer(logits_fn)
     answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
