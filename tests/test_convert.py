@@ -1,4 +1,4 @@
-"""Conversion in both directions, and the command as it is typed."""
+"""Conversion in both directions, in Python and by the command."""
 
 import json
 import os

@@ -20,11 +20,11 @@ ID = "someone/tiny-llada"
 
 
 class Endpoint(http.server.ThreadingHTTPServer):
-    """What of the Hub's interface a download needs, for one repository. `asked` has the paths in order."""
+    """The part of the Hub's interface that a download needs, for one repository. `requested` lists the paths."""
 
     def __init__(self, directory):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.directory, self.asked = directory, []
+        self.directory, self.requested = directory, []
         self.cut = ""  # a file whose transfer breaks off half-way
 
     @property
@@ -36,7 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.server.asked.append(self.path)
+        self.server.requested.append(self.path)
         path = self.path.partition("?")[0]
         files = {file.name: file.read_bytes() for file in self.server.directory.iterdir()}
         name = path.rpartition("/")[2]
@@ -102,8 +102,8 @@ def test_a_hub_id_is_downloaded_once_and_equals_its_directory(endpoint, tmp_path
     assert downloaded.returncode == 0, downloaded.stderr
     there = api.load(str(endpoint.directory)).generate(["ab"], max_new_tokens=32)[0]
     assert json.loads(downloaded.stdout)["tokens"] == there.tokens != []
-    wanted = {path.rpartition("/")[2] for path in endpoint.asked if "/resolve/" in path}
-    assert wanted == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    downloaded_files = {path.rpartition("/")[2] for path in endpoint.requested if "/resolve/" in path}
+    assert downloaded_files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     endpoint.shutdown()
     endpoint.server_close()
     # The server is gone: the cached download is used.

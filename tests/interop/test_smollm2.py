@@ -96,7 +96,7 @@ def causal_attention(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
 
 @torch.no_grad()
 def expected_logits(config, tensors, tokens_BL) -> np.ndarray:
-    """Those of transformers' Llama, causal as it is."""
+    """Logits of transformers' causal Llama."""
     keys = {key: value for key, value in config.items() if key not in ("model_type", "mask_token_id")}
     with torch.device("meta"):
         network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys, attn_implementation="eager"))

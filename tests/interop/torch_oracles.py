@@ -48,7 +48,7 @@ def random_state(config: dict, seed: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(config: dict, state: dict[str, torch.Tensor], tokens_BL: torch.Tensor, real_BL: torch.Tensor):
-    """Float32 logits [B, L, V]; positions where `real_BL` is False are padding that nobody attends to."""
+    """Float32 logits [B, L, V]; positions where `real_BL` is False are padding, which no position attends to."""
     state = {name: tensor.float() for name, tensor in state.items()}
     function = illada_logits if config["model_type"] == "illada" else llada_logits
     return function(config, state, tokens_BL, real_BL)
