@@ -23,3 +23,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     config.addinivalue_line("markers", "aot: compiles the 8B model for TPUs: minutes; needs illada_jax[tpu]")
     config.addinivalue_line("markers", "notebooks: runs a notebook: minutes; needs illada_jax[colab] and -m notebooks")
+    config.addinivalue_line("markers", "slow: builds and installs, or trains from end to end: half a minute or more")
