@@ -1,14 +1,15 @@
-"""Makes local tasks for lm-evaluation-harness from the held-out data of a run.
+"""Makes local tasks for lm-evaluation-harness from what a model of this repository has not been trained on.
 
   python experiments/tasks/own.py --checkpoint=workdirs/quickstart --target=tasks
   python experiments/tasks/own.py --checkpoint=workdirs/sudoku --target=tasks
   python experiments/tasks/own.py --checkpoint=workdirs/sft_quickstart --target=tasks
   python -m illada_jax.evaluate --include_path=tasks --tasks=own_text --checkpoint=workdirs/quickstart --output_dir=…
 
-For a model of text, `own_text`: which of four passages of six words continues a held-out document? One is its own, the
-others come from the same position of other held-out documents. For a sudoku model, `own_sudoku`: which of four grids
-solves a held-out puzzle (the wrong ones have two empty cells of a row swapped), and `own_sudoku_solve`: write the grid.
-For a model fine-tuned on prompts and responses, `own_answers`: write the answer to a held-out prompt.
+Of a model of text `own_text`: which of four passages of six words goes on a held-out document? One is its own, the
+others stand in the same place of other held-out documents.
+Of a model of sudoku `own_sudoku`: which of four grids solves a held-out puzzle? The wrong ones have two of the empty
+cells of one row swapped. And `own_sudoku_solve`: write the grid.
+Of a model fine-tuned on prompts and responses `own_answers`: write the answer to a held-out prompt.
 """
 
 import itertools
@@ -28,14 +29,14 @@ from illada_jax.errors import InputError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a training run of this repository", required=True)
 TARGET = flags.DEFINE_string("target", None, "directory to write tasks and items to", required=True)
-ITEMS = flags.DEFINE_integer("items", 400, "maximum number of items", lower_bound=1)
+ITEMS = flags.DEFINE_integer("items", 400, "items, at most", lower_bound=1)
 
 CONTEXT_WORDS, WORDS, CHOICES = 20, 6, 4
 Item = dict[str, object]
 
 
 def main(argv: list[str]) -> None:
-    """Writes the tasks for the checkpoint's kind of data."""
+    """Writes the tasks that fit the checkpoint's data."""
     del argv
     lm = api.load(CHECKPOINT.value)
     draw = random.Random(0)
@@ -56,32 +57,32 @@ def main(argv: list[str]) -> None:
 
 
 def heldout_documents(config: Config) -> list[str]:
-    """The held-out texts of the run. Raises InputError if there are none."""
+    """The texts that the run holds out. Raises InputError if there are none."""
     corpus = open_corpus(config.data)
     if not corpus.heldout.num_documents:
-        raise InputError(f"--checkpoint={CHECKPOINT.value}: has no held-out data")
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: nothing was held out")
     return [corpus.tokenizer.decode(corpus.heldout.document(index)) for index in range(corpus.heldout.num_documents)]
 
 
 def answer_items(lm: api.LanguageModel) -> list[Item]:
-    """The held-out prompts of the run, with their answers.
+    """The prompts that the run holds out, with their answers.
 
     Raises:
-      InputError: there are none, or they are conversations, which are not plain text.
+      InputError: there are none, or they are conversations, which are no plain text.
     """
     heldout = open_examples(lm.config, lm.tokenizer, progress=False).heldout
     questions = [heldout.question(index) for index in range(heldout.num_documents)]
     if not questions:
-        raise InputError(f"--checkpoint={CHECKPOINT.value}: has no held-out data")
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: nothing was held out")
     decode = lm.tokenizer.decode
     if any(lm.tokenizer.encode(decode(question.prompt)) != question.prompt for question in questions):
-        raise InputError(f"--checkpoint={CHECKPOINT.value}: is fine-tuned on conversations; give a model of "
-                         "text, sudoku or prompts and responses")
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: was fine-tuned on conversations; a model of text, "
+                         "sudoku or prompts and responses is wanted")
     return [{"context": decode(question.prompt), "target": decode(question.answer)} for question in questions]
 
 
 def text_items(documents: list[str], draw: random.Random) -> list[Item]:
-    """One item from each document that is long enough."""
+    """One item of each document that is long enough."""
     # Words with the blanks before them.
     found = [re.findall(r"\s*\S+", document) for document in documents]
     words = [words for words in found if len(words) >= CONTEXT_WORDS + WORDS]
@@ -110,13 +111,13 @@ def sudoku_item(document: str, draw: random.Random) -> Item:
 
 
 def make_item(context: str, choices: list[str], draw: random.Random) -> Item:
-    """An item with its choices in random order, of which the first given one is right."""
+    """An item whose first choice is right, with the choices in random order."""
     order = draw.sample(range(len(choices)), len(choices))
     return {"context": context, "choices": [choices[index] for index in order], "answer": order.index(0)}
 
 
 def write_task(target: pathlib.Path, name: str, items: list[Item]) -> None:
-    """Writes the items and the task file."""
+    """Items and task file."""
     path = target / f"{name}.jsonl"
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     kind = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",

