@@ -1,15 +1,26 @@
 """Installs illada_jax. `pip install .` is enough on a CPU; extras add accelerators and tools."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "illada_jax" / "__init__.py").read_text(encoding="utf-8"), re.M)
 
 setup(
     name="illada_jax",
-    version="0.1.0",
-    description="iLLaDA, a masked diffusion language model, in JAX for TPU: training, decoding, evaluation.",
+    version=VERSION.group(1),
+    description="Masked diffusion language models (iLLaDA, LLaDA) in JAX: training, decoding, scoring, evaluation.",
+    author="The illada_jax developers",
+    keywords="jax tpu diffusion language-model masked-diffusion llada illada",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -17,7 +28,7 @@ setup(
     packages=find_packages(include=["illada_jax", "illada_jax.*"]),
     package_data={"illada_jax": ["glossary.md", "demo/*.md", "demo/*/*"],
                   "illada_jax.tracing": ["page.html", "page.css", "page.js"]},
-    # Read by versions of lm-eval after 0.4.13: `lm_eval --model illada_jax`.
+    # lm-eval after 0.4.13 reads lm_eval.models: `lm_eval --model illada_jax`.
     entry_points={
         "console_scripts": ["illada = illada_jax.__main__:main"],
         "lm_eval.models": ["illada_jax = illada_jax.evaluation.lm_eval_cli:IlladaJax"],
@@ -44,7 +55,7 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-xdist"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "setuptools>=70.1"],  # which builds wheels by itself
         "dev": ["ruff"],
         "docs": ["pdoc"],
         "tpu": ["gcsfs", "jax[tpu]"],

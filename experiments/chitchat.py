@@ -1,10 +1,11 @@
-"""A small model that chats, from scratch, on 7,000 conversations between people, in iLLaDA's format.
+"""A small model that chats, trained from scratch on 2,535 conversations between people, in iLLaDA's format.
 
     pip install --no-deps chitchat-dataset && python experiments/chitchat.py
     python -m illada_jax.main --config=experiments/chitchat.py
     python -m illada_jax.generate --checkpoint=workdirs/chitchat --chat
 
-The first command writes the conversations to chitchat.jsonl: their first turns, as long as they are short.
+The first command writes the conversations to chitchat.jsonl, each up to its first long turn. Measured: training takes 3
+min 16 s on one core, and all held-out answers end by themselves (experiments/RESULTS.md).
 """
 
 import json
@@ -52,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.epochs = 12
     c.checkpoint.every = 500
 
-    # Short blocks, and some temperature: greedy small models repeat themselves.
+    # Short blocks and some temperature: small models repeat themselves when decoded greedily.
     c.decode.max_new_tokens = 32
     c.decode.block_length = 8
     c.decode.steps_per_block = 8
@@ -64,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def conversations() -> list[dict]:
-    """Turns of two people in turn, the first one as the user, up to the first long one."""
+    """Conversations as messages, the first speaker as the user, each cut before its first long turn."""
     import chitchat_dataset
 
     records = []

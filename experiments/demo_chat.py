@@ -4,8 +4,8 @@
     python -m illada_jax.generate --checkpoint=workdirs/demo_chat --chat
     python -m illada_jax.convert --source=workdirs/demo_chat --target=demo-chat --dtype=bfloat16
 
-`experiments/demo.py` comes first. The questions are those of `experiments/corpora/demo_text.py`: "What does
-shutil.copystat do?", "What is a generator?". An answer of a model of this size is fluent and often wrong.
+Train `experiments/demo.py` first. The questions come from `experiments/corpora/demo_text.py`: "What does os.listdir
+do?", "What is a generator?". 9 minutes on one core; the answers are fluent and often wrong.
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.heldout_fraction = 0.02
     c.data.length = 128
     c.data.batch_size = 16
-    # Apart, so that an answer ends by itself and not because a question follows.
+    # Isolated, so that an answer ends by itself and not because a question follows.
     c.data.isolate_documents = True
     c.sft.format = "illada"
     c.diffusion.split_probability = 0.3

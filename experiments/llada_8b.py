@@ -12,7 +12,7 @@ from illada_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The published recipe; what is ours is marked."""
+    """The published recipe; our choices are marked."""
     c = config.defaults()
     c.model.vocab_size = 126_464
     c.model.d_model = 4096

@@ -6,7 +6,7 @@
 
 The paper has no such model. Objective, split, weight decay, vocabulary, tied head and the shape of the schedule are
 iLLaDA's; all else is our choice, with the reason beside it. Like the 8B recipe it never decays by itself: when the
-loss has stopped falling, the run says so and what to type.
+loss stops falling, the run reports it with the flags to add. Not trained.
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ from illada_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe of iLLaDA at a size of ours."""
+    """The recipe of iLLaDA at a size of our own."""
     c = config.defaults()
     c.model.vocab_size = 155_136
     c.model.d_model = 2048
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.weight_decay = 0.1
     c.optimizer.clip_norm = 1.0
-    c.optimizer.ema_decay = 0.9999  # evens out what a constant rate leaves restless
+    c.optimizer.ema_decay = 0.9999  # averages out the noise of a constant rate
 
     c.train.steps = 238_419  # 0.5 T tokens, 420 a parameter
     c.train.logits_chunk = 512

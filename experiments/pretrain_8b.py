@@ -5,11 +5,11 @@
         --workdir=gs://BUCKET/illada-8b
 
 Architecture, window, split, weight decay, peak and final rate are the published ones. Not published, hence ours: the
-batch (2,048 rows: 16.8 M tokens a step, in the range of dense 8B models), the warm-up (2,000 steps, as in LLaDA),
-betas and clipping (0.9, 0.95 and 1.0, the usual ones), and when the decay starts: the paper switched from the constant
-rate when the loss had stopped falling. So this config never decays by itself: it says when the loss falls by less than
-0.2 % in 10,000 steps (168 B tokens; ours), to be resumed with `--config.optimizer.decay_start=N
---config.optimizer.decay_steps=M`.
+batch (2,048 rows: 16.8 M tokens a step, in the range of dense 8B models), the warm-up (2,000 steps, as in LLaDA), betas
+and clipping (0.9, 0.95 and 1.0, the usual ones), and when the decay starts: the paper switched from the constant rate
+when the loss had stopped falling. So this config never decays by itself: the run reports when the loss falls by less
+than 0.2 % in 10,000 steps (168 B tokens; ours); resume it with `--config.optimizer.decay_start=N
+--config.optimizer.decay_steps=M`. Compiled for pods (`tpu/REPORT.md`), not trained.
 """
 
 import ml_collections
@@ -17,8 +17,8 @@ import ml_collections
 from illada_jax import config
 from illada_jax.errors import ConfigError
 
-# How the same batch is computed on slices of these names, found by compiling (see `tpu/cases.json`): mesh, what the
-# forward pass keeps for the backward pass, micro-batches. The number is that of TensorCores (v5p) or chips.
+# Settings for the same batch on TPU slices, found by compiling (see `tpu/cases.json`): mesh, activations kept for
+# the backward pass, micro-batches. The number in a name counts TensorCores (v5p, tpu7x) or chips.
 VARIANTS = {
     "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16},
     "v5p-1024": {"mesh.data": 8, "mesh.fsdp": 64, "model.remat": "dots", "train.microbatches": 2},
@@ -26,14 +26,14 @@ VARIANTS = {
     "v6e-256": {"mesh.fsdp": 256, "model.remat": "projections", "train.microbatches": 8},
     "tpu7x-128": {"mesh.data": 8, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 8},
 }
-# On v5p larger tiles in memory on the chip take a fifth off the compiler's estimate.
+# On v5p larger tiles in on-chip memory reduce the compiler's time estimate by a fifth.
 for _variant in ("v5p-128", "v5p-1024"):
     VARIANTS[_variant] |= {"model.attention_block_kv": 4096,
                            "train.compiler_options": ("xla_tpu_scoped_vmem_limit_kib=65536",)}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The published recipe; what is ours is marked. `variant`: a key of VARIANTS, empty for any devices."""
+    """The published recipe; our choices are marked. `variant`: a key of VARIANTS, empty for any devices."""
     if variant and variant not in VARIANTS:
         raise ConfigError(f"experiments/pretrain_8b.py:{variant}: known variants: {', '.join(VARIANTS)}")
     c = config.defaults()

@@ -1,9 +1,9 @@
-"""A small diffusion language model of the Python documentation, from nothing, on a laptop CPU.
+"""A small diffusion language model of the Python documentation, from scratch, on a laptop CPU.
 
     python -m illada_jax.main --config=experiments/quickstart.py
 
-The text is the language reference and the docstrings of the interpreter that runs it. What one should see on two idle
-cores: about three minutes of training, then a held-out bound of about 2.0 bits per byte (gzip -9 needs 2.36).
+The text is the language reference and the docstrings of the interpreter that runs it. Expected on two idle cores: about
+three minutes of training, then a held-out bound of about 2.0 bits per byte (gzip -9 needs 2.36).
 """
 
 import ml_collections
@@ -32,8 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_unroll = 3
     c.train.logits_chunk = 8
 
-    # Nearly empty draws (p < 0.1) teach little per step at this budget. The training loss is not quite the bound then;
-    # what is evaluated is: fixed counts need no eps.
+    # Draws with few masks (p < 0.1) teach little per step at this budget. With them left out the training loss is not
+    # quite the bound; the evaluation is: fixed counts need no eps.
     c.diffusion.eps = 0.1
 
     c.optimizer.name = "muon"
@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.decay_steps = 3400
     c.checkpoint.every = 1000
 
-    # Short blocks, a random order and some temperature: small models loop when they are greedy.
+    # Short blocks, a random order and some temperature: small models loop when decoded greedily.
     c.decode.max_new_tokens = 48
     c.decode.block_length = 8
     c.decode.steps_per_block = 8

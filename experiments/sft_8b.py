@@ -4,11 +4,12 @@
     python -m illada_jax.main --config=experiments/sft_8b.py --config.init.checkpoint=gs://BUCKET/illada-8b \
         --config.data.sources='("chat:/data/sft/*.jsonl.zst",)' --workdir=gs://BUCKET/illada-8b-instruct
 
-Published, hence kept: examples end with one EOS, are concatenated and cut into windows of 8,192 tokens, everything may
+Published: examples end with one EOS, are concatenated and cut into windows of 8,192 tokens, everything may
 be masked, 30 % of the windows are split; about 25 B tokens for 12 epochs; AdamW with weight decay 0.1; the rate rises
 to 5e-6, stays, and falls linearly to 5e-7 in the last tenth. Not published, hence ours: the batch (256 rows: 2.1 M
 tokens a step, about 143,000 steps for 25 B tokens), the warm-up (50 steps, as in LLaDA), betas and clipping, and that
-examples in a window see each other (`data.isolate_documents`; experiments/studies/split_isolation.py compares).
+examples in a window attend to each other (`data.isolate_documents`; experiments/studies/split_isolation.py compares).
+Compiled for pods (`tpu/REPORT.md`), not trained.
 """
 
 import ml_collections
@@ -17,7 +18,7 @@ from illada_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The published recipe; what is ours is marked."""
+    """The published recipe; our choices are marked."""
     c = config.defaults()
     c.model.vocab_size = 155_136
     c.model.d_model = 4096

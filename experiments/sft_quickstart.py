@@ -2,12 +2,13 @@
 
     python -m illada_jax.main --config=experiments/sft_quickstart.py
 
-Held-out prompts such as `sort hello=` are answered by blocks of 16 tokens until EOS. What one should see after six
-minutes on one core: all of them exactly right, all ended by EOS.
+Held-out prompts such as `sort hello=` are answered in blocks of 16 tokens until EOS. Expected after six minutes on one
+core: all answers exactly right, all ended by EOS.
 
-LLaDA's format, because at this size and budget prompts of random letters must not be learnt (iLLaDA's reached 0.1 after
-as many tokens); decoded with variable length, which needs the rows of random length below: without them the model reads
-the length of an answer off the end of the row, and answers short words with one letter too many (0.75 on `sort`).
+LLaDA's format, because at this size and budget learning the prompts, random letters, is wasted effort (iLLaDA's format
+reached 0.1 after as many tokens). Decoding has variable length, which needs the rows of random length below: without
+them the model infers the length of an answer from the end of the row, and answers short words with one letter too many
+(0.75 on `sort`).
 """
 
 import ml_collections
@@ -25,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.batch_size = 32
     c.sft.format = "llada"
     c.sft.bucket = 32
-    # Rows all of one length would teach to read the length of an answer off the end of the canvas.
+    # With rows all of one length the model would infer the length of an answer from the end of the canvas.
     c.data.random_length_probability = 0.5
     c.data.random_length_of = "row"
 

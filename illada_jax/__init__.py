@@ -35,7 +35,7 @@ Every package's page says where to start. `illada_jax.config` has all settings.
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Generation", "LanguageModel", "load"]
 
 

@@ -1,4 +1,4 @@
-"""Documents say what is there: links, files and commands that they name, examples in docstrings, guides to rooms."""
+"""Documents are right: links, files, commands and settings that they name, examples in docstrings, package guides."""
 
 import doctest
 import functools
@@ -9,14 +9,15 @@ import re
 import pytest
 
 from illada_jax import api
+from illada_jax import config as config_lib
 from illada_jax.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "illada_jax"
+PACKAGE, EXPERIMENTS = ROOT / "illada_jax", ROOT / "experiments"
 UNTRACKED = {"workdirs", "corpora", "build", "dist", "demo"}
 DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md"))
              if not any(part.startswith(".") or part in UNTRACKED for part in path.relative_to(ROOT).parts)]
-ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+PACKAGES = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 WITH_EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")
@@ -28,13 +29,13 @@ def name(path: pathlib.Path) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub makes of the headings."""
+    """The anchors that GitHub makes from the headings."""
     headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading)).lower().replace(" ", "-") for heading in headings}
 
 
 def broken_links(path: pathlib.Path) -> list[str]:
-    """The links of a document that lead nowhere; of those that leave the repository only the form is looked at."""
+    """The broken links of a document; of links out of the repository only the form is checked."""
     broken = []
     for link in LINK.findall(re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))):
         if re.match(r"[a-z]+:", link):
@@ -51,7 +52,7 @@ def broken_links(path: pathlib.Path) -> list[str]:
 
 
 def missing(text: str) -> list[str]:
-    """Files and modules of this repository that a text names and that are not there."""
+    """Files, modules and commands of this repository that a text names and that do not exist."""
     files = [file for file in NAMED.findall(text) if not (ROOT / file).exists()]
     modules = re.findall(r"-m ((?:illada_jax|tests)(?:\.[a-z_]+)*)", text)
     commands = re.findall(r"(?:^|`)illada ([a-z]+)", text, re.MULTILINE)
@@ -61,16 +62,16 @@ def missing(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_links_lead_somewhere(path):
+def test_links_are_not_broken(path):
     assert not broken_links(path)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *sorted(PACKAGE.glob("*.py"))], ids=name)
-def test_what_is_named_is_there(path):
+def test_named_files_and_commands_exist(path):
     assert not missing(path.read_text(encoding="utf-8"))
 
 
-def test_broken_links_and_names_are_found(tmp_path):
+def test_broken_links_and_missing_names_are_found(tmp_path):
     path = tmp_path / "a.md"
     (tmp_path / "b.md").write_text("# On `b`: two words\n```\n# code\n```\n")
     good = "[1](b.md) [2](b.md#on-b-two-words) [3](https://example.org/x) ![](b.md) `[x](y)`\n```\n[x](y)\n```\n"
@@ -98,17 +99,60 @@ def test_the_python_interface_has_examples():
     assert {PACKAGE / "__init__.py", PACKAGE / "api.py", PACKAGE / "tracing" / "trace.py"} <= {*WITH_EXAMPLES}
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
-def test_a_room_has_a_guide(room):
-    """What is in it, where to begin, what it may import; the files that it names are there."""
-    guide = importlib.import_module(f"illada_jax.{room.name}").__doc__
-    assert "Begin with" in guide and "import" in guide
-    assert f"`illada_jax.{room.name}`" in importlib.import_module("illada_jax").__doc__
-    first = re.search(r"Begin with `(\w+)", guide).group(1)
-    assert (room / f"{first}.py").exists() or hasattr(importlib.import_module(f"illada_jax.{room.name}"), first)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_has_a_guide(package):
+    """Contents, where to begin, permitted imports; the module to begin with exists."""
+    module = importlib.import_module(f"illada_jax.{package.name}")
+    assert "Begin with" in module.__doc__ and "import" in module.__doc__
+    assert f"`illada_jax.{package.name}`" in importlib.import_module("illada_jax").__doc__
+    first = re.search(r"Begin with `(\w+)", module.__doc__).group(1)
+    assert (package / f"{first}.py").exists() or hasattr(module, first)
 
 
 def test_the_glossary_is_sorted_and_part_of_the_reference():
     terms = re.findall(r"^\*\*(.+?)\.\*\*", (PACKAGE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(terms) > 20 and terms == sorted(terms, key=str.lower)
     assert ".. include:: glossary.md" in (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_readme_is_short_and_answers_first():
+    """What it is, how to start and where the loss is, on the first screen."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 160
+    screen = "\n".join(lines[:45])
+    assert "illada_jax/diffusion/" in screen and "pip install" in screen and "arxiv.org/abs/2502.09992" in screen
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tests"])
+def test_commands_that_ci_takes_from_readme(name):
+    """One fenced line after the marker, as `.ci/run` extracts it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(rf"^<!-- ci: {name} -->\n```bash\n(.+)\n```$", text, re.MULTILINE)
+    assert "-m illada_jax.main" in command or "-m pytest" in command
+
+
+@pytest.mark.parametrize("folder", ["", "benchmarks", "studies", "corpora", "tasks", "colab"])
+def test_experiments_are_listed(folder):
+    """Every script, config and notebook has its line in the README of the experiments."""
+    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    pattern = "*.ipynb" if folder == "colab" else "*.py"
+    assert [path.name for path in (EXPERIMENTS / folder).glob(pattern) if path.name not in text] == []
+
+
+def documented_settings() -> list[tuple[str, str]]:
+    """(Document, key) of every `--config.key` and `config.section.key` that a document names."""
+    key = re.compile(r"(?<![\w/.])(?:--)?config\.([a-z]+\.[a-z_0-9]+)(?![\w(/])")
+    return sorted({(name(path), found) for path in DOCUMENTS if path.name != "CHANGELOG.md"
+                   for found in key.findall(path.read_text(encoding="utf-8")) if found.split(".")[1] != "py"})
+
+
+@pytest.mark.parametrize(("document", "key"), documented_settings())
+def test_settings_in_documents_exist(document, key):
+    values = config_lib.to_dict(config_lib.Config())
+    section, field = key.split(".")
+    assert field in values[section], document
+
+
+def test_version_has_a_changelog_entry():
+    version = importlib.import_module("illada_jax").__version__
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

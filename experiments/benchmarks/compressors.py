@@ -1,10 +1,10 @@
-"""What others need for the held-out text of a run: gzip, xz, and a 5-gram model of the same tokens.
+"""Compression of a run's held-out text by gzip, xz and a 5-gram model of the same tokens.
 
     python experiments/benchmarks/compressors.py --checkpoint=workdirs/demo
 
-In bits per byte of the original text. The 5-gram model (Witten-Bell interpolation of orders 5 to 0; Chen and Goodman,
-1998) learns from the tokens that the run learns from and begins anew in each document, as the network's bound does.
-xz is given the held-out text alone, and behind the training text, which its window holds.
+In bits per byte of the original text, seconds on one core. The 5-gram model (Witten-Bell interpolation of orders 5 to
+0; Chen and Goodman, 1998) is trained on the run's training tokens and begins anew in each document, as the network's
+bound does. xz compresses the held-out text alone, and after the training text, which its window holds.
 """
 
 import collections
@@ -21,8 +21,8 @@ from illada_jax.data.shards import TokenStream
 from illada_jax.errors import InputError
 from illada_jax.interop import open_model
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run of pre-training", required=True)
-ORDER = flags.DEFINE_integer("order", 5, "of the n-gram model", lower_bound=1)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the workdir of a pre-training run", required=True)
+ORDER = flags.DEFINE_integer("order", 5, "order of the n-gram model", lower_bound=1)
 
 
 class NGrams:
@@ -34,7 +34,7 @@ class NGrams:
         self._counts: dict[tuple[int, ...], collections.Counter[int]] = collections.defaultdict(collections.Counter)
 
     def learn(self, tokens: list[int]) -> None:
-        """Counts a document."""
+        """Counts the n-grams of a document."""
         for at, token in enumerate(tokens):
             for length in range(min(self._order, at + 1)):
                 self._counts[tuple(tokens[at - length : at])][token] += 1
@@ -59,7 +59,7 @@ def documents(tokens: TokenStream) -> Iterator[list[int]]:
 
 
 def text_of(tokenizer, all_ids: Iterable[list[int]]) -> bytes:
-    """Documents as text, with a line's end between them."""
+    """Documents as UTF-8 text, with a newline between them."""
     return "\n".join(tokenizer.decode(ids) for ids in all_ids).encode()
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = open_model(CHECKPOINT.value).config
     if config.sft.format != "none":
-        raise InputError(f"--checkpoint={CHECKPOINT.value}: was fine-tuned; a run of pre-training is wanted")
+        raise InputError(f"--checkpoint={CHECKPOINT.value}: is a fine-tuned model; give a pre-training run")
     corpus = open_corpus(config.data)
     train, heldout = list(documents(corpus.train)), list(documents(corpus.heldout))
     before, text = text_of(corpus.tokenizer, train), text_of(corpus.tokenizer, heldout)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
                                                - len(lzma.compress(before, preset=9))),
         f"{ORDER.value}-gram model of the tokens": sum(model.bits(ids) for ids in heldout),
     }
-    print(f"{len(heldout)} documents, {len(text):,} bytes held out; {len(before):,} bytes to learn from\n")
+    print(f"{len(heldout)} documents, {len(text):,} bytes held out; {len(before):,} bytes to train on\n")
     print("| | bits per byte |\n|---|---|")
     for name, count in bits.items():
         print(f"| {name} | {count / len(text):.3f} |")

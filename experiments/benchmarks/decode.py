@@ -1,4 +1,4 @@
-"""How fast decoding is beside the published loop in eager PyTorch, and what each strategy and cache costs in quality.
+"""Decoding speed beside the published loop in eager PyTorch, and the quality of each strategy and cache.
 
 Examples:
   python experiments/benchmarks/decode.py --repeats=3
@@ -6,18 +6,18 @@ Examples:
   python experiments/benchmarks/decode.py --checkpoint=workdirs/sudoku --rows=64
   python experiments/benchmarks/decode.py --checkpoint=workdirs/quickstart --rows=32
 
-Without a checkpoint: a random network of the given size decodes one prompt, greedily, one token per step, in variable
-length. The PyTorch row is `torch_llada.py` with the same weights; it is left out, with a message, where PyTorch is
-not installed. `--steps_per_block` below the block length makes all of them faster by the same factor, except that a
-cache then has fewer steps between refreshes. On a busy machine compare the processor's seconds, on one core.
+Without a checkpoint, a random network of the given size decodes one prompt greedily, one token per step, with variable
+length. The PyTorch row is `torch_llada.py` with the same weights; without PyTorch a message replaces it.
+`--steps_per_block` below the block length speeds up all of them by the same factor, except that a cache then has fewer
+steps between refreshes. On a busy machine pin the process to one core and compare processor seconds. About 7 minutes.
 
-With `--answer=40` the network is made to end its answer with the 40th token: the time must follow the answer, not the
-budget.
+With `--answer=40` the network is forced to end its answer at the 40th token: the time must depend on the answer, not on
+the budget.
 
-With a checkpoint: its held-out data are decoded by every strategy and cache. The score is exact match (documents with
-the separator of `config.eval`) or the share of tokens hit in gaps (other text); `agreement` is the share of tokens
-equal to those of exact decoding, one token per step. Below it stands how many tokens are the same alone and in company:
-all in float32, but for near-ties; in bfloat16 as measured.
+With a checkpoint, every strategy and cache decodes its held-out data. The score is exact match (documents with the
+separator of `config.eval`) or the share of gap tokens filled in exactly (other text); `agreement` is the share of
+tokens equal to those of exact decoding, one token per step. The last lines show the share of tokens that do not depend
+on the batch: all in float32, except near-ties; in bfloat16 as measured.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from illada_jax.decoding import Decoded, Decoder, SpecialIds
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "workdir of a trained model for the table of quality; empty: speed")
 ROWS = flags.DEFINE_integer("rows", 32, "held-out documents or passages of the table")
 LAYERS = flags.DEFINE_integer("layers", 12, "layers of the random network")
-WIDTH = flags.DEFINE_integer("d_model", 512, "its width")
-VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "its vocabulary")
+WIDTH = flags.DEFINE_integer("d_model", 512, "width of the random network")
+VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "vocabulary of the random network")
 PROMPT = flags.DEFINE_integer("prompt_length", 256, "tokens of the prompt")
-NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to write")
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to generate")
 BLOCK = flags.DEFINE_integer("block_length", 32, "tokens of a block")
 STEPS = flags.DEFINE_integer("steps_per_block", 0, "steps of a block; 0: one per token")
-ANSWER = flags.DEFINE_integer("answer", 0, "instead: time of an answer of so many tokens under growing budgets")
-REPEATS = flags.DEFINE_integer("repeats", 1, "times each is run; the fastest counts")
+ANSWER = flags.DEFINE_integer("answer", 0, "time an answer of this many tokens under growing budgets instead")
+REPEATS = flags.DEFINE_integer("repeats", 1, "number of runs; the fastest counts")
 
 MASK = 5
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 class Timed(NamedTuple):
-    """Seconds of the fastest of the repeats, by the clock and of the processor, and what they returned."""
+    """The fastest of the repeats: wall-clock and processor seconds, and the result."""
 
     seconds: float
     processor: float
@@ -70,7 +70,7 @@ class Timed(NamedTuple):
 
 
 def fastest(run: Callable[[], object]) -> Timed:
-    """Runs it as often as asked for."""
+    """Runs a function --repeats times."""
     seconds, processor, result = [], [], None
     for _ in range(REPEATS.value):
         start, start_processor = time.perf_counter(), time.process_time()
@@ -83,7 +83,7 @@ def fastest(run: Callable[[], object]) -> Timed:
 def speed_table() -> None:
     """Seconds of exact and cached decoding beside PyTorch."""
     config = _network(PROMPT.value + NEW_TOKENS.value)
-    # No id can stop the row, so that all decode the same number of tokens: EOS and PAD lie beyond the network.
+    # EOS and PAD lie outside the vocabulary: no id can stop a row, so all decode the same number of tokens.
     ids = SpecialIds(mask=MASK, eos=config.vocab_size, bos=0, pad=1, vocab_size=config.vocab_size)
     params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
     prompt = np.random.default_rng(0).integers(6, config.vocab_size, PROMPT.value).tolist()
@@ -115,9 +115,9 @@ def speed_table() -> None:
 
 
 def least_seconds(config: ModelConfig, settings: DecodeConfig) -> float:
-    """Seconds that the matrix products of exact decoding would take at the rate at which large ones are computed.
+    """Processor seconds of the matrix products of exact decoding at the rate of large products, a lower bound.
 
-    Counted is what our decoder computes: the last layer's queries and MLP, and the head, on the active block only.
+    Counts what the decoder computes: the last layer's queries and MLP, and the head, for the active block only.
     """
     size = 2048
     matrix = jnp.ones((size, size))
@@ -161,7 +161,7 @@ def budget_table() -> None:
 
 
 def _ends_at(logits_fn, end, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-    """The network, with EOS written at column `end` and behind it, and nowhere else."""
+    """The network, forced to predict EOS from column `end` on and nowhere before."""
     logits_BQV, cache = logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache)
     return logits_BQV.at[:, :, 2].set(jnp.where(query_columns_BQ >= end, 1e9, -1e9)), cache
 
@@ -209,11 +209,11 @@ def quality_table(checkpoint: str) -> None:
                 "entropy_bound 0.1": {"reveal": "entropy_bound", "entropy_bound": 0.1},
                 "margin": {"confidence": "margin"}, "entropy": {"confidence": "entropy"},
                 "random order": {"confidence": "random"}}
-    score_name = "share of hits" if infill else "exact match"
+    score_name = "share of gap tokens" if infill else "exact match"
     print(f"{len(prompts)} rows, blocks of {one_per_step.block_length}; score: {score_name}")
     print(f"{'strategy':18} {'cache':7} {'tokens/nfe':>10} {'cpu secs':>8} {'agreement':>10} {'score':>7}")
     exact = None
-    # In gaps a prefix cache computes all masks at every step, which in short texts is the whole canvas.
+    # For gaps a prefix cache recomputes all masks at every step, which is the whole canvas of a short text.
     for cache in ("none", "dual" if infill else "prefix"):
         for name, changes in variants.items():
             settings = dataclasses.replace(one_per_step, cache=cache, **changes)
@@ -226,20 +226,20 @@ def quality_table(checkpoint: str) -> None:
     for dtype in params:
         together = decode(one_per_step, dtype, prompts)
         alone = [decode(one_per_step, dtype, [prompt])[0] for prompt in prompts]
-        print(f"alone and in company, {dtype}: {agreement(together, alone):.4f} of the tokens are the same")
+        print(f"alone and in a batch, {dtype}: {agreement(together, alone):.4f} of the tokens are equal")
 
 
 def agreement(results: Sequence[Decoded], exact: Sequence[Decoded]) -> float:
-    """Share of the exact tokens that the results have at the same place; given tokens do not count."""
+    """Share of the exact tokens that the results have at the same position; given tokens do not count."""
     same = []
     for result, reference in zip(results, exact, strict=True):
-        written = [place for place, step in enumerate(reference.reveal_step) if step >= 0]
-        same += [result.tokens[place : place + 1] == [reference.tokens[place]] for place in written]
+        written = [index for index, step in enumerate(reference.reveal_step) if step >= 0]
+        same += [result.tokens[index : index + 1] == [reference.tokens[index]] for index in written]
     return float(np.mean(same))
 
 
 def held_out_task(lm: api.LanguageModel, corpus) -> tuple[list[list[int]], Callable[[Sequence[Decoded]], float], bool]:
-    """(Prompts, score of results, whether prompts have gaps): questions, or passages with gaps of three tokens."""
+    """Questions, or passages with gaps of three tokens: (prompts, score of results, True if prompts have gaps)."""
     documents = [corpus.heldout.document(i).tolist() for i in range(min(2_000, corpus.heldout.num_documents))]
     if "exact_match" in lm.config.eval.evaluators + lm.config.eval.final:
         texts = [lm.tokenizer.decode(document) for document in documents[: ROWS.value]]

@@ -1,15 +1,15 @@
-"""Official weights at full width: memory and time of import, decoding and export, by the commands themselves.
+"""Memory and time of importing, loading, decoding and exporting weights at iLLaDA's full width.
 
 Example:
   python experiments/benchmarks/full_width.py
 
-Writes a random checkpoint in iLLaDA's layout, of its true widths and vocabulary but few layers, in several bfloat16
+Writes a random checkpoint in iLLaDA's layout, with its widths and vocabulary but few layers, in several bfloat16
 shards. Then imports it (`convert`), loads it from the shards (`illada_jax.load`, in bfloat16 and rounded to int8),
-decodes from them (`generate`) and exports it again (`convert`), each as a process of its own. Prints the peak of its
-resident memory above that of the same process with a tiny model, beside the bound (the arrays that are to be held, and
-twice the largest tensor of the source), and the seconds beyond the tiny model's per GB of bfloat16 weights. What came
-back is compared with what was sent, bit by bit. Decoding is in float32: from other weights XLA makes float32 copies on
-a CPU, which have nothing to do with reading them.
+decodes from them (`generate`) and exports it again (`convert`), each in a process of its own. Prints the peak resident
+memory above that of the same process with a tiny model, beside its bound (the arrays to hold, and twice the largest
+tensor of the source), and the seconds beyond the tiny model's, per GB of bfloat16 weights. The export is compared with
+the source, bit by bit. Decoding is in float32: from other types XLA makes float32 copies on a CPU, unrelated to reading
+the weights.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from absl import flags
 
 from illada_jax import cli
 
-_LAYERS = flags.DEFINE_integer("layers", 2, "layers of the model, which has 32")
-_SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", 0.6, "size of a file of weights")
+_LAYERS = flags.DEFINE_integer("layers", 2, "layers (iLLaDA has 32)")
+_SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", 0.6, "size of a weights file")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "tokens to decode, one a step")
-_DIRECTORY = flags.DEFINE_string("directory", None, "where files go meanwhile; default: the temporary directory")
+_DIRECTORY = flags.DEFINE_string("directory", None, "directory for the files; default: the temporary directory")
 
 GB = 1e9
 NUM_IDS = 260  # of the tokenizer of bytes; the vocabulary has more rows
@@ -38,7 +38,7 @@ PROMPT = "The capital of France is"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model: of all its tensors in bfloat16, of the largest of them, of all with matrices in eight bits."""
+    """Bytes of a model: all tensors in bfloat16, the largest of them, and all with int8 matrices."""
 
     tensors: int
     largest: int
@@ -83,7 +83,7 @@ def write_checkpoint(directory: pathlib.Path, layers: int, tiny: bool, shard_byt
 
 
 def equal(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Whether two directories hold the same tensors, bit by bit."""
+    """True if two directories hold the same tensors, bit by bit."""
     import numpy as np
 
     from illada_jax.interop.tensors import TensorDirectory
@@ -95,13 +95,13 @@ def equal(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def run_apart(function, *arguments):
-    """Calls a function in a process of its own: a child's peak is never below what its parent has held."""
+    """Calls a function in a process of its own: a child's peak memory is at least its parent's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def run(*arguments: str) -> tuple[float, int, str]:
-    """Runs Python; (seconds, peak of its resident memory in bytes, what it printed)."""
+    """Runs Python; (seconds, peak resident memory in bytes, standard output)."""
     started = time.monotonic()
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
         printed = process.stdout.read()
@@ -113,7 +113,7 @@ def run(*arguments: str) -> tuple[float, int, str]:
 
 
 def commands(place: pathlib.Path) -> dict[str, list[str]]:
-    """What is run on the checkpoint in `place`, in this order, by name."""
+    """The commands to run on the checkpoint in `place`, in this order, by name."""
     source, workdir, new = place / "source", place / "workdir", _NEW_TOKENS.value
     load = "import illada_jax; illada_jax.load({!r}, dtype='bfloat16', quantize={!r})"
     return {
@@ -129,7 +129,7 @@ def commands(place: pathlib.Path) -> dict[str, list[str]]:
 
 
 def main(_: list[str]) -> None:
-    """Makes, measures, compares."""
+    """Writes checkpoints, measures the commands, compares the export with the source."""
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as made:
         places = {tiny: pathlib.Path(made) / ("tiny" if tiny else "full") for tiny in (True, False)}
         sizes = {}
@@ -149,10 +149,10 @@ def main(_: list[str]) -> None:
                   f"{extra / (full.tensors / GB):9.1f}" + (" above the bound" if rise > bound else ""), flush=True)
             if name.startswith("decode"):
                 tokens = json.loads(printed)["tokens"]
-                assert max(tokens, default=0) < NUM_IDS, "a padded id was written"
+                assert max(tokens, default=0) < NUM_IDS, "a padding id was generated"
                 print(f"{'':18} {len(tokens)} tokens, none of them padding of the vocabulary", flush=True)
         assert run_apart(equal, places[False] / "source", places[False] / "back"), "export and source differ"
-        print("\nwhat came back is what was sent, bit by bit")
+        print("\nthe export equals the source, bit by bit")
 
 
 if __name__ == "__main__":

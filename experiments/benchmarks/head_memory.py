@@ -1,13 +1,13 @@
-"""What the lean loss saves: XLA's temporary bytes and step time, lean against naive, by size of the vocabulary.
+"""Memory and step time of the chunked loss, against computing all logits at once, by vocabulary size.
 
 Example:
   taskset -c 1 python experiments/benchmarks/head_memory.py --rounds=3
 
-`naive` makes all logits [B, L, V] in float32 and leaves the gradient to autodiff through log_softmax; `chunks` is the
-project's loss; `compact` also leaves out the chunks without a masked position, as the training step does. Half of the
-positions are masked. Bytes are XLA's, of loss and gradients of the head alone (hidden states and embedding in, their
-gradients out); times are of loss and gradients of the whole network. The variants take turns; the fastest round of each
-counts, by the clock and by the time of the processor. The last column is what a variant saves of the naive step.
+`naive` computes all logits [B, L, V] in float32 and leaves the gradient to autodiff through log_softmax; `chunks` is
+the project's loss; `compact` also skips the chunks without a masked position, as the training step does. Half of the
+positions are masked. Bytes are XLA's count for loss and gradients of the head alone (hidden states and embedding in,
+their gradients out); times are those of loss and gradients of the whole network. Rounds alternate between the variants;
+the fastest of each counts, in wall-clock and processor time. `saves` is the share of the naive step's time.
 """
 
 import functools
@@ -24,7 +24,7 @@ from illada_jax import cli, model
 from illada_jax.config import ModelConfig
 from illada_jax.diffusion.token_losses import token_losses
 
-ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each variant takes a step", 1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of each variant", 1)
 SIZES = flags.DEFINE_multi_enum("size", ["32k", "155k", "small"], ["32k", "155k", "small"], "sizes to measure")
 
 MASK = 5

@@ -1,12 +1,12 @@
-"""How fast batches come: mixture, random cuts and isolated documents at a length of 8,192, from ArrayRecord shards.
+"""Speed of the data pipeline: mixture, random splits and isolated documents at a length of 8,192, from token shards.
 
 Example:
   python experiments/benchmarks/loader.py --batches=10000
 
 Writes three corpora of random tokens, mixes them, and reads batches both directly (one thread) and through Grain's
-read-ahead. Prints tokens per second, tokens per second of processor time (all threads added up), the resident memory
-along the way, and the shares that the mixture reached beside its weights. The shards are in the system's page cache:
-the figures are about the loader and not about a disk.
+read-ahead. Prints tokens per second, tokens per second of processor time (summed over threads), the resident memory on
+the way, and the shares of the mixture beside its weights. The shards are in the system's page cache: the figures
+describe the loader, not a disk.
 """
 
 import itertools
@@ -30,16 +30,16 @@ from illada_jax.data.tokenizers import ByteTokenizer
 _LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "rows of a batch")
 _BATCHES = flags.DEFINE_integer("batches", 2000, "batches to read")
-_THREADS = flags.DEFINE_integer("threads", 2, "threads that read ahead")
-_MILLION_TOKENS = flags.DEFINE_integer("million_tokens", 60, "size of the corpora together")
-_SHARDS = flags.DEFINE_integer("shards", 300, "shards of the corpora together")
+_THREADS = flags.DEFINE_integer("threads", 2, "read-ahead threads")
+_MILLION_TOKENS = flags.DEFINE_integer("million_tokens", 60, "total size of the corpora")
+_SHARDS = flags.DEFINE_integer("shards", 300, "total number of shards")
 
 WEIGHTS = (0.6, 0.3, 0.1)
 _IDS_PER_CORPUS = 80
 
 
 def write_corpus(directory: pathlib.Path, num_tokens: int, num_shards: int, seed: int) -> None:
-    """Random tokens, of a range that belongs to the seed, in documents of about 1,000."""
+    """Writes random tokens in documents of about 1,000; each seed has a range of ids of its own."""
     tokenizer, draw, infos = ByteTokenizer(), np.random.default_rng(seed), []
     tokenizer.save(directory / "tokenizer")
     for n in range(num_shards):
@@ -57,7 +57,7 @@ def write_corpus(directory: pathlib.Path, num_tokens: int, num_shards: int, seed
 
 
 def measure(name: str, batches: Iterator[Batch], count: int) -> None:
-    """Reads `count` batches and prints how fast it went and what memory they left behind."""
+    """Reads `count` batches and prints the speed and the resident memory."""
     next(batches)
     tokens, memory, wall, processor = 0, [resident_megabytes()], time.perf_counter(), time.process_time()
     for n, batch in enumerate(itertools.islice(batches, count), 1):
@@ -70,13 +70,13 @@ def measure(name: str, batches: Iterator[Batch], count: int) -> None:
 
 
 def resident_megabytes() -> float:
-    """Memory of this process that is in RAM (Linux)."""
+    """Resident memory of this process (Linux)."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def main(_: list[str]) -> None:
-    """Writes, mixes, reads, prints."""
+    """Writes the corpora, reads the mixture, prints the figures."""
     with tempfile.TemporaryDirectory() as scratch:
         directories = [pathlib.Path(scratch) / name for name in "abc"]
         for seed, directory in enumerate(directories):

@@ -1,13 +1,12 @@
-"""What eight-bit weights save and cost on a trained model: bytes, bits per byte, task score, the same greedy tokens.
+"""Savings and cost of int8 weights on a trained model: bytes, bits per byte, task score, agreement of greedy tokens.
 
 Examples:
   python experiments/benchmarks/quantized.py --checkpoint=workdirs/quickstart --rows=64
   python experiments/benchmarks/quantized.py --checkpoint=workdirs/sudoku --rows=256
 
-Everything but the weights is the same for both: the masks of the bound, the prompts, greedy decoding of one token per
-step. The score is exact match (documents with the separator of `config.eval`) or the share of tokens hit in gaps;
-`agreement` is the share of the tokens that both wrote at the same place. Computes in float32, so that rounding the
-matrices is all that differs.
+Everything but the weights is equal: the masks of the bound, the prompts, greedy decoding of one token per step. The
+score is exact match (documents with the separator of `config.eval`) or the share of gap tokens filled in exactly;
+`agreement` is the share of equal tokens. Computes in float32, so that only the rounding of the matrices differs.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ flags.adopt_module_key_flags(decode)
 
 
 def num_bytes(path: str, dtype: str, quantize: str) -> int:
-    """Bytes of the params of a model, measured on the loaded arrays."""
+    """Bytes of a model's params, measured on the loaded arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(api.load(path, dtype, quantize=quantize).params))
 
 
@@ -59,7 +58,7 @@ def main(_: list[str]) -> None:
         scores[name] = score(written[name])
         error = math.sqrt(scores[name] * (1 - scores[name]) / len(prompts))
         print(f"{'float32' if name == 'none' else name:8} {bits[name]:.4f} ± {found['eval/bits_per_byte_stderr']:.4f} "
-              f"bits per byte, {'share of hits' if infill else 'exact match'} {scores[name]:.4f} ± {error:.4f} "
+              f"bits per byte, {'share of gap tokens' if infill else 'exact match'} {scores[name]:.4f} ± {error:.4f} "
               f"({len(prompts)} rows)")
     print(f"bits per byte {100 * (bits['int8'] / bits['none'] - 1):+.3f} %, score "
           f"{scores['int8'] - scores['none']:+.4f}, agreement of greedy tokens "

@@ -1,16 +1,15 @@
-"""How fast confidence-based scoring is beside the published loop in eager PyTorch.
+"""Speed of confidence-based scoring beside the published loop in eager PyTorch.
 
 Example:
   python experiments/benchmarks/score.py --questions=8
 
 A random network of the given size scores random candidates of mixed lengths. The PyTorch row is the published loop with
-the same weights: one candidate at a time, one evaluation of the whole row for each of its tokens, logits everywhere. It
-is left out, with a message, where PyTorch is not installed. On a busy machine compare the processor's seconds, on one
-core.
+the same weights: one candidate at a time, one evaluation of the whole row for each of its tokens, logits everywhere;
+without PyTorch a message replaces it. On a busy machine pin the process to one core and compare processor seconds.
 
-The other rows: `sums` are the paper's scores, exactly; `choice` is the best candidate of each question by score per
-token, exactly, found without finishing those that cannot win; `sums, k a step` approximates the scores by revealing k
-tokens at each step. What that costs in quality is measured on trained models by `experiments/studies/scoring.py`.
+`sums` are the paper's scores, exactly. `choice` is the best candidate of each question by score per token, exactly,
+found without finishing candidates that cannot win. `sums, k a step` approximates the scores by revealing k tokens at
+each step; `experiments/studies/scoring.py` measures the loss in quality on trained models.
 """
 
 import time
@@ -28,14 +27,14 @@ from illada_jax.decoding import SpecialIds
 from illada_jax.scoring import ScoreConfig, Scorer
 
 LAYERS = flags.DEFINE_integer("layers", 12, "layers of the random network")
-WIDTH = flags.DEFINE_integer("d_model", 512, "its width")
-VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "its vocabulary")
+WIDTH = flags.DEFINE_integer("d_model", 512, "width of the random network")
+VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "vocabulary of the random network")
 QUESTIONS = flags.DEFINE_integer("questions", 8, "questions to score")
 CANDIDATES = flags.DEFINE_integer("candidates", 4, "candidates of a question")
 CONTEXT = flags.DEFINE_integer("context_length", 64, "tokens of a question")
 SHORTEST = flags.DEFINE_integer("shortest", 8, "tokens of the shortest candidate")
 LONGEST = flags.DEFINE_integer("longest", 40, "tokens of the longest candidate")
-BATCH = flags.DEFINE_integer("batch_size", 16, "rows that are scored at the same time")
+BATCH = flags.DEFINE_integer("batch_size", 16, "rows scored at the same time")
 
 MASK = 5
 Pair = tuple[list[int], list[int]]
@@ -81,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def random_questions(config: ModelConfig) -> list[list[Pair]]:
-    """Random ids; candidates of one question are of different lengths."""
+    """Random ids; the candidates of a question differ in length."""
     rng = np.random.default_rng(0)
 
     def tokens(length: int) -> list[int]:
@@ -96,7 +95,7 @@ def random_questions(config: ModelConfig) -> list[list[Pair]]:
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Wall-clock and processor seconds."""
     start, start_processor = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - start, time.process_time() - start_processor
@@ -104,7 +103,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def print_line(name: str, seconds: tuple[float, float] | None, evaluations: int, candidates: int,
                published: tuple[float, float] | None) -> None:
-    """One row of the table; nothing where there are no seconds."""
+    """Prints a row of the table, or nothing if there are no seconds."""
     if seconds is None:
         return
     line = f"{name:16} {seconds[0]:8.2f} {seconds[1]:10.2f} {evaluations:12} {evaluations / candidates:12.1f}"
@@ -114,7 +113,7 @@ def print_line(name: str, seconds: tuple[float, float] | None, evaluations: int,
 
 
 def print_bound(config: ModelConfig, pairs: list[Pair], published: tuple[float, float] | None) -> None:
-    """What one evaluation for each token can reach: its products at the speed of products of this size."""
+    """Prints the limit of one evaluation per token: its matrix products at the rate of products of this size."""
     total = {"all logits": 0.0, "what is asked for": 0.0}
     layer = (model.num_params(config) - config.vocab_size * config.d_model) / config.num_layers
     head, scores = config.vocab_size * config.d_model, 2 * config.num_heads * config.head_dim
@@ -136,7 +135,7 @@ def print_bound(config: ModelConfig, pairs: list[Pair], published: tuple[float, 
 
 
 def torch_seconds(config: ModelConfig, params: dict, pairs: list[Pair]) -> tuple[float, float] | None:
-    """Seconds of the published loop, or None."""
+    """Wall-clock and processor seconds of the published loop; None without PyTorch."""
     try:
         import torch
         from torch_llada import Network, confidence_score

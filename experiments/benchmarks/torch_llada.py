@@ -1,7 +1,7 @@
-"""A plain PyTorch statement of the network and of the published decoding loops, for benchmarks and test fixtures.
+"""Plain PyTorch implementations of the network and of the published decoding loops, for benchmarks and test fixtures.
 
-Written from the papers' description (LLaDA, appendix on inference; iLLaDA, generation), as they run it: eager, one
-prompt at a time, the whole canvas at every step, without a cache.
+Written from the papers' descriptions (LLaDA, appendix on inference; iLLaDA, generation), and run as published: eagerly,
+one prompt at a time, the whole canvas at every step, without a cache.
 """
 
 import torch
@@ -48,7 +48,7 @@ class Network:
 
 
 def fixed_length(network, prompt, ids, max_new_tokens, block_length, steps_per_block, **options):
-    """LLaDA: all masks are visible from the start and are revealed block by block. Greedy. Returns the new tokens."""
+    """LLaDA: all masks are there from the start and are revealed block by block. Greedy. Returns the new tokens."""
     canvas = torch.tensor(list(prompt) + [ids["mask"]] * max_new_tokens)
     for start in range(len(prompt), len(canvas), block_length):
         denoise(network, canvas, len(prompt), start, start + block_length, steps_per_block, ids, **options)
@@ -56,7 +56,7 @@ def fixed_length(network, prompt, ids, max_new_tokens, block_length, steps_per_b
 
 
 def variable_length(network, prompt, ids, max_new_tokens, block_length, steps_per_block):
-    """iLLaDA: a block of masks is appended and denoised, until a block holds EOS. Greedy. Returns the new tokens."""
+    """iLLaDA: appends and denoises a block of masks until a block holds EOS. Greedy. Returns the new tokens."""
     canvas = torch.tensor(list(prompt), dtype=torch.long)
     while len(canvas) - len(prompt) + block_length <= max_new_tokens:
         start = len(canvas)
@@ -76,9 +76,9 @@ def denoise(network, canvas, prompt_length, start, stop, steps, ids, cfg_scale=0
         count = masks // steps + (1 if step < masks % steps else 0)
         logits = network(canvas)
         if cfg_scale > 0:
-            blind = canvas.clone()
-            blind[:prompt_length] = ids["mask"]
-            unconditional = network(blind)
+            uncond = canvas.clone()
+            uncond[:prompt_length] = ids["mask"]
+            unconditional = network(uncond)
             logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
         logits[:, ids["mask"]] = -torch.inf
         if logits_eos_inf:
@@ -88,14 +88,14 @@ def denoise(network, canvas, prompt_length, start, stop, steps, ids, cfg_scale=0
             logits[:, [ids["eos"], eot]] = -torch.inf
         confidence = F.softmax(logits.double(), -1).gather(-1, chosen[:, None])[:, 0]
         masked = start + (canvas[start:stop] == ids["mask"]).nonzero()[:, 0]
-        # The published topk leaves the order of equal confidences open; here the lower position comes first.
+        # The published topk leaves the order of equal confidences open; here the lower position wins.
         best = masked[torch.sort(confidence[masked], descending=True, stable=True).indices[:count]]
         canvas[best] = chosen[best]
 
 
 @torch.no_grad()
 def confidence_score(network, context, candidate, mask_id):
-    """Confidence-based score of one candidate (iLLaDA): the surest true token is revealed, an evaluation for each."""
+    """Confidence-based score of one candidate (iLLaDA): reveals the most confident true token, one per evaluation."""
     truth = torch.tensor([*context, *candidate])
     canvas = truth.clone()
     canvas[len(context) :] = mask_id

@@ -1,4 +1,4 @@
-"""A plain PyTorch statement of the transformer and its training step, as one would write it, for the benchmark."""
+"""A plain PyTorch implementation of the transformer and its training step, for the benchmark."""
 
 from typing import Any
 
@@ -68,10 +68,10 @@ class Network(torch.nn.Module):
 
 
 class Trainer:
-    """Takes training steps: gradient, clipping, AdamW with decay on the matrices."""
+    """Training steps: gradient, clipping, AdamW with weight decay on the matrices."""
 
     def __init__(self, params: dict[str, Any], config: Config, compiled: bool):
-        """Starts from our params; `compiled` uses torch.compile."""
+        """Copies `params`; `compiled` uses torch.compile."""
         self._network = Network(params, config.model, config.data.length)
         self._start = {name: value.clone() for name, value in self._network.state_dict().items()}
         self._loss = torch.compile(self._network) if compiled else self._network
@@ -79,7 +79,7 @@ class Trainer:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the initial params, with a new optimizer."""
+        """Restores the initial params, with a new optimizer."""
         self._network.load_state_dict(self._start)
         c = self._config
         matrices = [p for p in self._network.parameters() if p.ndim > 1]
@@ -88,7 +88,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.b1, c.b2), eps=c.eps)
 
     def step(self, noisy, targets, weights):
-        """One step; returns the loss before it."""
+        """Takes one step; returns the loss before it."""
         loss = self._loss(noisy, targets, weights)
         self._optimizer.zero_grad()
         loss.backward()

@@ -1,12 +1,12 @@
-"""A training step beside a plain PyTorch implementation of the same model, eager and compiled, in the same run.
+"""Speed of a training step beside a plain PyTorch implementation of the same model, eager and compiled.
 
 Example:
   taskset -c 1 python experiments/benchmarks/train_step.py --rounds=5
 
-Both start from the same weights and see the same tokens, masks and masking probabilities, clip, and take the same AdamW
-steps; the losses are printed beside each other. Ours also draws the masks, which PyTorch is given. Rounds alternate
-between the implementations, and the fastest step of each counts: by the clock, and by the time of the processor, which
-is what to compare on a busy machine. Without PyTorch ours is timed alone.
+Both start from the same weights, get the same tokens, masks and masking probabilities, clip, and take the same AdamW
+steps; the losses are printed beside each other. Our step also draws the masks, which PyTorch is given. Rounds alternate
+between the implementations, and the fastest of each counts, in wall-clock time and in processor time, which is the one
+to compare on a busy machine. Without PyTorch our step is timed alone.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from illada_jax.parallel.mesh import make_mesh, use_mesh
 from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.step import abstract_state, init_state, make_train_step
 
-ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each implementation takes its steps", 1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of each implementation", 1)
 STEPS = flags.DEFINE_integer("steps", 0, "steps of a round; 0: 50 of the small and 2 of the large model", 0)
 SIZES = flags.DEFINE_multi_enum("size", ["small", "large"], ["small", "large"], "models to time")
 COMPILE = flags.DEFINE_bool("torch_compile", True, "also time torch.compile (half a minute to compile)")
@@ -61,7 +61,7 @@ MODELS = {
 
 
 class Timed(NamedTuple):
-    """Seconds a step by the clock and of the processor, and the losses of the steps."""
+    """Wall-clock and processor seconds a step, and the losses of the steps."""
 
     seconds: float
     processor: float
@@ -105,14 +105,14 @@ def compare(size: Size) -> None:
 
 
 def make_batch(tokens_BL: np.ndarray) -> Batch:
-    """A batch of whole rows."""
+    """A batch of unpadded rows, one segment each."""
     ones_BL = np.ones_like(tokens_BL)
     positions_BL = np.broadcast_to(np.arange(tokens_BL.shape[1], dtype=np.int32), tokens_BL.shape)
     return Batch(tokens_BL, ones_BL.astype(bool), ones_BL, positions_BL, ones_BL.astype(np.float32))
 
 
 def timed_steps(step: Callable[[int], object], count: int, losses: Callable[[list], list[float]]) -> Timed:
-    """Takes `count` steps; `losses` fetches what they returned, which waits for them."""
+    """Takes `count` steps; `losses` fetches their results, which waits for them."""
     start, start_processor = time.perf_counter(), time.process_time()
     fetched = losses([step(i) for i in range(count)])
     return Timed((time.perf_counter() - start) / count, (time.process_time() - start_processor) / count, fetched)
@@ -143,7 +143,7 @@ def ours(config: Config, batches: list[Batch]) -> Callable[[], Timed]:
 
 
 def in_torch(config: Config, batches: list[Batch]) -> dict[str, Callable[[], Timed]]:
-    """Rounds of PyTorch steps, eager and compiled; none where PyTorch is missing."""
+    """Rounds of PyTorch steps, eager and compiled; none without PyTorch."""
     try:
         import torch
         from torch_training import Trainer

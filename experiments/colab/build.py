@@ -1,10 +1,10 @@
-"""Makes the .ipynb of every notebook here from its source, which is what to edit.
+"""Builds the .ipynb of every notebook here from its source; edit the source.
 
     pip install 'illada_jax[colab]'
     python experiments/colab/build.py
 
-A source is a Python file in jupytext's percent format. A notebook has no outputs: whoever opens it makes them. The test
-`tests/notebooks` holds that both are in step, and runs every notebook from its source.
+A source is a Python file in jupytext's percent format. The notebooks have no outputs; running them makes those.
+`tests/notebooks` checks that both agree, and runs every notebook from its source.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ SOURCES = sorted(path for path in HERE.glob("*.py") if path.name != "build.py")
 
 
 def read(source: pathlib.Path):
-    """The notebook that a source describes (an `nbformat.NotebookNode`), the same every time."""
+    """The notebook of a source (an `nbformat.NotebookNode`), the same every time."""
     import jupytext
 
     notebook = jupytext.read(source, fmt="py:percent")
@@ -32,7 +32,7 @@ def written(source: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Writes them all."""
+    """Writes all notebooks."""
     for source in SOURCES:
         target = source.with_suffix(".ipynb")
         target.write_text(written(source), encoding="utf-8")

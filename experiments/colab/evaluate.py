@@ -13,16 +13,17 @@
 # %% [markdown]
 # # Evaluate: confidence against likelihood
 #
-# Which of four answers does a diffusion language model find best? Two ways to score an answer $y$ behind a prompt $p$:
+# Which of four answers does a diffusion language model prefer? Two ways to score an answer $y$ to a prompt $p$:
 #
-# - **Monte-Carlo likelihood** (LLaDA). Hide a random number of the answer's tokens at random places, many times, and
-#   average what the network says of the hidden ones. It estimates a bound on $\log p(y \mid p)$: more draws, less
-#   noise.
-# - **Confidence-based scoring** (iLLaDA). Hide the whole answer. Reveal the token whose true value is most probable,
-#   add its log-probability, look again, and so on. No chance in it, one evaluation per token, and it is no likelihood.
+# - **Monte-Carlo likelihood** (LLaDA). Mask a random number of the answer's tokens at random positions, many times, and
+#   average the network's weighted log-probabilities of them. It estimates a bound on $\log p(y \mid p)$: more draws,
+#   less noise.
+# - **Confidence-based scoring** (iLLaDA). Mask the whole answer. Reveal the token whose true value is most probable,
+#   add its log-probability, evaluate again, and so on. It is deterministic, takes one evaluation per token, and is not
+#   a likelihood.
 #
-# This notebook compares them on a toy: a model of two million parameters and questions that are made here. Take the
-# method from it, not the numbers.
+# This notebook compares them on a toy: a model of two million parameters and questions that are made here. It shows the
+# method; the numbers mean little.
 
 # %%
 # @title Install: once, a minute or two
@@ -36,7 +37,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("illada_jax") is None:
-    checkout = pathlib.Path("../..").resolve()  # where this notebook lies in one
+    checkout = pathlib.Path("../..").resolve()  # of the repository, if this notebook is in one
     source = REPOSITORY or (str(checkout) if (checkout / "illada_jax" / "api.py").is_file() else "")
     if not source:
         raise RuntimeError('illada_jax is not installed. Set REPOSITORY = "…" at the top of this cell to the address '
@@ -49,7 +50,7 @@ if importlib.util.find_spec("illada_jax") is None:
     else:
         package = f"illada_jax[{extras}] @ git+{source.removeprefix('git+')}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
-    importlib.invalidate_caches()  # what was installed a moment ago can be imported
+    importlib.invalidate_caches()  # makes the new packages importable
 
 import jax
 
@@ -72,9 +73,9 @@ lm = illada_jax.load("demo")
 # %% [markdown]
 # ## One answer
 #
-# The end of a sentence, scored again and again. The Monte-Carlo estimate moves, and its standard error (from
-# independent replicates of the draws) says by how much; of few draws the error is itself a guess. The confidence score
-# is one number. The two are not estimates of the same thing: that they differ is no error.
+# The end of a sentence, scored with several seeds. The Monte-Carlo estimate varies, and its standard error (from
+# independent replicates of the draws) says by how much; with few draws the error itself is a rough estimate. The
+# confidence score is one number. The two do not estimate the same quantity, so they may differ.
 
 # %%
 context, candidate = "If the file cannot be opened, an OSError", " is raised and the file is closed."
@@ -82,7 +83,7 @@ draws = (4, 16, 64, 256)
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
 for seed in range(4):
     estimates = [lm.score(context, [candidate], method="monte_carlo", mc_num=count, seed=seed)[0] for count in draws]
-    shifted = np.array(draws) * 1.08 ** (seed - 1.5)  # beside each other
+    shifted = np.array(draws) * 1.08 ** (seed - 1.5)  # apart on the axis
     axes.errorbar(shifted, [each.value for each in estimates], [each.stderr for each in estimates], fmt="o", capsize=3,
                   markersize=4, color="C0", label="" if seed else "Monte-Carlo, four seeds")
 confidence = lm.score(context, [candidate], method="confidence")[0]
@@ -101,9 +102,9 @@ print(f"{last.length} tokens; confidence {confidence.value:.2f}, Monte-Carlo wit
 # ## Questions
 #
 # A docstring of your Python's standard library is cut: its first 20 tokens are the context, the next 12 the right
-# answer, and the same place of three other docstrings gives the wrong ones. Chance is 0.25. As all candidates have the
-# same length, nothing must be divided by it. The model was trained on the prose of the documentation, and a part of
-# these sentences stands there too: this shows how the methods compare, not how good the model is.
+# answer, and the same positions of three other docstrings the wrong ones. Chance is 0.25. All candidates have the same
+# length, so scores need no normalisation. The model was trained on the prose of the documentation, which contains some
+# of these sentences: this compares the methods and does not measure the model.
 
 # %%
 ITEMS = 120  # @param {type:"integer"}
@@ -131,7 +132,7 @@ def make_items(texts, count):
     """(ids of the context, those of four candidates, the number of the right one), the same every time."""
     draw = random.Random(0)
     long = [ids for ids in map(lm.tokenizer.encode, texts) if len(ids) >= BEFORE + LENGTH]
-    encoded = [ids for ids in long if lm.tokenizer.decode(ids[BEFORE:]).startswith(" ")]  # not within a word
+    encoded = [ids for ids in long if lm.tokenizer.decode(ids[BEFORE:]).startswith(" ")]  # the answer starts a word
     chosen = draw.sample(encoded, min(count, len(encoded)))
     items = []
     for number, own in enumerate(chosen):
@@ -151,9 +152,9 @@ for number, choice in enumerate(choices):
 # %% [markdown]
 # ## Accuracy against evaluations
 #
-# What a method costs are evaluations of the network. Two settings make confidence cheaper: it may reveal several tokens
-# a step (an approximation), and `choose` does not finish candidates that cannot win any more (the same choice as with
-# one token a step). A row of the network that two candidates share counts once.
+# The cost of a method is the number of network evaluations. Two settings make confidence scoring cheaper: it may reveal
+# several tokens a step (an approximation), and `choose` stops candidates that can no longer win (the same choice as
+# with one token a step). A row that two candidates share counts once.
 
 # %%
 METHODS = {
@@ -202,8 +203,8 @@ axes.legend(frameon=False, ncols=2, loc="lower right")
 plt.show()
 
 # %% [markdown]
-# The bars are standard errors over the questions. As all methods answer the same questions, their differences are
-# known better than that: a paired comparison counts only questions that one of two answers rightly and the other does
+# The bars are standard errors over the questions. All methods answer the same questions, so their differences have
+# smaller errors: a paired comparison counts only the questions that one method answers correctly and the other does
 # not.
 
 # %%
@@ -216,9 +217,9 @@ for name in ("confidence, 2 a step", "confidence, 4 a step", "Monte-Carlo, 1 dra
 # %% [markdown]
 # ## Do they rank alike?
 #
-# Every candidate as a point. Behind a good method the right candidates (orange) lie apart from the wrong ones. On the
-# right the margin of each question, by how much the right candidate leads the best wrong one: above 0 it is answered
-# rightly.
+# Each candidate is a point. A good method separates the right candidates (orange) from the wrong ones. On the right,
+# the margin of each question: the score of the right candidate minus that of the best wrong one. Above 0 the answer is
+# correct.
 
 # %%
 one, other = scores["confidence"], scores["Monte-Carlo, 16 draws"]
@@ -238,6 +239,6 @@ print(f"correlation of the scores {np.corrcoef(one.ravel(), other.ravel())[0, 1]
       f"{np.corrcoef(margins)[0, 1]:.3f}")
 
 # %% [markdown]
-# To go on: more `ITEMS` make the bars shorter, as one over the square root. `lm.choose(context, candidates)` is the
-# one-line form of all this, and `python -m illada_jax.evaluate` runs the tasks of lm-evaluation-harness with either
-# method and records every setting.
+# Next: more `ITEMS` shorten the bars with the inverse square root. `lm.choose(context, candidates)` does all this in
+# one line, and `python -m illada_jax.evaluate` runs the tasks of lm-evaluation-harness with either method and records
+# every setting.

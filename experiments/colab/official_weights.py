@@ -13,12 +13,12 @@
 # %% [markdown]
 # # The official weights: convert, chat, watch
 #
-# iLLaDA-8B-Instruct in the layout in which its authors publish it becomes a workdir of this package with matrices of
-# eight bits, which one accelerator with 16 GB can hold. Then you chat with it and watch it write.
+# The published weights of iLLaDA-8B-Instruct are converted to a workdir of this package with int8 matrices, which fits
+# on one accelerator with 16 GB. Then you chat with it and watch it write.
 #
-# **Where there is no room for eight billion parameters, the same cells run on a tiny stand-in**: a directory in the
-# very same layout (config.json, sharded safetensors, tokenizer), made from the small chat model of the package. What it
-# says is worth little; how it is loaded and how it writes is the same. The cells below decide which it is.
+# **Where eight billion parameters do not fit, the same cells run on a tiny stand-in**: a directory in the same layout
+# (config.json, sharded safetensors, tokenizer), made from the small chat model of the package. Its answers are worth
+# little; loading and decoding are the same. The cells below decide which one is used.
 
 # %%
 # @title Install: once, a minute or two
@@ -32,7 +32,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("illada_jax") is None:
-    checkout = pathlib.Path("../..").resolve()  # where this notebook lies in one
+    checkout = pathlib.Path("../..").resolve()  # of the repository, if this notebook is in one
     source = REPOSITORY or (str(checkout) if (checkout / "illada_jax" / "api.py").is_file() else "")
     if not source:
         raise RuntimeError('illada_jax is not installed. Set REPOSITORY = "…" at the top of this cell to the address '
@@ -45,7 +45,7 @@ if importlib.util.find_spec("illada_jax") is None:
     else:
         package = f"illada_jax[{extras}] @ git+{source.removeprefix('git+')}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
-    importlib.invalidate_caches()  # what was installed a moment ago can be imported
+    importlib.invalidate_caches()  # makes the new packages importable
 
 import jax
 
@@ -58,11 +58,11 @@ OFFICIAL = "GSAI-ML/iLLaDA-8B-Instruct"  # @param {type:"string"}
 TARGET = "workdirs/official_int8"  # @param {type:"string"}
 
 # %% [markdown]
-# ## Is there room?
+# ## Does it fit?
 #
-# The download is 15 GB, the converted model 8 GB more on the disk. While it is converted, tensor after tensor, the
-# device holds the part that is finished (8 GB at the end); to save it, it passes through the host. `auto` takes the 8B
-# model where an accelerator has the memory; on a CPU an answer of it takes many minutes, so there you must ask for it.
+# The download is 15 GB, the converted model 8 GB more on the disk. The conversion goes tensor by tensor; the device
+# holds the finished part (8 GB at the end), which passes through host memory when it is saved. `auto` takes the 8B
+# model if an accelerator has the memory; on a CPU its answers take many minutes, so there you must ask for it.
 
 # %%
 GB = 1e9
@@ -70,10 +70,10 @@ NEEDED = {"device memory": 12 * GB, "host memory": 14 * GB, "disk": 27 * GB}
 
 
 def free_bytes():
-    """What is free: on the first device, in host memory, on the disk under this directory."""
+    """Free bytes on the first device, in host memory, and on the disk of this directory."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     meminfo = pathlib.Path("/proc/meminfo")
-    if meminfo.exists():  # what the page cache holds can be had too
+    if meminfo.exists():  # the page cache is available too
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         host = 1024 * int(lines["MemAvailable"].split()[0])
     stats = jax.devices()[0].memory_stats()
@@ -86,17 +86,17 @@ short = [name for name, needed in NEEDED.items() if free[name] < needed]
 for name, needed in NEEDED.items():
     print(f"{name:13} {free[name] / GB:6.1f} GB free, {needed / GB:.0f} GB needed for 8B")
 if MODEL == "8B" and short:
-    raise RuntimeError(f'MODEL = "8B": there is not enough {" and ".join(short)} for it; take another machine, or '
-                       '"stand-in"')
+    raise RuntimeError(f'MODEL = "8B": there is not enough {" and ".join(short)}; use another machine, or '
+                       'MODEL = "stand-in"')
 use_8b = MODEL == "8B" or (MODEL == "auto" and not short and jax.default_backend() != "cpu")
-print(f"\nTaking {OFFICIAL if use_8b else 'the stand-in'}.")
+print(f"\nUsing {OFFICIAL if use_8b else 'the stand-in'}.")
 
 # %% [markdown]
 # ## The source
 #
-# The official weights are fetched from the Hugging Face Hub when they are converted; `OFFICIAL` may as well be a
-# directory that you have. The stand-in is made by the same converter, the other way round: the chat model of the
-# package becomes a workdir, and that a directory in iLLaDA's layout, in files of two megabytes.
+# The conversion fetches the official weights from the Hugging Face Hub; `OFFICIAL` may also be a local directory. The
+# same converter, in the other direction, makes the stand-in: the chat model of the package becomes a workdir, and that
+# becomes a directory in iLLaDA's layout, in files of two megabytes.
 
 # %%
 from illada_jax.interop.conversion import Conversion
@@ -115,8 +115,8 @@ else:
 # %% [markdown]
 # ## Convert to eight bits
 #
-# Every matrix is rounded to int8 with a scale for each of its outputs; embeddings and norms stay as they are. What is
-# written is whole or not there. An existing target is kept: run the cell again, and nothing is converted twice.
+# Every matrix is rounded to int8 with a scale for each of its outputs; embeddings and norms stay as they are. The
+# target is written atomically. An existing one is kept: running the cell again converts nothing twice.
 #
 # In a terminal the same is `python -m illada_jax.convert --source=… --target=… --quantize=int8`.
 
@@ -124,7 +124,7 @@ else:
 import illada_jax
 
 if use_8b and pathlib.Path(TARGET).is_dir():
-    print(f"{TARGET}: is there already")
+    print(f"{TARGET} exists already")
 else:
     if not use_8b:  # the stand-in may have changed, and costs nothing
         TARGET = "workdirs/stand_in/int8"
@@ -136,8 +136,8 @@ print(f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} qu
       f"heads, vocabulary {model.vocab_size:,}, context {model.max_length:,}")
 
 # %% [markdown]
-# What the memory is spent on. bfloat16 is the type of the published weights; training takes sixteen bytes a parameter
-# (weights, gradients and two moments in float32).
+# Memory of the parameters. The published weights are in bfloat16; training takes sixteen bytes a parameter (weights,
+# gradients and two moments in float32).
 
 # %%
 import matplotlib.pyplot as plt
@@ -153,7 +153,7 @@ parts = {"embedding": ("embedding", "head"), "attention": ("/attention/",), "fee
 sizes = {part: np.zeros(3) for part in parts}
 for path, param in params.items():
     part = next((name for name, marks in parts.items() if any(mark in path for mark in marks)), None)
-    if part is not None:  # norms are too small to be seen
+    if part is not None:  # norms are too small to show
         values = param.values if isinstance(param, Int8) else param
         sizes[part] += [4 * values.size, 2 * values.size, sum(x.nbytes for x in jax.tree.leaves(param))]
 unit, name = (1e9, "GB") if sum(sizes.values())[0] > 1e9 else (1e6, "MB")
@@ -173,8 +173,8 @@ plt.show()
 # %% [markdown]
 # ## Chat
 #
-# The answer appears block after block: a block is written in any order, then it stays. Put your own questions into the
-# list. The first answer waits for the compiler.
+# The answer appears block by block: each is revealed in any order and then stays. Put your own questions into the list.
+# The first answer waits for the compiler.
 
 # %%
 import time
@@ -183,12 +183,12 @@ SETTINGS = {"max_new_tokens": 128, "block_length": 32, "temperature": 0.0}
 
 
 def ask(messages, **settings):
-    """Answers, and prints the answer as its blocks are finished."""
+    """Answers, printing each block of the answer when it is finished."""
     shown = 0
 
     def on_block(_, so_far):
         nonlocal shown
-        stays = so_far.text.rstrip("\ufffd")  # half of a character is not shown yet
+        stays = so_far.text.rstrip("\ufffd")  # an incomplete character is not shown yet
         print(stays[shown:], end="", flush=True)
         shown = max(shown, len(stays))
 
@@ -201,7 +201,7 @@ def ask(messages, **settings):
 
 
 messages = []
-for question in ("What is iterator?", "What does shutil.copystat do?"):
+for question in ("What does os.listdir do?", "What is a namespace?"):
     print(f"> {question}")
     messages.append({"role": "user", "content": question})
     if not lm.has_room(messages, **SETTINGS):
@@ -211,8 +211,8 @@ for question in ("What is iterator?", "What does shutil.copystat do?"):
 # %% [markdown]
 # ## Watch it write
 #
-# Press Play, or drag the slider. Grey boxes are masks, a bar marks the start of a block. Point at a token for what the
-# network thought of.
+# Press Play, or drag the slider. Grey boxes are masks, a bar marks the start of a block. Point at a token for the
+# network's candidates.
 
 # %%
 import html
@@ -223,7 +223,7 @@ from IPython.display import HTML, Image, display
 from illada_jax import tracing
 from illada_jax.data.tokenizers.chat import encode_chat
 
-question = [{"role": "user", "content": "What does os.path.join do?"}]
+question = [{"role": "user", "content": "What does os.getpid do?"}]
 settings = {**SETTINGS, "max_new_tokens": 64}
 answer = lm.chat(question, **settings)
 trace = tracing.make_trace(lm, answer, title=question[0]["content"], num_candidates=4, **settings)
@@ -243,9 +243,9 @@ display(Image(image))
 # %% [markdown]
 # ## Faster answers
 #
-# One token a step is the published way. A threshold writes, at each step, every token that the model is sure enough of;
-# a prefix cache keeps keys and values of what is finished. Both change what is written: *agreement* is the share of
-# tokens that are those of the first row. A model that is sure of much gains much; try both together.
+# The published method reveals one token a step. A threshold reveals, at each step, every token that the model is
+# confident enough of; a prefix cache keeps keys and values of finished text. Both may change the answer: *agreement* is
+# the share of tokens equal to those of the first row. A confident model gains much; try both together.
 
 # %%
 prompt = encode_chat(lm.tokenizer, question, add_generation_prompt=True)
@@ -265,10 +265,10 @@ for name, way in ways.items():
           f"agreement {same:.2f}")
 
 # %% [markdown]
-# ## What eight bits change
+# ## The effect of int8
 #
-# Only where the same weights fit in bfloat16 beside the int8 ones: how often both put the same token first, and how far
-# apart their probabilities are.
+# Only where the bfloat16 weights fit beside the int8 ones: how often both rank the same token first, and the distance
+# between their probabilities.
 
 # %%
 in_bfloat16 = 2 * sum(x.size for x in jax.tree.leaves(lm.params))
@@ -281,11 +281,11 @@ if free_bytes()["device memory"] > 1.5 * in_bfloat16:
     rounded, original = (jax.nn.softmax(each.logits(noisy))[0, columns] for each in (lm, reference))
     same = float(np.mean(rounded.argmax(-1) == original.argmax(-1)))
     distance = float(np.mean(abs(rounded - original).sum(-1) / 2))
-    print(f"every second token of that answer hidden: the same token is first in {same:.3f} of {len(columns)} places; "
+    print(f"every second token of that answer masked: the same token ranks first at {same:.3f} of {len(columns)}; "
           f"the probabilities differ by {distance:.4f} (mean total variation)")
 else:
-    print("There is no room for both at once.")
+    print("Both do not fit at once.")
 
 # %% [markdown]
-# To go on: `python -m illada_jax.generate --checkpoint=… --chat` chats in a terminal, and
-# `--config.init.checkpoint=…` fine-tunes from a directory of weights (not from int8).
+# Next: `python -m illada_jax.generate --checkpoint=… --chat` chats in a terminal, and `--config.init.checkpoint=…`
+# fine-tunes from a directory of weights (not from int8).

@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Sampling from a masked diffusion language model
 #
-# A model such as iLLaDA does not write from left to right. It starts from masks, looks at all of them at the same time,
-# writes the tokens that it is surest of, and looks again. This notebook lets a small model of that kind write, and
-# shows the order in which it does so.
+# A model such as iLLaDA does not write from left to right. It starts from masks, predicts all of them at once, reveals
+# the tokens that it is most confident of, and repeats. In this notebook a small model of that kind writes, and you see
+# the order in which it does so.
 #
-# The model is part of the package: about two million parameters, trained on the prose of Python's documentation. It
-# knows the tone of a manual and little else, so do not expect truth. Everything here works the same with a large one.
-# It runs on a CPU, a GPU or a TPU, in two or three minutes.
+# The model comes with the package: about two million parameters, trained on the prose of Python's documentation. It
+# knows the tone of a manual and little else, so do not expect truth. Everything here works the same with a large model.
+# It runs on a CPU, a GPU or a TPU in two or three minutes.
 
 # %%
 # @title Install: once, a minute or two
@@ -33,7 +33,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("illada_jax") is None:
-    checkout = pathlib.Path("../..").resolve()  # where this notebook lies in one
+    checkout = pathlib.Path("../..").resolve()  # of the repository, if this notebook is in one
     source = REPOSITORY or (str(checkout) if (checkout / "illada_jax" / "api.py").is_file() else "")
     if not source:
         raise RuntimeError('illada_jax is not installed. Set REPOSITORY = "…" at the top of this cell to the address '
@@ -46,7 +46,7 @@ if importlib.util.find_spec("illada_jax") is None:
     else:
         package = f"illada_jax[{extras}] @ git+{source.removeprefix('git+')}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
-    importlib.invalidate_caches()  # what was installed a moment ago can be imported
+    importlib.invalidate_caches()  # makes the new packages importable
 
 import jax
 
@@ -73,9 +73,9 @@ print(f"{num_params:,} parameters, {lm.config.model.num_layers} layers, a vocabu
 # %% [markdown]
 # ## Write from nothing
 #
-# Forty masks and no prompt. `infill` fills every mask that it is given. The temperature decides how much chance there
-# is: at 0 the model writes what it thinks most probable, the same every time; at 1 it draws from its probabilities; the
-# demo's own setting lies between. Row i draws by the number i and the seed, whatever else is in the batch.
+# Forty masks and no prompt. `infill` fills every mask. The temperature sets the amount of randomness: at 0 the model
+# writes the most probable tokens, the same every time; at 1 it samples from its probabilities; the demo's own setting
+# lies between. The randomness of row i depends on i and the seed alone, not on the rest of the batch.
 
 # %%
 MASK = lm.tokenizer.mask_id
@@ -87,11 +87,11 @@ for temperature in (0.0, lm.config.decode.temperature):
 # %% [markdown]
 # ## Continue a text
 #
-# New tokens are written in blocks behind the prompt, and inside of a block in any order. The answer ends where the
-# model writes its end token, or when the budget is used up.
+# New tokens are written in blocks after the prompt, and within a block in any order. The answer ends where the model
+# writes its end token, or when the budget is used up.
 
 # %%
-prompts = ["The with statement", "Return a list of", "If the file does not exist,"]
+prompts = ["If the process is not", "Write the data to", "Return True if the file"]
 for prompt, result in zip(prompts, lm.generate(prompts, max_new_tokens=40), strict=True):
     print(f"{prompt}▸{result.text}\n   ({len(result.tokens)} tokens, {result.nfe} evaluations, ended by "
           f"{result.stopped_by})\n")
@@ -99,14 +99,14 @@ for prompt, result in zip(prompts, lm.generate(prompts, max_new_tokens=40), stri
 # %% [markdown]
 # ## Fill gaps
 #
-# What stands behind a gap counts as much as what stands before it, which a left-to-right model cannot do without
-# being trained for it. `[[mask:4]]` is a gap of four tokens.
+# The text after a gap counts as much as the text before it; a left-to-right model needs special training for that.
+# `[[mask:4]]` is a gap of four tokens. Write no space before a gap: tokens bring their own.
 
 # %%
 gapped = [
-    "Return a [[mask:4]] of the file, or None if it cannot be opened.",
-    "The [[mask:3]] statement is used to catch exceptions.",
-    "This function [[mask:6]] and returns the number of bytes written.",
+    "Return a[[mask:4]] of the file, or None if it cannot be opened.",
+    "The function[[mask:2]] None if the file does not exist.",
+    "Wait until the[[mask:2]] is finished.",
 ]
 for text, result in zip(gapped, lm.infill(gapped, temperature=0.0), strict=True):
     print(f"{text}\n{result.text}\n")
@@ -114,27 +114,27 @@ for text, result in zip(gapped, lm.infill(gapped, temperature=0.0), strict=True)
 # %% [markdown]
 # ## Chat
 #
-# The same model, fine-tuned on questions about what the documentation defines. A conversation is rendered by the
-# tokenizer's chat template, and the answer ends at its end token. Remember the size of the model: the form is right
-# more often than the content.
+# The same model, fine-tuned on questions about definitions in the documentation. The tokenizer's chat template renders
+# a conversation, and the answer ends at its end token. Remember the size of the model: the form is right more often
+# than the content.
 
 # %%
 chat = illada_jax.load("demo-chat")
-for question in ("What is iterator?", "What does shutil.copystat do?", "What does os.path.join do?"):
+for question in ("What does os.listdir do?", "What does os.getpid do?", "What is a namespace?"):
     answer = chat.chat([{"role": "user", "content": question}], temperature=0.0)
     print(f"> {question}\n{answer.text}\n")
 
 # %% [markdown]
 # ## Watch a text come into focus
 #
-# A result knows at which step each of its tokens was written, so that every state in between is known.
-# `tracing.make_trace` asks the network what it thought of at each of them. Press Play, or drag the slider; point at a
-# token for the candidates.
+# A result records the step at which each of its tokens was written, and so every state in between. `tracing.make_trace`
+# evaluates the network at each of them for its candidates. Press Play, or drag the slider; point at a token for the
+# candidates.
 
 
 # %%
 def show(traces, height=330):
-    """Shows traces side by side, inside of the notebook."""
+    """Shows traces side by side in the notebook."""
     with tempfile.TemporaryDirectory() as directory:
         page = pathlib.Path(directory) / "page.html"
         tracing.write_page(page, traces)
@@ -142,7 +142,7 @@ def show(traces, height=330):
     display(HTML(f'<div><iframe srcdoc="{text}" style="width:100%;height:{height}px;border:0"></iframe></div>'))
 
 
-prompt, settings = "The with statement", {"max_new_tokens": 32, "block_length": 32, "temperature": 0.0}
+prompt, settings = "If the file is opened", {"max_new_tokens": 32, "block_length": 32, "temperature": 0.0}
 result = lm.generate([prompt], **settings)[0]
 trace = tracing.make_trace(lm, result, title="one block of 32", num_candidates=3, **settings)
 in_blocks = {**settings, "block_length": 8}
@@ -150,9 +150,9 @@ other = lm.generate([prompt], **in_blocks)[0]
 show([trace, tracing.make_trace(lm, other, title="four blocks of 8", num_candidates=3, **in_blocks)])
 
 # %% [markdown]
-# The same as a picture: each row is a step, each column a place in the text. The colour is the probability of the
-# model's best candidate there; a red square is the token that the step wrote, and from then on the place is white.
-# The model writes where it is surest, and each token that it writes changes what it thinks of the others.
+# The same as a picture: each row is a step, each column a position in the text. The colour is the probability of the
+# model's best candidate there; a red square is the token that the step revealed, and after it the position is white.
+# The model reveals where it is most confident, and each revealed token changes its predictions of the others.
 
 # %%
 written_at = np.array(trace.written_at)
@@ -174,9 +174,9 @@ figure.colorbar(image, label="probability of the best candidate", pad=0.02, form
 plt.show()
 
 # %% [markdown]
-# One text is an anecdote. Here is the order of many: how often a place of the next 32 tokens was written at a step. In
-# one block of 32 the order is free, and what it prefers is the model's choice. Blocks of 8 go from left to right, as a
-# staircase; inside of each the order is free again.
+# One text is an anecdote. Here is the order of many: how often each of the next 32 positions was revealed at each step.
+# In one block of 32 the order is free, and the preferences are the model's. Blocks of 8 follow each other from left to
+# right, as a staircase; within each the order is free again.
 
 # %%
 LENGTH, TEXTS = 32, 24
@@ -188,11 +188,11 @@ for block_length in (32, 8):
     shares[block_length] = np.array([np.bincount(at, minlength=LENGTH) for at in steps.T]).T / TEXTS
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-# The square root, so that rare orders are to be seen beside frequent ones.
+# The square root makes rare orders visible beside frequent ones.
 scale = matplotlib.colors.PowerNorm(0.5, 0, max(share.max() for share in shares.values()))
 for axes, (block_length, share) in zip(panels, shares.items(), strict=True):
     image = axes.imshow(share, cmap="magma", norm=scale)
-    axes.set(xlabel="place behind the prompt", title=f"blocks of {block_length}")
+    axes.set(xlabel="position after the prompt", title=f"blocks of {block_length}")
 panels[0].set_ylabel("step")
 figure.colorbar(image, ax=panels, label="share of the texts", format="{x:.0%}")
 plt.show()
@@ -200,16 +200,16 @@ plt.show()
 # %% [markdown]
 # ## Steps against quality
 #
-# Each step costs one evaluation of the network. Writing several tokens a step is faster, and here is what it costs,
-# measured in two ways.
+# Each step costs one evaluation of the network. Revealing several tokens a step is faster; two measures show its cost
+# in quality.
 #
-# - **Gaps.** Of passages of 48 tokens every third is hidden; how many are filled in rightly? The passages are
-#   docstrings of your Python's standard library. The model was trained on the documentation, where a part of them
-#   stands too, so this compares settings and is no exam.
-# - **Whole texts.** 24 texts from nothing. Do their parts fit together? Every second token is hidden, and we ask how
-#   probable the model finds it, given the others. Tokens of one step do not know of each other: each may be a good
-#   guess, and together they may still make no sense. As dull texts fit together too, the number of different tokens is
-#   shown beside it.
+# - **Gaps.** Every third token of passages of 48 tokens is masked; how many are filled in exactly? The passages are
+#   docstrings of your Python's standard library. The model was trained on the documentation, which contains some of
+#   them, so this compares settings and is not an exam.
+# - **Whole texts.** 24 texts from nothing. Do their parts fit together? Every second token is masked, and the model's
+#   probability of it, given the others, is measured. Tokens revealed in one step do not see each other: each may be a
+#   good prediction, and together they may still make no sense. As dull texts fit together too, the number of different
+#   tokens is shown beside it.
 
 # %%
 import importlib
@@ -245,7 +245,7 @@ print(f"{len(encoded)} passages; the first: {lm.tokenizer.decode(truth[0])!r}")
 
 
 def fit(tokens):
-    """For each text, the mean log-probability of its tokens when every second one is hidden."""
+    """For each text, the mean log-probability of its tokens when every second one is masked."""
     total = np.zeros(len(tokens))
     for half in (0, 1):
         asked = np.arange(half, tokens.shape[1], 2)
@@ -272,11 +272,11 @@ measured = np.array(rows)  # [settings, quantities, (mean, standard error)]
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-labels = ("gaps filled in rightly", "log-probability given the others", f"different tokens, of {LENGTH}")
+labels = ("gaps filled in exactly", "log-probability given the others", f"different tokens, of {LENGTH}")
 for number, (axes, label) in enumerate(zip(panels, labels, strict=True)):
     mean, error = measured[:, number].T
     axes.errorbar(TOKENS_PER_STEP, mean, error, fmt="o-", capsize=3, color=f"C{number}")
-    axes.set(xscale="log", xlabel="tokens written per step", title=label)
+    axes.set(xscale="log", xlabel="tokens revealed per step", title=label)
     axes.set_xticks(TOKENS_PER_STEP, TOKENS_PER_STEP)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -288,6 +288,6 @@ for tokens_per_step, row in zip(TOKENS_PER_STEP, measured, strict=True):
     print(f"{tokens_per_step:2} a step: " + "   ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in row))
 
 # %% [markdown]
-# To go on: `lm.generate(..., reveal="threshold", threshold=0.9)` lets the model decide how many tokens a step writes,
-# and `cache="prefix"` reuses keys and values within a block. The notebook `train_sudoku` shows a task where the order
+# Next: `lm.generate(..., reveal="threshold", threshold=0.9)` lets the model decide how many tokens a step reveals, and
+# `cache="prefix"` reuses keys and values within a block. The notebook `train_sudoku` shows a task where the order
 # decides between right and wrong.

@@ -14,11 +14,11 @@
 # # Train a diffusion language model to solve sudoku
 #
 # A 4 × 4 sudoku is a text: `1.3..4..2..3.3.1=1234…`, sixteen cells of the puzzle, `=`, sixteen cells of its solution.
-# A small model learns it like any other text, by filling in masks. Nobody tells it the rules. Then it solves puzzles of
-# grids that it has never seen, and it matters much in which order it writes.
+# A small model learns it like any other text, by filling in masks. It is not told the rules. Then it solves puzzles of
+# grids that it has never seen, and the order in which it writes matters much.
 #
-# With its default this notebook trains for fewer steps than `experiments/sudoku.py`, so that it ends in two or three
-# minutes on a CPU. Set `STEPS = 440` for that whole run; the model then gets better.
+# By default this notebook trains for fewer steps than `experiments/sudoku.py`, to finish in two or three minutes on a
+# CPU. Set `STEPS = 440` for that whole run and a better model.
 
 # %%
 # @title Install: once, a minute or two
@@ -32,7 +32,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("illada_jax") is None:
-    checkout = pathlib.Path("../..").resolve()  # where this notebook lies in one
+    checkout = pathlib.Path("../..").resolve()  # of the repository, if this notebook is in one
     source = REPOSITORY or (str(checkout) if (checkout / "illada_jax" / "api.py").is_file() else "")
     if not source:
         raise RuntimeError('illada_jax is not installed. Set REPOSITORY = "…" at the top of this cell to the address '
@@ -45,7 +45,7 @@ if importlib.util.find_spec("illada_jax") is None:
     else:
         package = f"illada_jax[{extras}] @ git+{source.removeprefix('git+')}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
-    importlib.invalidate_caches()  # what was installed a moment ago can be imported
+    importlib.invalidate_caches()  # makes the new packages importable
 
 import jax
 
@@ -60,8 +60,8 @@ WORKDIR = "workdirs/sudoku_notebook"  # @param {type:"string"}
 # ## The config
 #
 # Every field has a default, and `illada_jax/config.py` documents each. These are the settings of
-# `experiments/sudoku.py`, but for the number of steps and how often it is evaluated: 0.8 M parameters, bytes as tokens,
-# a sixth of the grids held out.
+# `experiments/sudoku.py`, except the number of steps and of evaluations: 0.8 M parameters, bytes as tokens, a sixth of
+# the grids held out.
 
 # %%
 import itertools
@@ -114,12 +114,12 @@ config = config_lib.from_config_dict(c)
 # %% [markdown]
 # ## Train
 #
-# What the command `python -m illada_jax.main --config=experiments/sudoku.py` does, in Python: open the data, make a
-# mesh of all devices, name what is evaluated, train. The workdir keeps metrics and checkpoints: run the cell again
-# after an interruption, and it goes on where it was.
+# The steps of `python -m illada_jax.main --config=experiments/sudoku.py` in Python: open the data, make a mesh of all
+# devices, define the evaluators, train. The workdir holds metrics and checkpoints: run the cell again after an
+# interruption, and training continues.
 #
-# An evaluator is any function of (params, step) that returns numbers or texts by name. Ours counts how many of 64
-# held-out puzzles are solved, and notes how one of them is answered.
+# An evaluator is any function of (params, step) that returns numbers or texts by name. This one counts how many of 64
+# held-out puzzles are solved, and records the answer to one of them.
 
 # %%
 from illada_jax.api import LanguageModel
@@ -131,13 +131,13 @@ mesh = make_mesh(config.mesh)
 config, corpus, batches = open_data(config)
 heldout = [corpus.tokenizer.decode(corpus.heldout.document(i)) for i in range(corpus.heldout.num_documents)]
 PUZZLES = [text.partition("=") for text in heldout[:64]]
-puzzle, _, solution = max(PUZZLES, key=lambda parts: parts[0].count("."))  # as few given digits as there are
+puzzle, _, solution = max(PUZZLES, key=lambda parts: parts[0].count("."))  # the one with the fewest given digits
 print(f"{corpus.train.num_documents:,} puzzles to train on, {len(heldout):,} of other grids held out; one of them: "
       f"{puzzle}={solution}")
 
 
 def solve(params, step):
-    """The share of the puzzles that is solved now, and the answer to one."""
+    """The share of solved puzzles, and the answer to one of them."""
     lm = LanguageModel(config, params, corpus.tokenizer, mesh)
     answers = [result.text for result in lm.generate([f"{text}=" for text, _, _ in PUZZLES])]
     right = [answer == wanted for answer, (_, _, wanted) in zip(answers, PUZZLES, strict=True)]
@@ -205,10 +205,10 @@ plt.show()
 # %% [markdown]
 # ## Watch it solve
 #
-# The answer is one block of 17 masks, sixteen digits and EOS, and each step writes the token that the model is surest
-# of. The darker an empty cell, the surer it is there; red is the digit that the step wrote, black are given digits,
-# blue those that it found. EOS has no cell: the step that writes it changes nothing here. The model begins with what is
-# easy, given digits above all, and leaves for the end what the others decide.
+# The answer is one block of 17 masks, sixteen digits and EOS, and each step reveals the token that the model is most
+# confident of. The darker an empty cell, the more confident the model; red is the digit of this step, given digits are
+# black, found ones blue. EOS has no cell: the step that reveals it changes nothing here. The model begins with the easy
+# cells, given digits above all, and leaves those that depend on others for the end.
 
 # %%
 from illada_jax import tracing
@@ -225,13 +225,13 @@ for step, axes in enumerate(panels.flat):
     if step > trace.num_steps:
         axes.set_axis_off()
         continue
-    sure = trace.candidates[step] if step < trace.num_steps else {}
+    candidates = trace.candidates[step] if step < trace.num_steps else {}
     cells, colours, shades = [], [], []
     for cell in range(16):
         at = written_at[cell]
         cells.append(trace.pieces[start + cell] if at < step else "")
         colours.append("#d62728" if at == step - 1 else "black" if puzzle[cell] != "." else "#1f5ab4")
-        best = sure.get(start + cell)
+        best = candidates.get(start + cell)
         shades.append(greens(0.75 * best[0].probability) if best else "white")
     draw_grid(axes, cells, colours, f"after step {step}" if step else "all masks", shades)
 plt.show()
@@ -241,22 +241,22 @@ print(f"{puzzle} → {result.text}: {verdict}, {result.nfe} evaluations")
 # %% [markdown]
 # ## The order matters
 #
-# The same model, the same puzzles; only the order and the number of steps differ. *Surest first* is the rule of iLLaDA
-# and LLaDA. *Random* writes the most probable token too, but at places drawn by chance: it must guess digits that are
-# not yet decided, and a wrong one stays. Fewer steps write several tokens at the same time, which do not know of each
+# The same model, the same puzzles; only the order and the number of steps differ. *Most confident first* is the rule of
+# iLLaDA and LLaDA. *Random* writes the most probable token too, but at random positions: it must guess digits that are
+# not yet determined, and a wrong one stays. With fewer steps, several tokens are revealed at once and do not see each
 # other.
 
 # %%
 COUNT = 192
 asked = [text.partition("=") for text in heldout[:COUNT]]
 STEPS_PER_ANSWER = (17, 8, 4, 1)
-orders = {"low_confidence": "surest first", "random": "random"}
+orders = {"low_confidence": "most confident first", "random": "random"}
 share = {}
 for order, count in itertools.product(orders, STEPS_PER_ANSWER):
     results = lm.generate([f"{text}=" for text, _, _ in asked], confidence=order, steps_per_block=count)
     share[order, count] = np.mean([result.text == right for result, (_, _, right) in zip(results, asked, strict=True)])
     if (order, count) == ("low_confidence", 17):
-        surest_first = results
+        confident_first = results
 
 figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 for number, (order, name) in enumerate(orders.items()):
@@ -270,16 +270,16 @@ axes.grid(alpha=0.3)
 axes.legend(frameon=False)
 plt.show()
 for (order, count), mean in share.items():
-    print(f"{orders[order]:13} {count:2} steps: {mean:.3f} ± {np.sqrt(mean * (1 - mean) / COUNT):.3f}")
+    print(f"{orders[order]:20} {count:2} steps: {mean:.3f} ± {np.sqrt(mean * (1 - mean) / COUNT):.3f}")
 
 # %% [markdown]
-# Which cells does it write first? For every empty cell we count the digits that row, column and box of the puzzle leave
+# Which cells does it reveal first? For every empty cell, count the digits that row, column and box of the puzzle leave
 # possible. A person begins with the cells that have only one. Does the model, which was never told to?
 
 
 # %%
 def possible_digits(text, cell):
-    """How many digits the given ones leave possible for an empty cell."""
+    """The number of digits that the given ones leave possible for an empty cell."""
     row, column = divmod(cell, 4)
     seen = {text[other] for other in range(16)
             if other // 4 == row or other % 4 == column
@@ -288,7 +288,7 @@ def possible_digits(text, cell):
 
 
 steps_of = {}
-for (text, _, _), result in zip(asked, surest_first, strict=True):
+for (text, _, _), result in zip(asked, confident_first, strict=True):
     for cell, at in enumerate(result.reveal_step[:16]):
         kind = possible_digits(text, cell) if text[cell] == "." else 0
         steps_of.setdefault(kind, []).append(at)
@@ -302,12 +302,11 @@ for row, kind in enumerate(kinds):
     mean = np.mean(steps_of[kind])
     axes.plot(mean, row, "D", color="white", markeredgecolor="black", label="mean" if row == 0 else None)
 axes.set_yticks(range(len(kinds)), [f"{names[kind]}" for kind in kinds])
-axes.set(xlabel="step at which the cell is written", title="cells by what the puzzle leaves possible")
+axes.set(xlabel="step at which the cell is revealed", title="cells by the number of possible digits")
 axes.legend(loc="upper right", fontsize=8)
 figure.colorbar(image, label="share of the cells", format="{x:.0%}", ticks=np.arange(0, 1, 0.05))
 plt.show()
 
 # %% [markdown]
-# To go on: the workdir is a checkpoint like any other, `illada_jax.load(WORKDIR)` or
-# `python -m illada_jax.generate --checkpoint=…` take it. Change the config above and train again in another workdir:
-# does a model of two layers learn it?
+# Next: the workdir is a checkpoint like any other, for `illada_jax.load(WORKDIR)` and `python -m illada_jax.generate
+# --checkpoint=…`. Change the config above and train again in another workdir: does a model of two layers learn it?

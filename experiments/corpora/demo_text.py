@@ -1,11 +1,11 @@
-"""The text of the demo model: the prose of Python's documentation, and questions that it answers.
+"""The corpus of the demo models: the prose of Python's documentation, and questions that it answers.
 
     apt-get install python3.11-doc && pip install beautifulsoup4
     python experiments/corpora/demo_text.py --html=/usr/share/doc/python3.11/html --target=corpora/demo
 
-The same pages are at docs.python.org (download, HTML), under the licence of Python, which lets anybody redistribute
-them. Writes `prose.jsonl`, a section a line without code, tables and lists of names, and `questions.jsonl`, a
-conversation of two turns for each function, class and term that the documentation explains.
+The same pages are at docs.python.org (download, HTML), under the licence of Python, which allows redistribution. Writes
+`prose.jsonl`, one section a line, without code, tables and lists of names, and `questions.jsonl`, a conversation of two
+turns for each function, class and term that the documentation explains. Less than a minute.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-ROOMS = ("tutorial", "library", "reference", "howto", "faq", "using", "extending", "distutils", "installing",
+FOLDERS = ("tutorial", "library", "reference", "howto", "faq", "using", "extending", "distutils", "installing",
          "c-api")
 NO_PROSE = ["pre", "table", "script", "style", "a.headerlink", "div.highlight", "div.toctree-wrapper", "nav",
             "p.availability", "p.admonition-title", "div.versionadded", "div.versionchanged", "div.deprecated",
@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--html", type=pathlib.Path, required=True, help="directory of the documentation")
     parser.add_argument("--target", type=pathlib.Path, required=True, help="directory to write to")
     arguments = parser.parse_args()
-    pages = sorted(page for room in ROOMS for page in (arguments.html / room).rglob("*.html"))
+    pages = sorted(page for folder in FOLDERS for page in (arguments.html / folder).rglob("*.html"))
     if not pages:
-        sys.exit(f"{arguments.html}: no page of {', '.join(ROOMS)} in it; is it the HTML documentation of Python?")
-    prose: dict[str, None] = {}  # a page may repeat what another says
+        sys.exit(f"{arguments.html}: has no pages in {', '.join(FOLDERS)}; give the HTML documentation of Python")
+    prose: dict[str, None] = {}  # pages repeat each other
     questions: dict[str, str] = {}
     for page in [*pages, arguments.html / "glossary.html"]:
         body = read(page)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def read(page: pathlib.Path):
-    """The body of a page without what is no prose."""
+    """The body of a page, without elements that are not prose."""
     from bs4 import BeautifulSoup
 
     body = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").select_one("div.body")
@@ -59,7 +59,7 @@ def read(page: pathlib.Path):
 
 
 def sections(body) -> Iterator[str]:
-    """A section's title and paragraphs, without the sections inside it."""
+    """Title and paragraphs of each section, without the sections inside it."""
     for section in body.select("section, div.section"):
         lines = []
         for element in section.select("h1, h2, h3, h4, p, dl.py > dt, dl.c > dt, dl.glossary > dt"):
@@ -71,7 +71,7 @@ def sections(body) -> Iterator[str]:
 
 
 def asked(body) -> Iterator[tuple[str, str]]:
-    """Questions about what the page defines, with the first sentences of its explanation."""
+    """Questions about the definitions on a page, each with the first sentences of the definition."""
     for entry in body.select("dl.py, dl.glossary"):
         kinds = set(entry.get("class"))
         for term in entry.find_all("dt", recursive=False):
@@ -86,7 +86,7 @@ def asked(body) -> Iterator[tuple[str, str]]:
 
 
 def shortened(text: str) -> str:
-    """Whole sentences up to LONGEST_ANSWER characters; empty if the first is longer."""
+    """The first whole sentences within LONGEST_ANSWER characters; empty if there are none."""
     answer = ""
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
         if len(answer) + len(sentence) >= LONGEST_ANSWER:
@@ -96,12 +96,12 @@ def shortened(text: str) -> str:
 
 
 def plain(element) -> str:
-    """The text on one line, with the quotes of a typewriter."""
+    """The text on one line, with ASCII quotes."""
     return " ".join(element.get_text().translate(ASCII).replace("¶", "").split())
 
 
 def write(path: pathlib.Path, records: list[dict]) -> None:
-    """One JSON object a line."""
+    """Writes JSON Lines."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     print(f"{path}: {len(records):,} lines, {path.stat().st_size:,} bytes")
 

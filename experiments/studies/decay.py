@@ -1,13 +1,12 @@
-"""Decay on demand: a constant rate until the run says that the loss has stopped falling, then the decay.
+"""Decay on demand: a constant rate until the run reports that the loss has stopped falling, then the decay.
 
     python experiments/studies/decay.py
 
-What the paper saw at 8B, at a size that a CPU trains (`experiments/pretrain_small.py`, 0.16 M parameters). The study
-types what an operator types. It starts the training command and stops it (SIGTERM) when the plateau report has fired at
-step R. At N = R + 500 it forks: one branch goes on with `--config.optimizer.decay_start=N
---config.optimizer.decay_steps=M --config.train.steps=N+M`, M = N / 5, the other as it was. Both see the same batches,
-masks and held-out text, so what lies between them is the decay. About ten minutes of one core; a study that was stopped
-goes on with the same command.
+The paper's observation at 8B, at a size that a CPU trains (`experiments/pretrain_small.py`, 0.16 M parameters). The
+study runs the commands of an operator. It starts training and stops it (SIGTERM) when the plateau report fires at step
+R. At N = R + 500 it forks: one branch continues with `--config.optimizer.decay_start=N --config.optimizer.decay_steps=M
+--config.train.steps=N+M`, M = N / 5, the other unchanged. Both get the same batches, masks and held-out text, so that
+the decay is the only difference. About ten minutes on one core; the same command continues an interrupted study.
 """
 
 import argparse
@@ -29,17 +28,17 @@ from illada_jax.cli import EXIT_RESUMABLE
 from illada_jax.training.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-WAIT = 500  # the fork is at a multiple of it, so that it does not depend on how fast the run was stopped
-EVERY = 250  # steps between evaluations behind the fork
+WAIT = 500  # the fork is at a multiple of it, so that it does not depend on how fast the run stopped
+EVERY = 250  # steps between evaluations after the fork
 
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What a run has written into its metrics, whatever is whole of it."""
+    """The complete lines of a run's metrics."""
     return read_lines(epath.Path(workdir), -1, sys.maxsize)
 
 
 def reported_at(workdir: pathlib.Path) -> int | None:
-    """The step at which a run first said that its loss has stopped falling."""
+    """The step at which a run first reported that its loss had stopped falling; None if it has not."""
     return next((line["step"] for line in lines(workdir) if line.get("trend/stopped")), None)
 
 
@@ -50,7 +49,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def train(config: str, workdir: pathlib.Path, changes: dict[str, int], until: Callable[[], bool] = lambda: False
           ) -> None:
-    """Types the training command; stops it, as an operator would, when `until` holds. Exits where it fails."""
+    """Runs the training command; stops it with SIGTERM when `until()` is true. Exits if it fails."""
     command = [sys.executable, "-m", "illada_jax.main", f"--config={config}", f"--workdir={workdir}",
                *(f"--config.{key}={value}" for key, value in changes.items())]
     print(" ".join(command), flush=True)
@@ -64,20 +63,20 @@ def train(config: str, workdir: pathlib.Path, changes: dict[str, int], until: Ca
                 process.send_signal(signal.SIGTERM)
                 stopped = True
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C has reached it too: it saves
+        process.wait()  # Ctrl-C has reached it too: it is saving
     if process.returncode not in ((0, EXIT_RESUMABLE) if stopped else (0,)):
-        sys.exit(f"the run ended with code {process.returncode}: the same command goes on with the study")
+        sys.exit(f"error: training ended with exit code {process.returncode}; the same command continues the study")
 
 
 def run(config: str, results: pathlib.Path) -> tuple[int, int, int]:
-    """Does what is missing of the study. Returns the steps of the report, of the fork and of the end."""
+    """Runs the missing parts of the study. Returns the steps of the report, of the fork and of the end."""
     constant, decayed, plan = results / "constant", results / "decayed", results / "plan.json"
     if not plan.exists():
         if reported_at(constant) is None:
             train(config, constant, {}, until=lambda: reported_at(constant) is not None)
         report = reported_at(constant)
         if report is None:
-            sys.exit(f"{constant}: the run ended before its loss stopped falling; give it more steps (train.steps)")
+            sys.exit(f"error: {constant}: training ended before the loss stopped falling; raise config.train.steps")
         fork = (lines(constant)[-1]["step"] // WAIT + 1) * WAIT
         plan.write_text(json.dumps([report, fork, fork + round(fork / 5 / EVERY) * EVERY]))
     report, fork, end = json.loads(plan.read_text())
@@ -131,10 +130,10 @@ def summary(results: pathlib.Path, report: int, fork: int, end: int) -> str:
 
 
 def main() -> None:
-    """Runs what is missing and reports."""
+    """Runs the missing parts and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("workdirs/decay"),
-                        help="where both branches, table and plot are kept (default: %(default)s)")
+                        help="directory for both branches, table and plot (default: %(default)s)")
     parser.add_argument("--config", default=str(ROOT / "experiments" / "pretrain_small.py"),
                         help="the experiment (default: %(default)s)")
     arguments = parser.parse_args()

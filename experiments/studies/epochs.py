@@ -2,8 +2,8 @@
 
     python experiments/studies/epochs.py
 
-The same examples 12 times in iLLaDA's format, the rate falling at the end; the held-out prompts are decoded on the way.
-Shares its cells with variable_length.py.
+The same examples 12 times in iLLaDA's format, with the rate decaying at the end; held-out prompts are decoded during
+training. Shares its cells with variable_length.py: 3 cells of about a minute on one core.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ CELLS = [Cell(seed=seed) for seed in SEEDS]
 
 
 def report(done: dict[Cell, dict], directory: pathlib.Path) -> str:
-    """Exact match and answers without an end, by epoch."""
+    """Exact match and share of unfinished answers, by epoch."""
     curves = [result["curve"] for result in done.values()]
     rows = [[f"{points[0]['epoch']:.2g}", study.spread([point["exact_match"] for point in points]),
              study.spread([point["unfinished"] for point in points])] for points in zip(*curves, strict=True)]

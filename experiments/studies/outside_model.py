@@ -1,12 +1,12 @@
-"""The scorers on a network that is not ours: the masked language model of chemical reactions inside rxnmapper.
+"""The scorers on an outside network: the masked language model of chemical reactions inside rxnmapper.
 
   pip install torch==2.13.0 && pip install --no-deps rxnmapper==0.4.3
   python experiments/studies/outside_model.py
 
-An ALBERT of 0.8 M parameters that was trained to fill in masked pieces of reactions (Schwaller et al., 2021). Its
-forward pass is stated here in JAX as a `logits_fn`; nothing else is added, as decoder and scorers take any network.
-The context is what reacts, the candidates are the true product and corruptions of it: one piece replaced by another
-that is common, or two neighbours swapped. A score is right where it puts the truth above the corruption.
+An ALBERT of 0.8 M parameters, trained to fill in masked pieces of reactions (Schwaller et al., 2021). Its forward pass
+is written here in JAX as a `logits_fn`; nothing else is needed, as decoder and scorers take any network. The context is
+the reactants, the candidates are the true product and corruptions of it: one piece replaced by another common one, or
+two neighbours swapped. A score is right if it ranks the truth above the corruption.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 
 MODEL = "models/transformers/albert_heads_8_uspto_all_1310k"
 LAYERS, HEADS, MAX_LENGTH, EPS = 12, 8, 512, 1e-12
-CORRUPTIONS = 10  # of each product, of either kind
+CORRUPTIONS = 10  # of each kind for each product
 COMMON = ["c", "C", "O", "N", "n", "F", "Cl", "Br", "S", "(", ")", "=", "1", "2"]
 # Textbook reactions: ester, amides, ethers, couplings, protections, oxidations, reductions, substitutions, nitration.
 REACTIONS = (
@@ -62,7 +62,7 @@ REACTIONS = (
 
 
 def logits_fn(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-    """ALBERT: one layer twelve times, norms behind the residual sums; see `decoding.query.LogitsFn`."""
+    """ALBERT: one layer twelve times, norms after the residual sums; see `decoding.query.LogitsFn`."""
     def linear(x, name):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"][None, None]
 
@@ -93,7 +93,7 @@ def logits_fn(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, ca
 
 
 def load() -> tuple[Partial, dict[str, int]]:
-    """The network and its vocabulary; rxnmapper itself is not imported."""
+    """The network and its vocabulary, without importing rxnmapper."""
     found = importlib.util.find_spec("rxnmapper")
     if found is None or importlib.util.find_spec("torch") is None:
         sys.exit("error: pip install torch==2.13.0 && pip install --no-deps rxnmapper==0.4.3")
@@ -122,7 +122,7 @@ def corruptions(product: list[int], common: list[int], rng: np.random.Generator)
 
 def pseudo_likelihood(evaluator: LogProbEvaluator, pairs: list[tuple[list[int], list[int]]],
                       ids: SpecialIds) -> list[float]:
-    """Σ log p(a piece | all others), each hidden alone."""
+    """Σ log p(piece | all others), each masked alone."""
     queries = []
     for context, candidate in pairs:
         row = np.array([ids.bos, *context, *candidate, ids.eos], np.int32)

@@ -4,11 +4,11 @@
   python experiments/tasks/own.py --checkpoint=workdirs/sudoku --target=tasks
   python experiments/studies/scoring.py --task workdirs/sudoku tasks/own_sudoku.jsonl
 
-Our size of the paper's ablation. `--task CHECKPOINT ITEMS` may be given several times; items are JSON lines with
-context, choices and the number of the answer, and candidates are compared by their sums per token. `choice by
-confidence` finds the best candidate without finishing those that cannot win (`Scorer.choose`). `agrees` is how often
-the choice is that of the confidence score, evaluations are rows that the network computes for an item, and times are
-the processor's, compiling left out. A row that is finished is kept in the results directory and not computed again.
+The paper's ablation at a small size. `--task CHECKPOINT ITEMS` may be repeated; items are JSON lines with context,
+choices and the index of the answer, and candidates are compared by their sums per token. `choice by confidence` finds
+the best candidate without finishing those that cannot win (`Scorer.choose`). `agrees` is the share of choices equal to
+those of the confidence score, `evaluations` the rows that the network computes for an item; times are processor times
+without compiling. Finished rows are kept in the results directory and not computed again. Some minutes on one core.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BATCH = 64
 
 
 def evaluate(lm: api.LanguageModel, items: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
-    """What one method chooses, and what that costs."""
+    """The choices of one method, and their cost."""
     scorer = lm.scorer(batch_size=BATCH, **METHODS[method])
     questions = [[lm.encode_pair(item["context"], choice) for choice in item["choices"]] for item in items]
     lengths = [[len(candidate) for _, candidate in pairs] for pairs in questions]
@@ -94,12 +94,12 @@ def report(found: dict[str, dict[str, Any]], results: pathlib.Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing and reports."""
+    """Runs the missing rows and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs=2, action="append", metavar=("CHECKPOINT", "ITEMS"), required=True)
     parser.add_argument("--limit", type=int, default=200, help="items of each task (default: %(default)s)")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("workdirs/scoring"),
-                        help="where finished rows, table and plot are kept (default: %(default)s)")
+                        help="directory for finished rows, table and plot (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.results.mkdir(parents=True, exist_ok=True)
     found = {}

@@ -1,10 +1,10 @@
-"""What splitting windows, and hiding the examples of a window from each other, do in fine-tuning.
+"""Effect of splitting windows, and of isolating the examples of a window from each other, in fine-tuning.
 
     python experiments/studies/split_isolation.py
 
 Six settings, three seeds, 12 epochs each in iLLaDA's format, decoded with variable length. The paper splits 30 % of the
-windows and does not say whether examples in a window see each other. 18 cells of about 2 minutes on one core, of which
-variable_length.py shares three.
+windows and does not say whether examples in a window attend to each other. 18 cells of about 2 minutes on one core,
+three of them shared with variable_length.py.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ CELLS = [Cell(split=split, isolate=isolate, seed=seed) for seed in SEEDS for spl
 
 
 def report(done: dict[Cell, dict], directory: pathlib.Path) -> str:
-    """Exact match and endings by setting."""
+    """Exact match and how answers end, by setting."""
     groups = {setting: [result["decoded"]["variable"] for cell, result in done.items()
                         if (cell.split, cell.isolate) == setting] for setting in sorted(SETTINGS)}
     groups = {setting: results for setting, results in groups.items() if results}

@@ -1,11 +1,12 @@
-"""What the studies share: cells (one training run and what is decoded with it), kept as JSON, and tables of means.
+"""Shared code of the studies: cells (a training run and what it decodes), kept as JSON, and tables of means.
 
 All cells start from one base model, as fine-tuning starts from a pre-trained one. It is trained on other examples of
-the same tasks, in iLLaDA's windows. Prompts that are asked are held out from the base and from the cells alike, as the
-split goes by their hash.
-A cell is trained for a number of steps, never for a time, so that it gives the same figures on any machine; times are
-recorded beside. A finished cell is a file in the results directory and is not run again, so a study may be stopped at
-any moment and goes on with the same command. Studies share the directory, and so the cells that they have in common.
+the same tasks, in iLLaDA's windows. Evaluation prompts are held out from the base and from the cells, as the split
+depends on their hash.
+
+A cell is trained for a number of steps, not for a time, so that it gives the same figures on any machine; times are
+recorded too. A finished cell is a file in the results directory and is not run again: the same command continues an
+interrupted study. Studies share the directory, and so the cells that they have in common.
 """
 
 import argparse
@@ -50,7 +51,7 @@ BASE_TASKS = ("tasks:reverse:20000:1", "tasks:sort:20000:1", "tasks:last:10000:1
               *(f"tasks:down:800:{seed}" for seed in range(1, 6)))
 TASKS = ("tasks:reverse:400", "tasks:sort:400", "tasks:last:400", "tasks:down:400")
 
-# How answers are decoded: one token a step in all of them.
+# Settings of the decoder: one token a step in all of them.
 DECODINGS = {
     "variable": DecodeConfig(length="variable", max_new_tokens=CANVAS, block_length=BLOCK, steps_per_block=BLOCK),
     "canvas": DecodeConfig(length="fixed", max_new_tokens=CANVAS, block_length=CANVAS, steps_per_block=CANVAS),
@@ -65,8 +66,8 @@ class Cell:
     Attributes:
       format: of the examples, `illada` or `llada`.
       split: share of the windows that are split.
-      isolate: examples in a window do not see each other.
-      seed: of parameters, order, times and masks.
+      isolate: examples in a window do not attend to each other.
+      seed: for parameters, order, times and masks.
     """
 
     format: str = "illada"
@@ -83,11 +84,11 @@ class Cell:
 
 
 def base_configs(directory: pathlib.Path) -> dict[str, Config]:
-    """How the base model is trained, in two stages, by name of their workdirs.
+    """Configs of the two training stages of the base model, by name of the workdir.
 
     The first masks answers only, which teaches the tasks quickly; the second masks everything, as iLLaDA does. Half of
-    the rows end anywhere, as LLaDA's of random length: else the prompt that follows is always there to see, and the
-    model reads the end of an answer off it.
+    the rows end anywhere, like LLaDA's of random length: otherwise the next prompt is always visible, and the model
+    infers the end of an answer from it.
     """
     c = _quickstart()
     c.data.sources = BASE_TASKS
@@ -120,7 +121,7 @@ def _quickstart() -> ml_collections.ConfigDict:
 
 
 def train_base(directory: pathlib.Path) -> None:
-    """Trains the base model, or goes on with it."""
+    """Trains the base model, or continues."""
     for name, wanted in base_configs(directory).items():
         config, examples, batches = open_data(wanted)
         last = config.train.stop_step or config.train.steps
@@ -129,11 +130,11 @@ def train_base(directory: pathlib.Path) -> None:
             outcome = train(RunSetup(config, epath.Path(directory) / name, make_mesh(config.mesh), batches,
                                      examples.tokenizer, {}))
             if outcome.step < last:
-                sys.exit("stopped in the base model: the same command goes on")
+                sys.exit("stopped while training the base model: the same command continues")
 
 
 def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
-    """Fine-tuning of the base model for 12 epochs, or for `steps` steps; the schedule is the paper's."""
+    """Config that fine-tunes the base model for 12 epochs, or for `steps` steps, with the paper's schedule."""
     c = _quickstart()
     c.seed = cell.seed
     c.init.checkpoint = str(directory / "base")
@@ -145,7 +146,7 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
     c.sft.format = cell.format
     if cell.format == "illada":
         c.data.length, c.data.batch_size = 128, 8
-    else:  # all rows as long as the canvas that is decoded: a length that was never trained would fail
+    else:  # all rows as long as the decoder's canvas: the model fails at lengths that it was not trained on
         c.data.length, c.data.batch_size, c.sft.bucket = ROW, 8, ROW
     c.diffusion.split_probability = cell.split if cell.format == "illada" else 0.0
     c.optimizer.learning_rate = c.optimizer.adam_learning_rate = LEARNING_RATE
@@ -160,10 +161,10 @@ def config_of(cell: Cell, directory: pathlib.Path, steps: int = 0) -> Config:
 
 
 def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
-    """Trains a cell and decodes held-out prompts in every way."""
+    """Trains a cell and decodes held-out prompts with every decoding."""
     config, examples, batches = open_data(config_of(cell, directory, 0 if cell.format == "illada" else 10**6))
     if cell.format == "llada":
-        # The same compute, padding included, as 12 epochs of windows; that is fewer epochs.
+        # The same compute, padding included, as 12 epochs of windows, which is fewer epochs.
         windows = open_data(config_of(dataclasses.replace(cell, format="illada"), directory))[2]
         steps = _steps_within(batches, windows.num_steps * windows.units_per_step)
         config, examples, batches = open_data(config_of(cell, directory, steps))
@@ -176,7 +177,7 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         curve.append({"step": step, "epoch": next(iter(batches.epochs(step).values())), **found})
         return {"eval/exact_match": found["exact_match"]}
 
-    followed = cell in [Cell(seed=seed) for seed in SEEDS]  # these make the curve of the epochs study
+    followed = cell in [Cell(seed=seed) for seed in SEEDS]  # they give the curve of the epochs study
     if followed:
         evaluate(load_model(config.init.checkpoint, "float32", mesh).params, 0)
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -184,7 +185,7 @@ def run(cell: Cell, directory: pathlib.Path) -> dict[str, Any]:
         outcome = train(RunSetup(config, epath.Path(workdir) / "run", mesh, batches, examples.tokenizer,
                                  {"curve": evaluate} if followed else {}))
     if outcome.status != "finished":
-        sys.exit(f"stopped in cell {cell.name}: the same command begins it again")
+        sys.exit(f"stopped in cell {cell.name}: the same command starts it again")
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     decoded = {}
     for name, settings in DECODINGS.items():
@@ -205,7 +206,7 @@ def _steps_within(batches: Batches, tokens: int) -> int:
 
 
 def questions(directory: pathlib.Path) -> list[tuple[str, Question]]:
-    """Held-out examples of the base model, QUESTIONS of each task, in turn, with the name of the task."""
+    """Held-out examples of the base model with the names of their tasks, QUESTIONS of each, interleaved."""
     _, examples, _ = open_data(base_configs(directory)["base"])
     heldout = examples.heldout
     names = np.array([spec.split(":")[1] for spec in examples.sources])[heldout.sources_N]
@@ -215,7 +216,7 @@ def questions(directory: pathlib.Path) -> list[tuple[str, Question]]:
 
 def decode(config: Config, tokenizer: Tokenizer, params: Any, settings: DecodeConfig, asked: list[tuple[str, Question]],
            timed: bool) -> dict[str, Any]:
-    """Exact match and costs of decoding held-out prompts."""
+    """Exact match and cost of decoding held-out prompts."""
     names, questions = zip(*asked, strict=True)
     settings = dataclasses.replace(settings, batch_size=32)
     logits_fn = model.make_logits_fn(config.model, params)
@@ -237,7 +238,7 @@ def decode(config: Config, tokenizer: Tokenizer, params: Any, settings: DecodeCo
         "answer_length": float(np.mean([len(question.answer) for question in questions])),
         "longest_answer": max(len(question.answer) for question in questions),
     }
-    if timed:  # again, with everything compiled
+    if timed:  # a second time, with everything compiled
         again = [question.prompt for question in questions[: settings.batch_size]]
         started, cpu_started = time.perf_counter(), time.process_time()
         decoder.generate(again)
@@ -247,7 +248,7 @@ def decode(config: Config, tokenizer: Tokenizer, params: Any, settings: DecodeCo
 
 
 def computed_tokens(settings: DecodeConfig, prompt_length: int, evaluations: int) -> int:
-    """Tokens that the network computes for an answer: the length of its canvas, summed over the evaluations."""
+    """Tokens computed for an answer: the length of its canvas, summed over the evaluations."""
     if settings.length == "fixed":
         return evaluations * (prompt_length + settings.max_new_tokens)
     total, left, length = 0, evaluations, prompt_length
@@ -259,11 +260,12 @@ def computed_tokens(settings: DecodeConfig, prompt_length: int, evaluations: int
 
 
 def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pathlib.Path], str]) -> None:
-    """The command of a study: runs the cells that are missing, writes and prints the table."""
+    """Runs the missing cells of a study, writes and prints its table."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("workdirs/studies"),
-                        help="where finished cells, tables and plots are kept (default: %(default)s)")
-    parser.add_argument("--cells", type=int, default=len(cells), help="run at most so many missing cells, then report")
+                        help="directory for cells, tables and plots (default: %(default)s)")
+    parser.add_argument("--cells", type=int, default=len(cells),
+                        help="maximum number of missing cells to run before the report")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(arguments.results.absolute() / "compiled"))
@@ -280,13 +282,13 @@ def main(doc: str, cells: Sequence[Cell], report: Callable[[dict[Cell, dict], pa
     done = {cell: json.loads((arguments.results / f"{cell.name}.json").read_text()) for cell in cells
             if (arguments.results / f"{cell.name}.json").exists()}
     if len(done) < len(cells):
-        print(f"{len(done)} of {len(cells)} cells are finished: the same command does the rest")
+        print(f"{len(done)} of {len(cells)} cells are finished: the same command runs the rest")
     if done:
         print(report(done, arguments.results))
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard error over seeds; of a single seed only the value."""
+    """Mean ± standard error over seeds, or the value of a single seed."""
     digits = 3 if max(values) < 10 else 0
     if len(values) == 1:
         return f"{values[0]:,.{digits}f} (1 seed)"
@@ -302,7 +304,7 @@ def write_table(path: pathlib.Path, header: Sequence[str], rows: Sequence[Sequen
 
 
 def plot(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
-    """Draws into a file; without matplotlib only says so."""
+    """Draws into a file, or says that matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

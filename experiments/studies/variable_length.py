@@ -1,12 +1,12 @@
-"""Whether variable length pays: iLLaDA's format and decoding against LLaDA's, at the same training compute.
+"""Variable length: iLLaDA's format and decoding against LLaDA's, at the same training compute.
 
     python experiments/studies/variable_length.py
 
-Four tasks whose answers are 1 to more than 100 characters long. Models trained in either format answer held-out prompts
-in three ways, always one token a step: `variable` appends blocks of 16 until EOS; `canvas` shows 128 masks from the
-start and denoises them in any order, as published for LLaDA; `canvas in blocks` has the same 128 masks, but works in
-blocks of 16 and stops after the one that holds EOS. Writes a table and a plot; 6 cells of about a minute on one core,
-after a base model of ten.
+Four tasks with answers of 1 to more than 100 characters. Models trained in either format answer held-out prompts in
+three ways, always one token a step: `variable` appends blocks of 16 until EOS; `canvas` starts from 128 masks and
+denoises them in any order, as published for LLaDA; `canvas in blocks` has the same 128 masks, but denoises blocks of 16
+and stops after the one that holds EOS. Writes a table and a plot; 6 cells of about a minute on one core, after a base
+model of ten.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ COLUMNS = {"exact match": "exact_match", "evaluations": "evaluations", "tokens c
 
 
 def report(done: dict[Cell, dict], directory: pathlib.Path) -> str:
-    """The table, with the ratio of tokens computed to those of iLLaDA's format and decoding with the same seed."""
+    """The table, with computed tokens relative to those of iLLaDA's format and decoding with the same seed."""
     rows, points = [], []
     yardstick = {cell.seed: result["decoded"]["variable"]["tokens"] for cell, result in done.items()
                  if cell.format == "illada"}
@@ -49,7 +49,7 @@ def report(done: dict[Cell, dict], directory: pathlib.Path) -> str:
 
 
 def _by_task(done: dict[Cell, dict]) -> list[str]:
-    """Exact match of variable decoding by task, a line a format."""
+    """Exact match of variable-length decoding by task, one line per format."""
     lines = []
     for form in ("illada", "llada"):
         found = [result["decoded"]["variable"]["by_task"] for cell, result in done.items() if cell.format == form]
