@@ -122,8 +122,8 @@ def decoded(top_k: str) -> dict:
         gaps = [f"{prompt} [[mask:3]] of the [[mask:2]]." for prompt in PROMPTS[:5]]
         found[f"{name},infill"] = [r.text for r in lm.infill(gaps)]
         candidates = [f" {prompt.lower()}" for prompt in PROMPTS]
-        for method, settings in (("confidence", {}), ("monte_carlo", {"mc_num": 16}), ("confidence", {"cfg_scale": 0.5}),
-                                 ("confidence", {"tokens_per_step": 2})):
+        for method, settings in (("confidence", {}), ("monte_carlo", {"mc_num": 16}),
+                                 ("confidence", {"cfg_scale": 0.5}), ("confidence", {"tokens_per_step": 2})):
             scores = lm.score("Return a list of", candidates, method=method, **settings)
             found[f"{name},{method},{settings}"] = [[score.value.hex(), repr(score.greedy)] for score in scores]
     chat = illada_jax.load("demo-chat").chat([{"role": "user", "content": "What is a generator?"}], max_new_tokens=32)
