@@ -27,6 +27,7 @@ setup(
         "array_record",
         "chex",
         "etils[epath]",
+        "filelock>=4",
         "flax",
         "grain",
         "jax",

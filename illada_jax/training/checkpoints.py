@@ -24,7 +24,6 @@ from illada_jax.config import Config
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError, StorageError
 from illada_jax.parallel.fingerprints import fingerprints, first_difference
-from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.faults import FaultCounts
 from illada_jax.training.saved_model import (
     FORMAT_VERSION,
@@ -83,8 +82,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is not None and issubclass(kind, HostLost):
-            return  # those that a last save would wait for are gone
+        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+            return  # a last save would wait for processes that died
         try:
             with self._writing():
                 self._manager.wait_until_finished()

@@ -102,7 +102,7 @@ class FaultWatch:
                 f"{what}; {newest}. {self.counts.skipped} steps skipped and {self.counts.rollbacks} rollbacks are all "
                 f"that config.faults.max_times = {self._faults.max_times} allows: type the same command again with "
                 "a larger one, or with --config.faults.action=rollback --config.faults.rate_scale=0.5")
-        if hosts.is_first():
+        if hosts.is_primary():
             print(f"warning: {what}; {'going back' if action == 'rollback' else 'its update is left out'}",
                   file=sys.stderr, flush=True)
         if action == "rollback":
@@ -114,7 +114,7 @@ class FaultWatch:
     def _keep_batch(self, step: int, numbers: dict[str, float]) -> epath.Path:
         """Writes the rows of a step, which any process can read again, with their numbers in the global batch."""
         path = self._workdir / DIRECTORY / f"{step}.npz"
-        if hosts.is_first():
+        if hosts.is_primary():
             content = io.BytesIO()
             np.savez_compressed(content, step=step, rows=self._rows, **numbers,
                                 **self._pipeline.rows(step, self._rows)._asdict())

@@ -27,9 +27,9 @@ from illada_jax.errors import InputError
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
-from illada_jax.training.clock import Clock, earlier_seconds, watched
+from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.faults import FaultCounts, FaultWatch, RollBack
-from illada_jax.training.lease import Lease
+from illada_jax.training.lock import only_trainer
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
@@ -126,7 +126,6 @@ def train(
       initial: what config.init.checkpoint names; None opens the workdir of that name.
 
     Raises:
-      HostLost: another process is gone.
       InputError: config, workdir, corpus or mesh do not fit together.
     """
     check_divisible(config, mesh)
@@ -134,9 +133,9 @@ def train(
     if initial is not None:
         check_initial(initial, config, tokenizer)
     hosts.check_same("the config or the corpus", [config_lib.to_dict(config), pipeline.fingerprint])
-    earlier = hosts.from_first(lambda: _dict_or_none(prepare_workdir(workdir, config, tokenizer)))
+    earlier = hosts.broadcast_from_primary(lambda: _dict_or_none(prepare_workdir(workdir, config, tokenizer)))
     optimizer = make_optimizer(config)
-    with (_only_trainer(workdir), use_mesh(mesh),
+    with (only_trainer(workdir), use_mesh(mesh),
           Checkpoints(workdir, config, tokenizer, pipeline.fingerprint) as checkpoints):
         start = checkpoints.latest_step or 0
         if earlier is not None:
@@ -162,33 +161,16 @@ def train(
         else:
             state, counts = first_state(), FaultCounts()
         if earlier is not None:
-            hosts.from_first(lambda: write_config(workdir, config))  # now that nothing has been refused
+            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # now that nothing has been refused
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard) as writer, _stop_signals() as told_to_stop,
-              watched(clock, config.train.watchdog_seconds)):
+              watchdog(clock, config.train.watchdog_seconds)):
             loop = _Loop(config, mesh, pipeline, checkpoints, writer, evaluators, clock,
                          profiler or Profiler(workdir, range(0)), FaultWatch(config, workdir, pipeline, counts),
                          state_before)
             loop.remember([line for line in lines if start - config.train.plateau_window < line["step"] <= start])
-            try:
-                return loop.run(state, start, told_to_stop)
-            except jax.errors.JaxRuntimeError as error:
-                saved = checkpoints.latest_step
-                raise hosts.name_lost(error, f"the newest checkpoint is that of step {saved}" if saved else
-                                      "nothing has been saved") from error
-
-
-@contextlib.contextmanager
-def _only_trainer(workdir: epath.Path) -> Iterator[None]:
-    """Holds the lease of the workdir. Raises InputError, on all processes, where another run has it."""
-    lease = Lease(workdir)
-    hosts.from_first(lease.acquire)
-    try:
-        yield
-    finally:
-        if hosts.is_first():
-            lease.release()
+            return loop.run(state, start, told_to_stop)
 
 
 def _dict_or_none(config: Config | None) -> dict[str, Any] | None:
@@ -251,7 +233,7 @@ class _Loop:
         self._set_rate(self._faults.counts.rate)
         self._writer.write(step, self._faults.counts.metrics())
         self._log_started, self._unlogged_tokens = time.perf_counter(), 0
-        if hosts.is_first():
+        if hosts.is_primary():
             print(f"step {step}: going on with the state of step {saved}, learning rate × "
                   f"{self._faults.counts.rate:g}", file=sys.stderr, flush=True)
         return skip_steps(state, step - saved), saved
@@ -266,7 +248,7 @@ class _Loop:
         results: dict[str, float | str] = {}
         step = start
         with tqdm(total=c.train.steps, initial=start, unit="step", desc="train",
-                  disable=None if hosts.is_first() else True) as bar:
+                  disable=None if hosts.is_primary() else True) as bar:
             while step < stop and not told_to_stop(step):
                 self._profiler.before(step, state)
                 if step > start:  # what comes before is the start-up, with the compilation of the step
@@ -344,7 +326,7 @@ class _Loop:
         trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
         if trend is not None:
             metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
-            if trend.stopped and not self._told and hosts.is_first():
+            if trend.stopped and not self._told and hosts.is_primary():
                 tqdm.write(advice(step, trend))
             self._told = trend.stopped
         return metrics
@@ -354,12 +336,12 @@ class _Loop:
         self._clock.enter("evaluation", step)
         for name, evaluator in self._evaluators.items():
             bar.set_postfix_str(f"evaluating {name}")
-            results |= evaluator(state.best_params, step)
+            results |= evaluator(state.eval_params, step)
         if results:
             self._writer.write(step, results)
         for name, value in results.items():
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
-            if hosts.is_first():
+            if hosts.is_primary():
                 tqdm.write(f"step {step}: {text}")
         return results
 

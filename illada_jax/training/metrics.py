@@ -18,7 +18,7 @@ from etils import epath
 
 from illada_jax.diffusion.loss import NUM_BUCKETS, LossSums
 from illada_jax.errors import StorageError
-from illada_jax.training.lease import is_remote
+from illada_jax.files import is_remote
 
 NAME = "metrics.jsonl"
 _PUBLISH_SECONDS = 60.0
