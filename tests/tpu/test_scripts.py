@@ -181,7 +181,8 @@ def test_install_builds_an_image_for_gke(pod):
 @pytest.mark.parametrize(("task", "workers", "command"), [
     ("pretrain", "all", TRAIN),
     ("sft", "all", TRAIN),
-    ("evaluate", "all", "/mnt/bucket/run python -m illada_jax.evaluate --processes=auto --output_dir=gs://bucket/run --config=a.py"),
+    ("evaluate", "all", "/mnt/bucket/run python -m illada_jax.evaluate --processes=auto --output_dir=gs://bucket/run "
+                        "--config=a.py"),
     ("prepare", "0", "/mnt/bucket/run python -m illada_jax.prepare --target=/mnt/bucket/run --config=a.py"),
 ])
 def test_launch_starts_every_task(pod, task, workers, command):
@@ -337,8 +338,8 @@ def host(tmp_path):
 
 
 def start(directory, *command):
-    return subprocess.run(["sh", "tpu/host/start.sh", "output", *command], cwd=directory, capture_output=True, text=True,
-                          env={**os.environ, "ILLADA_PAUSE": "0"}, timeout=60, check=True).stdout
+    return subprocess.run(["sh", "tpu/host/start.sh", "output", *command], cwd=directory, capture_output=True,
+                          text=True, env={**os.environ, "ILLADA_PAUSE": "0"}, timeout=60, check=True).stdout
 
 
 def test_start_restarts_until_the_command_succeeds(host):
