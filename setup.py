@@ -38,6 +38,7 @@ setup(
         "array_record",
         "chex",
         "etils[epath]",
+        "filelock>=4",
         "flax",
         "grain",
         "jax",

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags, logging
 
-from illada_jax.errors import InputError, StorageError
+from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, InputError, StorageError
 
 if TYPE_CHECKING:
     from illada_jax import api
 
 flags.disclaim_key_flags()  # shared flags belong to the --help of the command that adds them
 
-EXIT_BAD_INPUT = 2
-EXIT_RESUMABLE = 75  # stopped, but the same command continues from the newest checkpoint
-EXIT_INTERRUPTED = 130  # as shells report for SIGINT
-EXIT_BROKEN_PIPE = 141  # as shells report for SIGPIPE
 # Errors of the storage rather than of the program.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO,
                    errno.ESTALE)

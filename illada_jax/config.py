@@ -290,8 +290,8 @@ class TrainConfig:
       plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
       plateau_tolerance: the loss counts as flat if it falls by less than this fraction over the window.
       tensorboard: write TensorBoard events into the workdir.
-      watchdog_seconds: without a step for so long, the process that holds up the others is named and the run stops, to
-        be started again; 0: nobody watches.
+      watchdog_seconds: a process in which no step ends for this long prints its stacks and exits with code 75, to be
+        restarted; start-up, evaluations and checkpoints may take ten times as long; 0 disables the watchdog.
     """
 
     steps: int = 1000
@@ -320,12 +320,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. One of them may be -1: all the devices that remain.
+    """Sizes of the mesh axes. One of them may be -1: all remaining devices.
 
     Attributes:
-      data: pure data parallelism (params replicated).
-      fsdp: data parallelism with params and optimizer sharded.
-      tensor: tensor parallelism inside a layer.
+      data: data parallelism with replicated params.
+      fsdp: data parallelism with sharded params and optimizer state.
+      tensor: tensor parallelism within a layer.
     """
 
     data: int = 1
@@ -359,19 +359,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What a run does about a step whose numbers are bad, see `illada_jax/training/faults.py`.
+    """Handling of bad steps, see `illada_jax/training/faults.py`.
 
-    A step is bad when its loss or the norm of its gradients is not finite, or its cross-entropy is above the limit. Its
-    update is never applied. Bad steps are looked for at every line of metrics (train.log_every) and before every save.
+    A step is bad if its loss or gradient norm is not finite, or its cross-entropy exceeds the limit. Its update is
+    never applied. Steps are checked at every line of metrics (train.log_every) and before every save.
 
     Attributes:
-      action: `halt`: stop with an error that says what to type. `skip`: go on without the update. `rollback`: go back
-        to the newest checkpoint with which a step was good (of those every checkpoint.every steps) and on with the step
-        after the bad one.
-      max_cross_entropy: the limit of the mean cross-entropy of a step's masked tokens, in nats; 0: any finite one is
-        good. At the start of a run it is about log(vocab_size).
-      rate_scale: every rollback multiplies the learning rate with it, from then on.
-      max_times: how many skipped steps and rollbacks a run may have; one more halts it.
+      action: `halt` stops with an error that says what to type. `skip` continues without the update. `rollback`
+        restores the newest scheduled checkpoint (every checkpoint.every steps) after which a step was good, and
+        continues with the step after the bad one.
+      max_cross_entropy: limit of the mean cross-entropy of a step's masked tokens, in nats; 0 accepts every finite
+        value. At the start of a run it is about log(vocab_size).
+      rate_scale: factor of the learning rate after each rollback.
+      max_times: skipped steps and rollbacks allowed in a run; one more halts it.
     """
 
     action: Literal["halt", "skip", "rollback"] = "halt"

@@ -1,5 +1,11 @@
 """Errors that the user can fix."""
 
+# Exit codes of commands, beside 0 (done) and 1 (an error of the program).
+EXIT_BAD_INPUT = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL: the same command, started on all hosts, continues from the newest checkpoint
+EXIT_INTERRUPTED = 130  # as shells report for SIGINT
+EXIT_BROKEN_PIPE = 141  # as shells report for SIGPIPE
+
 
 class InputError(ValueError):
     """Invalid input: a key, a value, a file or a flag.

@@ -15,6 +15,11 @@ from etils import epath
 _MARK = ".tmp-"
 
 
+def is_remote(path: epath.PathLike) -> bool:
+    """True for URIs such as gs://…: such files cannot be appended to or locked."""
+    return "://" in os.fspath(path)
+
+
 def temporary_path(path: epath.Path) -> epath.Path:
     """The temporary name of a file or directory; no other process, on any host, writes to it."""
     return path.with_name(f"{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}")

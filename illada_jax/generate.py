@@ -38,7 +38,7 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
-from illada_jax.errors import InputError
+from illada_jax.errors import EXIT_INTERRUPTED, InputError
 from illada_jax.files import write_atomically
 
 MODEL = cli.model_flags()
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int | None:
         try:
             return chat()
         except KeyboardInterrupt:
-            return cli.EXIT_INTERRUPTED
+            return EXIT_INTERRUPTED
     if SYSTEM.value:
         raise InputError("--system: requires --chat")
     if bool(PROMPT.value) == bool(INPUT.value):
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int | None:
     except KeyboardInterrupt:
         saved = f": finished prompts are in {RESULTS.value}; run the same command to continue" if RESULTS.value else ""
         print(f"interrupted{saved}", file=sys.stderr)
-        return cli.EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     return None
 
 

@@ -3,9 +3,19 @@
     python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
     python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
 
-The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`. Exit
-codes: 0 done, 2 bad input or bad numbers (config.faults), 75 told to stop and saved, or another host is gone (run the
-same command again).
+The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`.
+
+Exit codes of this and all other commands:
+
+    0    success
+    1    an unexpected error, with a traceback
+    2    invalid input, a full or read-only disk, or bad numbers (config.faults): one line says what to change
+    75   the run can be resumed by the same command on all hosts: SIGTERM or SIGINT arrived and the state was saved,
+         another process died, or no step ended for config.train.watchdog_seconds
+    130  a second SIGINT (Ctrl-C)
+    141  stdout was closed early, as by `| head`
+
+When a process of several dies, JAX aborts the others (SIGABRT, 134 in a shell); such runs can be resumed too.
 """
 
 import pathlib
@@ -19,7 +29,7 @@ from ml_collections import config_flags
 
 from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
-from illada_jax.errors import ConfigError, InputError, StorageError
+from illada_jax.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, ConfigError, InputError, StorageError
 from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
 from illada_jax.interop import open_model
 from illada_jax.parallel import hosts
@@ -28,22 +38,22 @@ from illada_jax.training import run as run_setup
 from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.profiler import parse_steps
 
-_SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, by --dry_run
+_SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, printed by --dry_run
 
 _PROCESSES = cli.processes_flag()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
-_WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default: workdirs/NAME_OF_CONFIG")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check everything, print the plan, train nothing; needs no corpus")
-_ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from those of the workdir on resume")
-_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END, steps that are recorded into WORKDIR/profile")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of all outputs; default: workdirs/NAME_OF_CONFIG")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check the config and print the plan without training; needs no corpus")
+_ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from the workdir's on resume")
+_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END, steps to profile into WORKDIR/profile")
 _COMPILED = flags.DEFINE_string("compilation_cache", "", "directory, or gs://…, for compiled programs; empty: none")
 
 
 def read_config() -> tuple[Config, str]:
-    """The config that the flags name, and the stem of its file.
+    """Reads the config that the flags name; returns it with the stem of its file.
 
     Raises:
-      InputError: there is no such file, or what it returns is no valid config.
+      InputError: the file does not exist or returns no valid config.
     """
     if _CONFIG.value is None:
         raise InputError("--config is required, for example --config=experiments/quickstart.py")
@@ -52,18 +62,18 @@ def read_config() -> tuple[Config, str]:
         raise InputError(f"--config={path}: no such file; one is experiments/quickstart.py")
     try:
         return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
-    except OSError as error:  # ml_collections keeps what went wrong until the config is used
+    except OSError as error:  # ml_collections raises errors of the file when the config is used
         raise InputError(f"--config={path}: {' '.join(str(error).split())}") from error
 
 
 def dry_run(config: Config) -> None:
-    """Prints the plan and, where the corpus is there, the beginnings of the first batch's rows. Allocates no model.
+    """Prints the plan and, if the corpus exists, the start of each row of the first batch. Allocates no model.
 
     Raises:
-      ConfigError: the config does not fit the mesh that it names, or the vocabulary is not known.
+      ConfigError: the config does not fit its mesh, or the vocabulary is unknown.
     """
     try:
-        # A Hub id would be fetched; a plan is to need nothing.
+        # A plan needs no network: a Hub id is not opened.
         local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
         resolved, corpus, batches = run_setup.open_data(config, open_model(config.init.checkpoint) if local else None)
     except ConfigError:
@@ -79,7 +89,7 @@ def dry_run(config: Config) -> None:
     print(run_setup.describe_plan(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
     rows = range(min(config.data.batch_size, _SHOWN_ROWS))
-    print(f"first batch       the beginnings of {len(rows)} of {config.data.batch_size:,} rows")
+    print(f"first batch       the start of {len(rows)} of {config.data.batch_size:,} rows")
     for row, tokens_L in zip(rows, batches.rows(0, rows).tokens_BL, strict=True):
         print(f"  row {row}: {corpus.tokenizer.decode(tokens_L[:_SHOWN_TOKENS])!r}")
 
@@ -97,28 +107,38 @@ def main(_: list[str]) -> int:
     hosts.join(_PROCESSES.value)
     try:
         return run(config, workdir, profile_steps)
-    except hosts.HostLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return hosts.hard_exit(cli.EXIT_RESUMABLE)
     except Exception as error:
+        # Every process raises an InputError, except that of its own storage.
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
-        if isinstance(error, StorageError):  # which the others may not have
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return hosts.hard_exit(cli.EXIT_BAD_INPUT)
-        traceback.print_exc()
-        return hosts.hard_exit(1)  # an ordinary exit would wait for the others, and they for this process
+        return hosts.hard_exit(report_failure(error))
+
+
+def report_failure(error: Exception) -> int:
+    """Prints an error that other processes of the run may not have; returns the exit code."""
+    if isinstance(error, StorageError):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    traceback.print_exception(error)
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            print("error: a device or collective operation failed, perhaps because another process died; restart all "
+                  "processes", file=sys.stderr)
+            return EXIT_RESUMABLE
+        error = error.__cause__ or error.__context__
+    return 1
 
 
 def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
-    """Trains and reports; on every process of the run. Returns the exit code."""
+    """Trains, evaluates and prints the results; every process calls it. Returns the exit code."""
     mesh = make_mesh(config.mesh)
     if config.model.vocab_size:
         run_setup.check_memory(config, mesh)
     initial = open_model(config.init.checkpoint) if config.init.checkpoint else None
     config, corpus, pipeline = hosts.run_on_all_hosts(lambda: run_setup.open_data(config, initial))
-    evaluators, final = (hosts.run_on_all_hosts(lambda names=names: make_evaluators(names, config, corpus, pipeline, mesh))
-                         for names in (config.eval.evaluators, config.eval.final))
+    evaluators, final = hosts.run_on_all_hosts(
+        lambda: [make_evaluators(names, config, corpus, pipeline, mesh)
+                 for names in (config.eval.evaluators, config.eval.final)])
     run_setup.check_memory(config, mesh)
     if hosts.is_primary():
         run_setup.print_start(config, workdir, mesh, corpus)
@@ -126,8 +146,8 @@ def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
                              profile_steps, initial))
     if outcome.status == "preempted":
         if hosts.is_primary():
-            print(f"Stopped and saved at step {outcome.step}: the same command goes on from there.")
-        return cli.EXIT_RESUMABLE
+            print(f"Stopped and saved at step {outcome.step}; run the same command to continue.")
+        return EXIT_RESUMABLE
     results = dict(outcome.final)
     for evaluator in final.values():
         results |= evaluator(outcome.state.eval_params, outcome.step)

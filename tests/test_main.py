@@ -1,4 +1,4 @@
-"""The training command as users type it: in a process of its own, with a tiny model."""
+"""The training command as users type it: in a separate process, with a tiny model."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with text and a cache for prepared corpora."""
+    """A directory with text and a corpus cache."""
     path = tmp_path_factory.mktemp("main")
     rng = np.random.default_rng(0)
     (path / "text").mkdir()
@@ -94,7 +94,7 @@ def test_a_missing_config_is_named():
 
 
 def test_trained_stopped_resumed_and_used(place, tmp_path):
-    """SIGTERM saves and says that it is resumable; the same command goes on; the result can be decoded."""
+    """SIGTERM saves and exits with 75; the same command continues; the result can be decoded."""
     workdir = tmp_path / "w"
     arguments = command(place, f"--workdir={workdir}", "--config.train.steps=4000", "--config.train.log_every=10",
                         "--config.optimizer.decay_steps=0", "--config.train.tensorboard=False")
@@ -122,8 +122,8 @@ def test_trained_stopped_resumed_and_used(place, tmp_path):
     assert {"prompt", "text", "tokens", "nfe", "seconds"} <= json.loads(result.stdout).keys()
 
 
-def test_the_report_fills_gaps_and_writes_samples(place, tmp_path):
-    """Without --workdir, from another directory: what is written goes to workdirs/NAME there."""
+def test_the_final_report_infills_and_samples(place, tmp_path):
+    """Without --workdir, outputs go to workdirs/NAME in the current directory."""
     result = run(command(place, "--config.eval.final=('bits_per_byte','infill','samples')",
                          config=ROOT / "experiments" / "quickstart.py"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -156,7 +156,7 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
     ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 lies outside the vocabulary of"),
     ("--config.decode.block_length=1000", "must"),
 ])
-def test_a_mistake_in_how_it_will_be_decoded_is_found_before_training(place, tmp_path, flag, message):
+def test_bad_decode_settings_are_refused_before_training(place, tmp_path, flag, message):
     for dry in ([], ["--dry_run"]):
         result = run(command(place, f"--workdir={tmp_path / 'run'}", flag, *dry))
         assert result.returncode == 2 and message in result.stderr, result.stderr[-2000:]

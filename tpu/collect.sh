@@ -1,5 +1,5 @@
 #!/bin/sh
-# Copies what a run has written, without its checkpoints, and the logs of all hosts.
+# Copies the outputs of a run, without its checkpoints, and the logs of all hosts.
 USAGE='usage: tpu/collect.sh [--dry-run]; into DESTINATION (default: collected/RUN)'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Asks for the hardware: a queued resource of TPU VMs (BACKEND=gcloud) or a GKE cluster (BACKEND=xpk).
+# Requests the hardware: a queued resource of TPU VMs (BACKEND=gcloud) or a GKE cluster (BACKEND=xpk).
 USAGE='usage: tpu/create.sh [--dry-run]'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
@@ -35,7 +35,7 @@ status=0
 explained "$@" || status=$?
 if [ $status -ne 0 ] && $EXISTS; then
   read_state
-  echo "$NAME exists already, its state is $STATE: tpu/wait.sh goes on with it, tpu/delete.sh removes it"
+  echo "$NAME already exists in state $STATE: continue with tpu/wait.sh, or remove it with tpu/delete.sh"
   exit 0
 fi
 exit $status

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Deletes the hardware, never the bucket. Its name must be typed, or given with --confirm=NAME.
+# Deletes the hardware, never the bucket. Its name must be typed or given with --confirm=NAME.
 USAGE='usage: tpu/delete.sh [--dry-run] [--confirm=NAME]'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Puts this code (the commit that is checked out) on the hardware: on every TPU VM, or into an image for GKE.
+# Installs the checked-out commit on every TPU VM, or builds an image of it for GKE.
 USAGE='usage: tpu/install.sh [--dry-run]'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"

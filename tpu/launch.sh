@@ -1,7 +1,7 @@
 #!/bin/sh
-# Starts a task on all hosts, in the background; it is started again until it is done or its input is wrong.
+# Starts a task on all hosts in the background, with restarts (see tpu/host/restart.sh).
 USAGE='usage: tpu/launch.sh [--dry-run] pretrain|sft|evaluate|prepare [FLAG…]
-  FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; where it writes is BUCKET/RUN'
+  FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; the output directory is BUCKET/RUN'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 while :; do
@@ -20,18 +20,19 @@ python_command "$@"
 
 if [ "$BACKEND" = xpk ]; then
   need IMAGE ACCELERATOR
+  # XPK recreates all pods when one is lost or ends with 75 or 127 to 255; restart.sh restarts the command in its pod.
   explained xpk workload create --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" \
-    --tpu-type="$ACCELERATOR" --num-slices="$NUM_SLICES" --docker-image="$IMAGE" --max-restarts=1000 \
-    --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="$COMMAND"
+    --tpu-type="$ACCELERATOR" --num-slices="$NUM_SLICES" --docker-image="$IMAGE" --max-restarts=100 \
+    --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="sh tpu/host/restart.sh $COMMAND"
   exit
 fi
 
-# A corpus is made by one host; everything else runs on all of them.
+# A single host prepares a corpus; all other tasks run on all hosts.
 if [ "$task" = prepare ]; then
   on_workers "$(nodes | head -n 1)" 0 "sh illada/tpu/host/start.sh $COMMAND"
   exit
 fi
-# Slices start together: each waits for the others when it joins them.
+# The processes of all slices wait for each other when they join.
 nodes | while read -r node; do
   on_workers "$node" all "sh illada/tpu/host/start.sh $COMMAND" </dev/null
 done

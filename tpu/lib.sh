@@ -1,5 +1,5 @@
-# What the scripts share. Each of them sets USAGE and says `. lib.sh`. POSIX shell only.
-# shellcheck shell=sh disable=SC2034 # variables are used by whoever reads this file
+# Shared by the scripts, each of which sets USAGE and sources this file. POSIX shell only.
+# shellcheck shell=sh disable=SC2034 # the scripts that source this file use the variables
 
 set -eu
 
@@ -24,7 +24,7 @@ PROVISIONING=${PROVISIONING:-spot}
 RUN=${RUN:-run}
 MOUNT=/mnt/bucket
 
-# fail CODE MESSAGE: one line, and the end.
+# fail CODE MESSAGE: prints one line and exits with CODE.
 fail() {
   code=$1
   shift
@@ -32,7 +32,7 @@ fail() {
   exit "$code"
 }
 
-# need NAME…: every variable must have a value; all that have none are named at once.
+# need NAME…: refuses variables without a value, and names all of them at once.
 need() {
   missing=''
   for variable in "$@"; do
@@ -42,7 +42,7 @@ need() {
   [ -z "$missing" ] || fail "$EXIT_BAD_INPUT" "set$missing (see tpu/README.md)"
 }
 
-# options "$@": --dry-run, --confirm=NAME and --help; anything else is refused. For scripts that take nothing more.
+# options "$@": parses --dry-run, --confirm=NAME and --help; refuses anything else.
 options() {
   for argument in "$@"; do
     case $argument in
@@ -54,7 +54,7 @@ options() {
   done
 }
 
-# check_settings: values that have a fixed set are checked by name.
+# check_settings: refuses invalid values of the settings, by name.
 check_settings() {
   case $BACKEND in gcloud | xpk) ;; *) fail "$EXIT_BAD_INPUT" "BACKEND=$BACKEND: must be gcloud or xpk" ;; esac
   case $PROVISIONING in
@@ -75,7 +75,7 @@ check_settings() {
   esac
 }
 
-# quote WORD…: words as a shell reads them back.
+# quote WORD…: prints the words quoted for a shell.
 quote() {
   separator=
   for word in "$@"; do
@@ -88,13 +88,13 @@ quote() {
   done
 }
 
-# run WORD…: shows the command, and runs it unless --dry-run.
+# run WORD…: prints the command, and runs it unless --dry-run is given.
 run() {
   printf '%s\n' "$(quote "$@")"
   $DRY_RUN || "$@"
 }
 
-# explained WORD…: `run`; where the cloud refuses, says what that means. Exits 3 without quota or capacity.
+# explained WORD…: like `run`, and explains a refusal by the cloud. Exits with 3 if quota or capacity is missing.
 explained() {
   printf '%s\n' "$(quote "$@")"
   $DRY_RUN && return 0
@@ -113,7 +113,7 @@ explained() {
   return $status
 }
 
-# nodes: the TPU VMs of the pod, one for each slice.
+# nodes: prints the TPU VMs of the pod, one for each slice.
 nodes() {
   if [ "$NUM_SLICES" -eq 1 ]; then
     echo "$NAME"
@@ -126,12 +126,12 @@ nodes() {
   done
 }
 
-# on_workers NODE WORKERS COMMAND: runs a command line on hosts of a slice (all, or a number).
+# on_workers NODE WORKERS COMMAND: runs a command line on hosts of a slice (`all`, or the number of one).
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$1" --project="$PROJECT" --zone="$ZONE" --worker="$2" --command="$3"
 }
 
-# read_state: sets STATE to that of the queued resource (ACTIVE, SUSPENDED, …); NOT_FOUND where there is none.
+# read_state: sets STATE to that of the queued resource (ACTIVE, SUSPENDED, …), NOT_FOUND if it does not exist.
 read_state() {
   said=$(mktemp)
   if STATE=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
@@ -147,22 +147,22 @@ read_state() {
   fi
 }
 
-# get_credentials: lets kubectl talk to the cluster.
+# get_credentials: gives kubectl access to the cluster.
 get_credentials() {
   run gcloud container clusters get-credentials "$NAME" --project="$PROJECT" --location="${ZONE%-*}"
 }
 
-# confirm WHAT: nothing is deleted before its name is typed, or given with --confirm.
+# confirm WHAT: requires the name of the hardware, typed or given with --confirm, before it is deleted.
 confirm() {
   if $DRY_RUN; then return 0; fi
   if [ -z "$CONFIRM" ]; then
-    printf 'This deletes %s. Type its name to go on: ' "$1" >&2
+    printf 'This deletes %s. Type its name to continue: ' "$1" >&2
     read -r CONFIRM || CONFIRM=
   fi
   [ "$CONFIRM" = "$NAME" ] || fail "$EXIT_BAD_INPUT" "'$CONFIRM' is not $NAME: nothing was deleted"
 }
 
-# python_command TASK ARGUMENT…: sets COMMAND, the command line of a task on every host.
+# python_command TASK ARGUMENT…: sets COMMAND, the output directory and command line of a task, for restart.sh.
 python_command() {
   task=$1
   shift
@@ -174,5 +174,5 @@ python_command() {
     prepare) set -- python -m illada_jax.prepare --target="$MOUNT/$RUN" "$@" ;;
     *) fail "$EXIT_BAD_INPUT" "'$task': must be pretrain, sft, evaluate or prepare" ;;
   esac
-  COMMAND=$(quote "$@")
+  COMMAND=$(quote "$MOUNT/$RUN" "$@")
 }

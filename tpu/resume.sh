@@ -1,7 +1,7 @@
 #!/bin/sh
-# Goes on after a preemption: asks for the hardware again where it is gone, waits, installs, starts the same task.
+# Continues after a preemption: requests lost hardware again, waits, installs, starts the same task.
 USAGE='usage: tpu/resume.sh [--dry-run] [--confirm=NAME] pretrain|sft|evaluate|prepare [FLAG…]
-  --confirm=NAME: what is left of preempted hardware may be deleted without asking'
+  --confirm=NAME: delete the remains of preempted hardware without asking'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 while :; do
@@ -14,14 +14,14 @@ while :; do
 done
 check_settings
 need PROJECT ZONE NAME BUCKET
-python_command "$@" # a wrong task is refused before anything is deleted
+python_command "$@" # refuses an unknown task before anything is deleted
 
 here=$(dirname -- "$0")
 dry=
 if $DRY_RUN; then dry=--dry-run; fi
 
 if [ "$BACKEND" = xpk ]; then
-  # GKE replaces hardware and XPK restarts the workload by itself: what is left is one that has used up its restarts.
+  # GKE replaces hardware and XPK restarts the workload: only one that has used up its restarts needs this.
   confirm "workload $NAME-$RUN (not the cluster $NAME)"
   run xpk workload delete --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" --force
   exec sh "$here/launch.sh" ${dry:+"$dry"} "$@"
@@ -31,7 +31,7 @@ need ACCELERATOR RUNTIME_VERSION
 if $DRY_RUN; then STATE=SUSPENDED; else read_state; fi
 case $STATE in
   ACTIVE)
-    # Hosts that were lost come back empty: install and start again; what still runs is left alone.
+    # Replaced hosts are empty: install and start again; a task that still runs is left alone.
     sh "$here/install.sh"
     exec sh "$here/launch.sh" "$@" ;;
   SUSPENDED | FAILED)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Follows what the first host writes. Ctrl-C ends the following, not the task.
-USAGE='usage: tpu/tail.sh [--dry-run]; LINES=100 of the past'
+# Follows the log of the first host. Ctrl-C does not end the task.
+USAGE='usage: tpu/tail.sh [--dry-run]; LINES=100 lines from before'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 options "$@"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Waits until the hardware is there. Exit code 4 where it will not come, or has been taken away.
-USAGE='usage: tpu/wait.sh [--dry-run]; WAIT_SECONDS=30 between looks, WAIT_HOURS=72 at most'
+# Waits until the hardware is ready. Exits with 4 if it will not be, or was preempted.
+USAGE='usage: tpu/wait.sh [--dry-run]; WAIT_SECONDS=30 between checks, WAIT_HOURS=72 at most'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 options "$@"
@@ -28,9 +28,9 @@ while :; do
   last=$now
   case $now in
     ACTIVE) exit 0 ;;
-    NOT_FOUND) fail "$EXIT_GONE" "there is no $NAME in $ZONE: tpu/create.sh asks for it" ;;
-    FAILED) fail "$EXIT_GONE" "the request has failed: tpu/delete.sh, then tpu/create.sh, perhaps in another ZONE" ;;
-    SUSPENDING | SUSPENDED) fail "$EXIT_GONE" "$NAME was preempted: tpu/resume.sh goes on" ;;
+    NOT_FOUND) fail "$EXIT_GONE" "there is no $NAME in $ZONE; request it with tpu/create.sh" ;;
+    FAILED) fail "$EXIT_GONE" "the request failed; run tpu/delete.sh, then tpu/create.sh, perhaps in another ZONE" ;;
+    SUSPENDING | SUSPENDED) fail "$EXIT_GONE" "$NAME was preempted; continue with tpu/resume.sh" ;;
   esac
   [ "$left" -gt 0 ] || fail "$EXIT_GONE" "$NAME is still $now after ${WAIT_HOURS:-72} hours"
   sleep "$seconds"

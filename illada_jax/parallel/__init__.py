@@ -1,8 +1,8 @@
-"""How arrays lie over devices, and how several processes work as one.
+"""Shardings of arrays over devices, and several processes that work as one.
 
-Begin with `sharding`: one table maps the model's logical axes to the mesh axes data, fsdp and tensor, and everything
-else follows from it. `mesh` makes meshes (of one device too), `hosts` starts and ends runs of several processes,
-`fingerprint` tells whether an array is still what it was.
+Begin with `sharding`: one table maps the model's logical axes to the mesh axes data, fsdp and tensor, and all shardings
+follow from it. `mesh` makes meshes (a single device is a mesh of one), `hosts` joins several processes, `fingerprints`
+detects damaged arrays.
 
-May import the config alone.
+May import `config` and `errors` only.
 """

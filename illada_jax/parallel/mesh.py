@@ -18,10 +18,10 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh over `devices` (all of them by default). Several slices lie along `data`.
+    """Builds the mesh over `devices` (default: all). Several slices are arranged along `data`.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices, or `data` does not divide by the slices.
+      ConfigError: the axes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -34,7 +34,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axis_types = (AxisType.Auto,) * len(AXES)
     num_slices = len({getattr(device, "slice_index", None) for device in devices})
     if num_slices == 1:
-        # As jax.make_mesh, but for sizes such as 32 × 16 on 8 × 8 × 8 chips, which it refuses.
+        # Unlike jax.make_mesh, this accepts sizes such as 32 × 16 on 8 × 8 × 8 chips.
         arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(arranged, AXES, axis_types=axis_types)
     if sizes[0] % num_slices:
@@ -46,13 +46,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def parse_mesh(text: str) -> Mesh | None:
-    """The mesh that a flag such as `fsdp=4,tensor=2` asks for; axes that it leaves out have one device.
+    """Parses a flag such as `fsdp=4,tensor=2`; omitted axes have size 1.
 
     Returns:
-      A mesh over the first devices of this host, as many as it asks for; None for an empty text.
+      A mesh over the first devices of this host; None for an empty text.
 
     Raises:
-      InputError: the text is no mesh; ConfigError: there are not enough devices.
+      InputError: the text is not of that form.
+      ConfigError: there are too few devices.
     """
     if not text:
         return None
@@ -68,16 +69,16 @@ def parse_mesh(text: str) -> Mesh | None:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, the logical constraints of the model refer to `mesh` (while tracing)."""
+    """Context in which the logical constraints of the model refer to `mesh` while tracing."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
         yield
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:
-    """Checks that every sharded dimension divides by its mesh axes.
+    """Checks that every sharded dimension is divisible by its mesh axes.
 
     Raises:
-      ConfigError: naming the key, its value and what must divide it.
+      ConfigError: names the key, its value and the divisor.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.data.batch_size // config.train.microbatches
@@ -86,7 +87,7 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
 
 
 def check_model_divisible(model: ModelConfig, mesh: Mesh) -> None:
-    """`check_divisible` for the params alone."""
+    """Like `check_divisible`, for the params only."""
     _check("model.d_model", model.d_model, "fsdp", mesh.shape["fsdp"])
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         _check(f"model.{name}", getattr(model, name), "tensor", mesh.shape["tensor"])
@@ -98,6 +99,6 @@ def _check(key: str, value: int, axis: str, size: int) -> None:
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """The global rows (ascending, int64) of a batch that this process's devices hold."""
+    """The rows of the global batch that this process's devices hold: ascending, int64."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))

@@ -1,13 +1,14 @@
-"""One table from logical axis names to mesh axes, and shardings of whole trees made from it."""
+"""One table from logical axis names to mesh axes, and the shardings of whole trees that follow from it."""
 
+import math
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Params: `embed` is spread for memory (FSDP), heads, feed-forward and vocabulary for compute (tensor parallelism).
-# Activations carry names of their own: rows are spread over both data axes, widths over `tensor`.
+# Params: `embed` is sharded for memory (FSDP); heads, feed-forward and vocabulary for compute (tensor parallelism).
+# Activations have their own names: rows are sharded over both data axes, widths over `tensor`.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "norm": None,
@@ -26,7 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -43,7 +44,7 @@ def param_shardings(mesh: Mesh, axes: Any) -> Any:
 def like_params(mesh: Mesh, tree: Any, shardings: Any) -> Any:
     """Shardings for a tree that holds copies of the params, such as optimizer state.
 
-    A leaf whose path ends in the path of a param lies as that param does; every other leaf is replicated.
+    A leaf whose path ends in the path of a param has the sharding of that param; every other leaf is replicated.
 
     Args:
       mesh: the mesh.
@@ -61,6 +62,34 @@ def like_params(mesh: Mesh, tree: Any, shardings: Any) -> Any:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def sharding_report(params: Any, axes: Any, threshold: int = 2**20) -> str:
+    """A table with one line per param, and a last line with the large params that are replicated.
+
+    Args:
+      params: arrays or ShapeDtypeStructs with a NamedSharding.
+      axes: logical axis names of each param (`model.param_axes`).
+      threshold: size in bytes from which the last line names a replicated param.
+
+    Returns:
+      Lines of name, shape, logical axes, mesh axes and bytes per device.
+    """
+    names = {jax.tree_util.keystr(path): spec for path, spec in
+             jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))}
+    rows, replicated_params = [("parameter", "shape", "logical axes", "mesh axes", "bytes per device")], []
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name, logical = "/".join(_names(path)), names[jax.tree_util.keystr(path)]
+        size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        mapped = [f"{axis}→{mesh_axis}" for axis, mesh_axis in zip(logical, x.sharding.spec, strict=False) if mesh_axis]
+        rows.append((name, "×".join(map(str, x.shape)), ", ".join(map(str, logical)), ", ".join(mapped) or "-",
+                     f"{size:,}"))
+        if x.sharding.is_fully_replicated and x.sharding.num_devices > 1 and size >= threshold:
+            replicated_params.append(f"{name} ({size:,} bytes)")
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    replicated_text = ", ".join(replicated_params) or f"nothing of {threshold:,} bytes or more"
+    return "\n".join([*lines, f"on every device: {replicated_text}"])
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from illada_jax import model
 from illada_jax.config import Config
-from illada_jax.parallel.sharding_table import sharding_report
+from illada_jax.parallel.sharding import sharding_report
 from illada_jax.planning import checks, hlo, programs, roofline
 from illada_jax.planning.chips import Topology, versions
 from illada_jax.training.optimizer import make_optimizer

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,7 +25,6 @@ from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError, StorageError
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import fingerprints, first_difference
-from illada_jax.parallel.hosts import HostLost
 from illada_jax.training.faults import FaultCounts
 from illada_jax.training.saved_model import (
     FORMAT_VERSION,
@@ -83,7 +83,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is not None and issubclass(kind, HostLost):
+        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
             return  # a last save would wait for processes that died
         try:
             with self._writing():

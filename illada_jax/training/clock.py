@@ -1,7 +1,9 @@
-"""Where the time of a run goes (goodput), and a watchdog that says who holds it up."""
+"""Where the time of a run goes (goodput), and a watchdog that ends a process in which nothing happens."""
 
 import collections
 import contextlib
+import faulthandler
+import socket
 import sys
 import threading
 import time
@@ -10,40 +12,42 @@ from typing import Any
 
 import jax
 
+from illada_jax.errors import EXIT_RESUMABLE
 from illada_jax.parallel import hosts
 
 PHASES = ("startup", "data", "step", "evaluation", "checkpoint", "lost")
-EXIT_HUNG = 75  # as after a preemption: the same command goes on from the newest checkpoint
+LONG_PHASE = 10
 _SECONDS = "goodput/{}_seconds"
 
 
 class Clock:
-    """Splits the wall-clock time of this process, and of the earlier lives of the run, into phases.
+    """Splits the wall-clock time of this process and of the run's earlier processes into phases.
 
-    `startup` is all before the first step, its compilation included; `data` the time in which the host waits for rows
-    (the device may still be busy with the step before); `checkpoint` that in which saving holds up the loop; `lost`
-    what earlier lives did after the checkpoint from which the run went on; `step` everything else.
+    `startup` lasts until the first step, its compilation included. In `data` the host waits for rows (the device may
+    still compute the previous step). In `checkpoint` saving blocks the loop. `lost` is the time of earlier processes
+    after the checkpoint from which the run resumed. `step` is everything else.
 
     Attributes:
-      phase: the present one.
+      phase: the current phase.
       step: steps taken.
-      entered: when (time.perf_counter) the phase or the step began.
+      entered: start of the current phase or step (time.perf_counter).
     """
 
     def __init__(self, earlier: dict[str, float]):
-        """Starts in `startup`. `earlier`: seconds by phase of the earlier lives."""
+        """Starts in `startup`. `earlier`: seconds by phase of the run's earlier processes."""
         self._seconds = collections.Counter(earlier)
         self.phase, self.step = "startup", 0
         self.entered = time.perf_counter()
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase begins, at a step; the one before ends."""
+        """Ends the current phase and begins `phase` at `step`."""
         now = time.perf_counter()
         self._seconds[self.phase] += now - self.entered
-        self.phase, self.step, self.entered = phase, step, now
+        # In this order: the watchdog, which reads `phase` first, never sees an old time with a new phase.
+        self.entered, self.step, self.phase = now, step, phase
 
     def metrics(self) -> dict[str, float]:
-        """Seconds by phase, and the share of the steps in all of them, up to now."""
+        """Seconds by phase so far, and the share of `step` in their sum."""
         self.enter(self.phase, self.step)
         total = sum(self._seconds.values())
         share = self._seconds["step"] / total if total else 0.0
@@ -51,7 +55,7 @@ class Clock:
 
 
 def earlier_seconds(lines: list[dict[str, Any]], start: int) -> dict[str, float]:
-    """Seconds by phase of the lives that wrote `lines` of metrics; what lies after step `start` is lost."""
+    """Seconds by phase of the processes that wrote `lines` of metrics; time after step `start` counts as lost."""
     def of(lines: list[dict[str, Any]]) -> dict[str, float]:
         timed = [line for line in lines if _SECONDS.format("step") in line]
         return {phase: timed[-1].get(_SECONDS.format(phase), 0.0) if timed else 0.0 for phase in PHASES}
@@ -62,53 +66,31 @@ def earlier_seconds(lines: list[dict[str, Any]], start: int) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def watched(clock: Clock, patience: float) -> Iterator[None]:
-    """While it lasts, threads tell the other processes what this one does, and look whether anything happens.
+def watchdog(clock: Clock, seconds: float) -> Iterator[None]:
+    """Ends this process with EXIT_RESUMABLE when no step ends for too long while the context is open.
 
-    After `patience` seconds without a new phase or step it says on stderr which process holds up the others. Where that
-    is in the middle of a step, or while waiting for rows, it ends this process with EXIT_HUNG, so that whoever started
-    it can start it again; evaluations, checkpoints and the start may take their time.
+    Start-up, evaluations and checkpoints may take LONG_PHASE times as long as a step. A message and the stacks of all
+    threads go to stderr first. JAX notices the end and aborts the other processes.
 
     Args:
       clock: of the loop.
-      patience: seconds; 0: nobody watches.
+      seconds: time without a new step or phase; 0 disables the watchdog.
     """
-    over = threading.Event()
-
-    def pulse() -> None:
-        count = 0
-        while not over.wait(hosts.PULSE_SECONDS):
-            count += 1
-            with contextlib.suppress(RuntimeError):  # the first process may be gone: `suspects` says so
-                hosts.send_pulse(count, clock.phase, clock.step, time.perf_counter() - clock.entered)
+    closed = threading.Event()
 
     def watch() -> None:
-        told = 0.0
-        while not over.wait(min(patience / 4, 10.0)):
-            entered, phase, step = clock.entered, clock.phase, clock.step
-            if time.perf_counter() - entered < patience or told == entered:
-                continue
-            found = hosts.describe(hosts.stragglers()) or "no process stands out"
-            if clock.entered != entered:
-                continue
-            told = entered
-            print(f"error: nothing has happened for {time.perf_counter() - entered:.0f} s in {phase} of step {step:,} "
-                  f"(config.train.watchdog_seconds = {patience:g}): {found}", file=sys.stderr, flush=True)
-            if phase in ("data", "step"):
-                hosts.hard_exit(EXIT_HUNG)
+        while not closed.wait(min(seconds / 4, 10.0)):
+            phase, step, waited = clock.phase, clock.step, time.perf_counter() - clock.entered
+            if waited > seconds * (1 if phase in ("data", "step") else LONG_PHASE):
+                print(f"error: process {jax.process_index()} on {socket.gethostname()}: no progress for {waited:.0f} s "
+                      f"in phase {phase} of step {step:,} (config.train.watchdog_seconds = {seconds:g}); restart all "
+                      "processes. Its stacks:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__)
+                hosts.hard_exit(EXIT_RESUMABLE)
 
-    def stay_with_first() -> None:
-        if hosts.first_is_gone(over):
-            print(f"error: process 0 of {jax.process_count()} is gone, in {clock.phase} of step {clock.step:,} here; "
-                  "start the same command on all hosts to go on from the newest checkpoint", file=sys.stderr,
-                  flush=True)
-            hosts.hard_exit(EXIT_HUNG)
-
-    works = [pulse, *([watch] if patience else []), *([] if hosts.is_primary() else [stay_with_first])]
-    threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
+    if seconds:
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        closed.set()

@@ -1,8 +1,8 @@
-"""Steps whose numbers are bad: not finite, or a cross-entropy beyond a limit (config.faults).
+"""Bad steps: their numbers are not finite, or their cross-entropy exceeds a limit (config.faults).
 
-The step itself leaves their updates out (`training/step.py`); what happens then is decided here, whenever the loop
-fetches what the steps report, so that no step waits for the host. A rollback leads past the first bad step with a
-checkpoint that every life of the run has: a run that was interrupted goes the same way again.
+The step itself skips the update (`training/step.py`). The reaction is decided here when the loop fetches the metrics of
+several steps, so that no step waits for the host. A rollback restores a scheduled checkpoint, which every process of
+the run has, interrupted or not: so an interrupted run takes the same path.
 """
 
 import io
@@ -16,6 +16,7 @@ from etils import epath
 from illada_jax.config import Config
 from illada_jax.data.pipeline import Batches
 from illada_jax.errors import InputError
+from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.training.step import StepMetrics
 
@@ -23,12 +24,12 @@ DIRECTORY = "bad_batches"
 
 
 class FaultCounts(NamedTuple):
-    """What a run has been through; part of its checkpoints.
+    """Faults of a run so far; part of its checkpoints.
 
     Attributes:
-      skipped: steps whose update was left out.
-      rollbacks: how often it went back to a checkpoint.
-      rate: the factor of the learning rate since then.
+      skipped: steps without an update.
+      rollbacks: returns to a checkpoint.
+      rate: current factor of the learning rate.
     """
 
     skipped: int = 0
@@ -36,12 +37,12 @@ class FaultCounts(NamedTuple):
     rate: float = 1.0
 
     def metrics(self) -> dict[str, float]:
-        """The numbers by name."""
+        """The counts by name."""
         return {f"faults/{name}": value for name, value in self._asdict().items()}
 
 
 class RollBack(Exception):
-    """The run is to go on from a checkpoint, with the step after `step`."""
+    """Request to restore a checkpoint and to continue with the step after `step`."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -49,10 +50,10 @@ class RollBack(Exception):
 
 
 class FaultWatch:
-    """Counts bad steps, keeps their batches, and says what to do.
+    """Counts bad steps, writes their batches to disk and decides on the reaction.
 
     Attributes:
-      counts: up to now.
+      counts: the faults so far.
     """
 
     def __init__(self, config: Config, workdir: epath.Path, pipeline: Batches, counts: FaultCounts):
@@ -63,16 +64,16 @@ class FaultWatch:
         self.counts = counts
 
     def judge(self, first: int, fetched: Sequence[StepMetrics], saved: int | None) -> None:
-        """Looks at what the steps from `first` on report.
+        """Checks the metrics of consecutive steps.
 
         Args:
-          first: number of the first of these steps.
-          fetched: what they report, in order.
-          saved: step of the newest checkpoint, if there is one.
+          first: number of the first step.
+          fetched: metrics of the steps, in order.
+          saved: step of the newest checkpoint; None if there is none.
 
         Raises:
-          InputError: one is bad, and the run is to halt.
-          RollBack: one is bad, and the run is to go back.
+          InputError: a step is bad, and the run must halt.
+          RollBack: a step is bad, and the run must roll back.
         """
         for step, metrics in enumerate(fetched, first):
             if metrics.bad:
@@ -83,27 +84,27 @@ class FaultWatch:
                                    f"its batch is in {self._keep_batch(step, numbers)}", saved, self._faults.action)
 
     def judge_state(self, step: int, is_finite: bool, saved: int | None) -> None:
-        """Looks at the state after step `step`. Raises like `judge`; the state cannot be mended by skipping."""
+        """Checks the state after step `step`. Raises like `judge`; it halts where `judge` would skip."""
         if not is_finite:
             action = "rollback" if self._faults.action == "rollback" else "halt"
             self._decide(step, "the state after its update is not finite", saved, action)
 
     def _decide(self, step: int, what: str, saved: int | None, action: str) -> None:
         what = f"bad numbers at step {step}: {what}"
-        newest = "nothing has been saved yet" if saved is None else f"the newest checkpoint is that of step {saved}"
+        newest = "nothing has been saved yet" if saved is None else f"the newest checkpoint is of step {saved}"
         used_up = self.counts.skipped + self.counts.rollbacks >= self._faults.max_times
         if action == "halt":
             raise InputError(
-                f"{what}; {newest}. Type the same command again with --config.faults.action=skip to leave out the "
-                "updates of bad steps, or with --config.faults.action=rollback --config.faults.rate_scale=0.5 to go "
-                "back to a checkpoint, past the bad step, with half the learning rate")
+                f"{what}; {newest}. Run the same command with --config.faults.action=skip to skip the updates of bad "
+                "steps, or with --config.faults.action=rollback --config.faults.rate_scale=0.5 to continue from a "
+                "checkpoint, past the bad step, with half the learning rate")
         if used_up:
             raise InputError(
-                f"{what}; {newest}. {self.counts.skipped} steps skipped and {self.counts.rollbacks} rollbacks are all "
-                f"that config.faults.max_times = {self._faults.max_times} allows: type the same command again with "
-                "a larger one, or with --config.faults.action=rollback --config.faults.rate_scale=0.5")
+                f"{what}; {newest}. {self.counts.skipped} skipped steps and {self.counts.rollbacks} rollbacks reach "
+                f"config.faults.max_times = {self._faults.max_times}: run the same command with a larger limit, or "
+                "with --config.faults.action=rollback --config.faults.rate_scale=0.5")
         if hosts.is_primary():
-            print(f"warning: {what}; {'going back' if action == 'rollback' else 'its update is left out'}",
+            print(f"warning: {what}; {'rolling back' if action == 'rollback' else 'its update is skipped'}",
                   file=sys.stderr, flush=True)
         if action == "rollback":
             self.counts = self.counts._replace(rollbacks=self.counts.rollbacks + 1,
@@ -112,7 +113,7 @@ class FaultWatch:
         self.counts = self.counts._replace(skipped=self.counts.skipped + 1)
 
     def _keep_batch(self, step: int, numbers: dict[str, float]) -> epath.Path:
-        """Writes the rows of a step, which any process can read again, with their numbers in the global batch."""
+        """Writes the batch of a step with its numbers; returns the path. The primary process reads all rows again."""
         path = self._workdir / DIRECTORY / f"{step}.npz"
         if hosts.is_primary():
             content = io.BytesIO()
@@ -120,7 +121,7 @@ class FaultWatch:
                                 **self._pipeline.rows(step, self._rows)._asdict())
             try:
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(content.getvalue())
+                write_atomically(path, content.getvalue())
             except OSError as error:
-                print(f"warning: {path} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+                print(f"warning: cannot write {path}: {error.strerror or error}", file=sys.stderr, flush=True)
         return path

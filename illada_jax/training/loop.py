@@ -21,9 +21,9 @@ from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
-from illada_jax.training.clock import Clock, earlier_seconds, watched
+from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.faults import FaultCounts, FaultWatch, RollBack
-from illada_jax.training.lease import only_trainer
+from illada_jax.training.lock import only_trainer
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
@@ -94,7 +94,6 @@ def train(setup: RunSetup) -> Outcome:
     """Trains to the end, to train.stop_step, or until a signal; resumes if the workdir has a checkpoint.
 
     Raises:
-      HostLost: another process died.
       InputError: config, workdir, corpus or mesh do not fit together.
     """
     config, workdir = setup.config, setup.workdir
@@ -117,16 +116,11 @@ def train(setup: RunSetup) -> Outcome:
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard) as writer, stop_signals() as told_to_stop,
-              watched(clock, config.train.watchdog_seconds)):
+              watchdog(clock, config.train.watchdog_seconds)):
             loop = _Loop(setup, states, checkpoints, writer, clock,
                          FaultWatch(config, workdir, setup.batches, counts))
             loop.remember([line for line in lines if start - config.train.plateau_window < line["step"] <= start])
-            try:
-                return loop.run(state, start, told_to_stop)
-            except jax.errors.JaxRuntimeError as error:
-                saved = checkpoints.latest_step
-                raise hosts.name_lost(error, f"the newest checkpoint is that of step {saved}" if saved else
-                                      "nothing has been saved") from error
+            return loop.run(state, start, told_to_stop)
 
 
 def _dict_or_none(config: Config | None) -> dict[str, Any] | None:

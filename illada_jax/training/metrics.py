@@ -18,8 +18,7 @@ from etils import epath
 
 from illada_jax.diffusion.objective import NUM_BUCKETS, LossSums
 from illada_jax.errors import StorageError
-from illada_jax.files import remove_leftovers, write_atomically
-from illada_jax.training.lease import is_remote
+from illada_jax.files import is_remote, remove_leftovers, write_atomically
 
 NAME = "metrics.jsonl"
 _PUBLISH_SECONDS = 60.0

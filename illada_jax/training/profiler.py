@@ -1,4 +1,4 @@
-"""Records what devices and hosts do in some of the steps, for TensorBoard's profiler or Perfetto."""
+"""Profiles of chosen steps, for TensorBoard's profiler or Perfetto."""
 
 import pathlib
 import shutil
@@ -12,10 +12,10 @@ from illada_jax.errors import InputError
 
 
 def parse_steps(text: str) -> range:
-    """The steps that a flag such as `100:105` names (the last is not among them); none for an empty text.
+    """The steps of a flag such as `100:105`, which excludes 105; an empty range for an empty text.
 
     Raises:
-      InputError: it is nothing of that kind.
+      InputError: the text is not of that form.
     """
     if not text:
         return range(0)
@@ -26,7 +26,7 @@ def parse_steps(text: str) -> range:
 
 
 class Profiler:
-    """Records `steps` into `workdir/profile`, on every process."""
+    """Records `steps` into `workdir/profile`, in every process."""
 
     def __init__(self, workdir: epath.Path, steps: range):
         self._target = workdir / "profile"
@@ -34,7 +34,7 @@ class Profiler:
         self._local: str | None = None
 
     def before(self, step: int, state: Any) -> None:
-        """Called before each step with the state that it starts from: begins or ends recording."""
+        """Starts or ends recording; call it before each step with the state that the step starts from."""
         if self._local is None and step in self._steps:
             jax.block_until_ready(state)
             self._local = tempfile.mkdtemp()  # the profiler writes to local paths only
@@ -43,7 +43,7 @@ class Profiler:
             self.close(state)
 
     def close(self, state: Any) -> None:
-        """Ends recording where it is under way, when the steps that led to `state` are done."""
+        """Ends recording, if it is active, after the steps that lead to `state`."""
         if self._local is None:
             return
         jax.block_until_ready(state)

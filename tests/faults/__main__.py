@@ -1,10 +1,10 @@
-"""Injects every fault that the suite knows and writes a table of faults and outcomes.
+"""Injects every known fault and writes a table of faults and outcomes.
 
 Example:
   python -m tests.faults --output=faults.md
   python -m tests.faults --quick
 
-The full set kills a training run 50 times and takes about half an hour of two cores; `--quick` less than 8 minutes.
+The full set kills a training run 50 times and takes about half an hour on two cores; `--quick` takes 8 minutes.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import time
 
 from tests.faults import kills, programs, signals, storage
 
-# Faults that need no process of their own are tests of the suite: these files, with many examples in the full set.
+# Faults that need no separate process: these tests, with many examples in the full set.
 IN_PROCESS = {
     "numbers: NaN, infinity, spikes; halt, skip, rollback": ["tests/training/test_faults.py"],
     "checkpoints: flipped bits, truncated, missing and half-copied": ["tests/training/test_damage.py"],
     "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
-    "checkpoints of others: headers, indices, links": ["tests/interop/test_malformed_checkpoints.py"],
-    "files that would run code, or claim to be large": ["tests/test_untrusted_files.py"],
+    "foreign checkpoints: headers, indices, links": ["tests/interop/test_malformed_checkpoints.py"],
+    "files that run code or claim to be large": ["tests/test_untrusted_files.py"],
     "fuzz: texts, configs, JSONL, templates, headers, manifests": [
         "tests/fuzz", "tests/data/test_tokenizers.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
-    "programs that try to leave the sandbox": ["tests/evaluation/test_sandbox.py"],
+    "programs that try to escape from the sandbox": ["tests/evaluation/test_sandbox.py"],
 }
 
 
 class Table:
-    """Faults and outcomes, printed as they come."""
+    """Faults and outcomes, printed as they arrive."""
 
     def __init__(self):
         self._started = time.monotonic()
@@ -42,7 +42,7 @@ class Table:
         print("\n".join(self.rows), flush=True)
 
     def add(self, fault: str, tried: int | str, wrong: list[str], outcome: str = "") -> None:
-        """One row; `wrong` says what went wrong, `outcome` what happened if nothing did."""
+        """Adds a row; `wrong` lists the failures, `outcome` describes a success."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         self.failures += [f"{fault}: {text}" for text in wrong]
         self.rows.append(f"| {fault} | {tried} | {f'{len(wrong)} FAILED' if wrong else outcome} | {seconds:.0f} |")
@@ -50,7 +50,7 @@ class Table:
 
 
 def inject(place: pathlib.Path, quick: bool) -> Table:
-    """Runs everything in a new directory."""
+    """Injects all faults, in a new directory."""
     table = Table()
     programs.write_text(place / "text")
     steps = 300 if quick else 1500
@@ -64,15 +64,15 @@ def inject(place: pathlib.Path, quick: bool) -> Table:
     killed, wrong = kills.killed_training(place / "whole", place / "killed", 6 if quick else 50, place, whole)
     moments = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
     table.add("kill -9 while training", f"{sum(killed.values())} ({moments})", wrong,
-              "each restart went on; metrics and arrays of the end bit for bit those of the unkilled run")
+              "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
     count, wrong = kills.killed_preparation(place, 4 if quick else 20)
-    table.add("kill -9 while preparing", count, wrong, "the corpus, byte for byte")
+    table.add("kill -9 while preparing", count, wrong, "the same corpus, byte for byte")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         wrong = signals.told_to_stop(place, place / number.name, number)
         table.add(number.name, 1, [wrong] if wrong else [], "saved, exit code 75, no step lost")
-    wrong = signals.second_trainer(place, place / "leased")
-    table.add("a second trainer", 1, [wrong] if wrong else [], "refused with exit code 2; the first goes on")
+    wrong = signals.second_trainer(place, place / "locked")
+    table.add("a second trainer", 1, [wrong] if wrong else [], "refused with exit code 2; the first continues")
 
     results = storage.in_namespace(place, 1 if quick else 8)
     if results is None:
@@ -81,9 +81,9 @@ def inject(place: pathlib.Path, quick: bool) -> Table:
     if unreliable is None:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
     for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(place, 1 if quick else 3):
-        table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or unharmed; the same command finishes")
+        table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or no effect; then finishes")
     for fault, files in IN_PROCESS.items():
-        if not quick:  # the suite has run them
+        if not quick:  # the test suite runs them
             _pytest(table, fault, files)
     return table
 
@@ -96,14 +96,14 @@ def _pytest(table: Table, fault: str, files: list[str]) -> None:
     examples = sum(map(int, re.findall(r"(\d+) passing", result.stdout)))
     wrong = [] if result.returncode == 0 else [result.stdout[-3000:]]
     table.add(fault, f"{passed.group(1) if passed else 0} tests" + (f", {examples:,} examples" if examples else ""),
-              wrong, "refused by name, or without effect")
+              wrong, "refused with the name of the file, or no effect")
 
 
 def main() -> int:
-    """Injects, reports, and says whether nothing went wrong."""
+    """Injects all faults and reports; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few of each fault")
-    parser.add_argument("--output", type=pathlib.Path, help="file for the table, in Markdown")
+    parser.add_argument("--quick", action="store_true", help="inject each fault a few times only")
+    parser.add_argument("--output", type=pathlib.Path, help="Markdown file for the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         table = inject(pathlib.Path(directory), arguments.quick)

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments: every restart goes on, and the end is that of a run that nobody killed, bit for bit."""
+"""Kill -9 at random moments: every restart resumes, and the result is that of an unkilled run, bit for bit."""
 
 import functools
 import os
@@ -17,25 +17,25 @@ _POLL_SECONDS = 0.002
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kills a process and its children, without warning."""
+    """Kills a process and its children with SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, place: pathlib.Path,
                     flags: Sequence[str], seed: int = 0) -> tuple[dict[str, int], list[str]]:
-    """Trains `tiny` to its end in `workdir`, killed `count` times on the way.
+    """Trains `tiny` to its end in `workdir` and kills it `count` times on the way.
 
     Args:
-      whole: the workdir of the run that nobody killed.
-      workdir: of the run that is killed.
-      count: how often.
-      place: has the text.
-      flags: of both runs.
-      seed: of the moments.
+      whole: workdir of the unkilled run.
+      workdir: workdir of the killed run.
+      count: number of kills.
+      place: directory with the text.
+      flags: flags of both runs.
+      seed: seed of the moments.
 
     Returns:
-      How often it was killed at each kind of moment, and what is wrong afterwards.
+      Kills by kind of moment, and descriptions of all failures.
     """
     draw = random.Random(seed)
     config = tiny.get_config()
@@ -74,7 +74,7 @@ def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, plac
 
 
 def differences(whole: pathlib.Path, workdir: pathlib.Path) -> list[str]:
-    """What differs between two finished runs: the metrics (times aside), the arrays of the last checkpoint."""
+    """Differences between two finished runs: metrics (except times) and the arrays of the last checkpoint."""
     found = []
     if programs.timeless(whole) != programs.timeless(workdir):
         found.append(f"{workdir}: other metrics than {whole}")
@@ -86,7 +86,7 @@ def differences(whole: pathlib.Path, workdir: pathlib.Path) -> list[str]:
 
 
 def killed_preparation(place: pathlib.Path, count: int, seed: int = 0) -> tuple[int, list[str]]:
-    """Prepares the text of `place`, killed `count` times: (how often it was killed, what is wrong afterwards)."""
+    """Prepares the text of `place` and kills that `count` times; returns (number of kills, failures)."""
     draw = random.Random(seed)
     expected, target = place / "prepared", place / "prepared-killed"
     began = time.monotonic()
@@ -108,15 +108,15 @@ def killed_preparation(place: pathlib.Path, count: int, seed: int = 0) -> tuple[
             process.communicate()
         if (target / "manifest.json").exists():
             if programs.tree_checksums(target) != programs.tree_checksums(expected):
-                return killed, [f"{target}: finished after kill {killed}, but not what an unkilled one makes"]
+                return killed, [f"{target}: finished after kill {killed}, with another corpus than an unkilled one"]
             shutil.rmtree(target)
     programs.must(programs.prepare_command(place, target))
     same = programs.tree_checksums(target) == programs.tree_checksums(expected)
-    return killed, [] if same else [f"{target}: not what an unkilled preparation makes"]
+    return killed, [] if same else [f"{target}: another corpus than an unkilled preparation"]
 
 
 def _wait(process: subprocess.Popen, seen: Callable[[], bool]) -> bool:
-    """Waits until something is seen; False if the process ends before."""
+    """Waits until `seen()`; False if the process ends before."""
     while not seen():
         if process.poll() is not None:
             return False
@@ -125,7 +125,7 @@ def _wait(process: subprocess.Popen, seen: Callable[[], bool]) -> bool:
 
 
 def _has_started(workdir: pathlib.Path, began: float) -> bool:
-    """Whether the life that began then has written metrics: it begins with those of the lives before."""
+    """True if the process that started at `began` has written metrics: it rewrites the earlier ones first."""
     path = workdir / "metrics.jsonl"
     return path.exists() and path.stat().st_size > 0 and time.time() - path.stat().st_mtime < time.monotonic() - began
 

@@ -1,10 +1,10 @@
-"""Trains a tiny model for long, with evaluations and checkpoints, and reports what grows.
+"""Trains a tiny model for many steps, with evaluations and checkpoints, and reports leaks.
 
 Example:
   python -m tests.faults.long_run --steps=20000
 
-Memory, open files, threads and unfinished checkpoints are those of the training process, looked at twice a second;
-the time of a step comes from its metrics. Slopes are least squares over all but the first fifth of the steps.
+Memory, open files, threads and unfinished checkpoints of the training process are sampled twice a second; step times
+come from its metrics. Slopes are least-squares fits over all but the first fifth of the steps.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tests.faults import programs
 
 
 def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
-    """What a process holds now."""
+    """Current resources of a process."""
     status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
     lines = programs.lines(workdir)
     checkpoints = workdir / "checkpoints"
@@ -31,7 +31,7 @@ def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def watch(place: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list[dict]]:
-    """(Samples, lines of metrics) of a run of so many steps."""
+    """Trains for `steps` steps; returns (samples, lines of metrics)."""
     programs.write_text(place / "text")
     workdir = place / "run"
     command = programs.train_command(
@@ -42,7 +42,7 @@ def watch(place: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list
     while process.poll() is None:
         try:
             samples.append(sample(process.pid, workdir))
-        except (OSError, KeyError):  # it has just ended
+        except (OSError, KeyError):  # the process just ended
             break
         time.sleep(0.5)
     output = "".join(process.communicate())
@@ -52,7 +52,7 @@ def watch(place: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list
 
 
 def report(samples: list[dict[str, float]], lines: list[dict], steps: int, tokens: int) -> None:
-    """Prints first and last values and slopes."""
+    """Prints mean, maximum and slope of each quantity."""
     series = {name: [(s["step"], s[name]) for s in samples if s["step"] > steps / 5]
               for name in samples[0] if name != "step"}
     series["step, ms"] = [(line["step"], 1e3 * tokens / line["train/tokens_per_second"]) for line in lines

@@ -1,4 +1,4 @@
-"""The commands that faults are injected into, as processes."""
+"""Commands under test, as processes."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ("mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end")
-# Without optimisation programs are compiled in half the time; each is compiled once, and kept beside the text.
+# Unoptimised programs compile in half the time; each is compiled once and cached next to the text.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
                "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def write_text(directory: pathlib.Path, files: int = 40, words: int = 120) -> None:
-    """Writes some text, the same every time."""
+    """Writes text files with fixed contents."""
     draw = random.Random(0)
     directory.mkdir(parents=True)
     for i in range(files):
@@ -24,20 +24,20 @@ def write_text(directory: pathlib.Path, files: int = 40, words: int = 120) -> No
 
 
 def train_command(place: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
-    """The training command on the text in `place`, where it keeps corpora and compiled programs too."""
+    """The training command on the text in `place`, which also caches corpora and compiled programs."""
     return [sys.executable, "-m", "illada_jax.main", f"--config={ROOT}/tests/faults/tiny.py", f"--workdir={workdir}",
             f"--config.data.sources=('text:{place}/text',)", f"--config.data.cache_dir={place}/cache",
             f"--compilation_cache={place}/compiled", *flags]
 
 
 def prepare_command(place: pathlib.Path, target: pathlib.Path) -> list[str]:
-    """The preparation of the text in `place`, in many small shards."""
+    """The command that prepares the text in `place` in many small shards."""
     return [sys.executable, "-m", "illada_jax.prepare", f"--source=text:{place}/text", f"--target={target}",
             "--tokenizer=sentencepiece", "--vocab_size=300", "--shard_megabytes=0.02", "--processes=2"]
 
 
 def start(command: list[str]) -> subprocess.Popen:
-    """Starts a command in a session of its own, so that its children can be killed with it."""
+    """Starts a command in its own session, so that its children can be killed with it."""
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True)
 
@@ -50,7 +50,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def must(command: list[str]) -> str:
-    """What a command that must succeed prints."""
+    """Output of a command that must succeed."""
     code, output = run(command)
     if code != 0:
         raise AssertionError(f"exit code {code} of {' '.join(command)}:\n{output}")
@@ -58,26 +58,26 @@ def must(command: list[str]) -> str:
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
-    """The whole lines of metrics.jsonl."""
+    """The complete lines of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def timeless(workdir: pathlib.Path) -> list[dict]:
-    """The same without what the clock says."""
+    """The lines of metrics.jsonl without times."""
     return [{name: value for name, value in line.items()
              if not name.startswith("goodput/") and name != "train/tokens_per_second"} for line in lines(workdir)]
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """The steps that have a checkpoint."""
+    """Steps with a checkpoint, ascending."""
     directory = workdir / "checkpoints"
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def final_arrays(workdir: pathlib.Path) -> dict[str, str]:
-    """A checksum of every array of the last checkpoint, read anew, by name: params and optimizer."""
+    """Checksums of the params and optimizer arrays of the last checkpoint, by name."""
     import numpy as np
     import orbax.checkpoint as ocp
 
@@ -104,6 +104,6 @@ def _leaves(tree, path=""):
 
 
 def tree_checksums(directory: pathlib.Path) -> dict[str, str]:
-    """A checksum of every file below a directory, by path."""
+    """Checksums of all files below a directory, by path."""
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(directory.rglob("*")) if path.is_file()}

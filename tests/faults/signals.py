@@ -1,16 +1,15 @@
-"""Signals and a second trainer: what is saved, which exit code says so, who is refused."""
+"""Signals and a second trainer: checkpoints, exit codes, refusals."""
 
 import pathlib
 import signal
 import time
 
+from illada_jax.parallel.hosts import EXIT_RESUMABLE
 from tests.faults import programs
-
-EXIT_RESUMABLE = 75
 
 
 def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Signals) -> str:
-    """Sends a signal while training; what is wrong with how it ends and goes on."""
+    """Sends a signal during training and resumes; describes a failure, or returns an empty text."""
     command = programs.train_command(place, workdir)
     process = _training(command, workdir, 3)
     process.send_signal(number)
@@ -18,7 +17,7 @@ def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Sign
     if process.returncode != EXIT_RESUMABLE:
         return f"exit code {process.returncode}: {output[-1000:]}"
     saved = programs.saved_steps(workdir)[-1]
-    if f"Stopped and saved at step {saved}:" not in output:
+    if f"Stopped and saved at step {saved};" not in output:
         return f"the newest checkpoint is {saved}, but: {output[-300:]}"
     output = programs.must([*command, f"--config.train.stop_step={saved + 1}"])
     steps = [line["step"] for line in programs.lines(workdir) if "train/learning_rate" in line]
@@ -26,7 +25,7 @@ def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Sign
 
 
 def second_trainer(place: pathlib.Path, workdir: pathlib.Path) -> str:
-    """Starts a second trainer in the workdir of a first: what is wrong with how they fare."""
+    """Starts a second trainer in the same workdir; describes a failure, or returns an empty text."""
     command = programs.train_command(place, workdir)
     first = _training(command, workdir, 1)
     code, output = programs.run(command)
@@ -39,7 +38,7 @@ def second_trainer(place: pathlib.Path, workdir: pathlib.Path) -> str:
 
 
 def _training(command: list[str], workdir: pathlib.Path, count: int):
-    """The command, started, after so many lines of metrics."""
+    """Starts the command and waits for `count` further lines of metrics."""
     process = programs.start(command)
     lines = len(programs.lines(workdir))
     while len(programs.lines(workdir)) < lines + count:

@@ -1,7 +1,7 @@
-"""A disk that is full, read-only, slow or fails: one line says so, nothing is lost, the same command then goes on.
+"""Full, read-only, slow and failing disks: one line of error, no loss, and the same command then continues.
 
-Run as a program it does so in a mount namespace of its own, where it may mount a small file system; what it has found
-it prints as JSON. It takes the directory with the text, and how many sizes of the free space to try.
+As a program, in its own mount namespace, it mounts a small file system and prints its findings as JSON. Arguments: the
+directory with the text, and the number of sizes of free space to try.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ _DISK_KILOBYTES = 1024
 
 
 def in_namespace(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
-    """(Fault, what is wrong or nothing) of every fault, from a process of its own; None where nothing may be mounted.
+    """(Fault, failure or an empty text) pairs, from a separate process; None if mounting is not permitted.
 
-    `place` has the text, `short` (a run with the flags SHORT that had room) and `prepared`.
+    `place` holds the text, `short` (an undisturbed run with the flags SHORT) and `prepared`.
     """
     allowed = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if allowed.returncode != 0:
@@ -33,7 +33,7 @@ def in_namespace(place: pathlib.Path, count: int) -> list[tuple[str, str]] | Non
 
 
 def limited_files(place: pathlib.Path, count: int) -> list[tuple[str, str]]:
-    """The same as far as it goes without a file system: no file may become larger than a limit."""
+    """Like `in_namespace`, without a file system of its own: limits the size of files."""
     found = []
     for number in range(count):
         kilobytes = 4 * (number + 1)
@@ -41,14 +41,14 @@ def limited_files(place: pathlib.Path, count: int) -> list[tuple[str, str]]:
         limited = ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh"]  # in units of 512 bytes
         code, output = programs.run([*limited, *programs.train_command(place, workdir, *SHORT)])
         found.append((f"files larger than {kilobytes} KiB cannot be written", _refused(code, output)
-                      or _goes_on(place, workdir)))
+                      or _continues(place, workdir)))
     return found
 
 
 def unreliable(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
-    """(Fault, what is wrong or nothing) with system calls that fail or are slow; None where strace may not trace.
+    """(Fault, failure or an empty text) pairs for failing and slow system calls; None if strace cannot trace.
 
-    Arrays of a checkpoint are written with writev, made sure of with fsync and put in place with rename.
+    Checkpoints write arrays with writev, flush them with fsync and publish them with rename.
     """
     works = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=rename:error=EIO", "true"]
     if not shutil.which("strace") or subprocess.run(works, capture_output=True).returncode != 0:
@@ -68,7 +68,7 @@ def unreliable(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
             wrong = f"exit code {code}: {output[-2000:]}"
         else:
             wrong = _refused(code, output)
-        found.append((fault, wrong or _goes_on(place, workdir)))
+        found.append((fault, wrong or _continues(place, workdir)))
     return found
 
 
@@ -83,7 +83,7 @@ def _faults(place: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
         workdir = disk / "run"
         code, output = programs.run(programs.train_command(place, workdir, *SHORT))
         filler.unlink()
-        yield f"disk full, {free} KiB free", _refused(code, output) or _goes_on(place, workdir)
+        yield f"disk full, {free} KiB free", _refused(code, output) or _continues(place, workdir)
         subprocess.run(["rm", "-r", str(workdir)], check=True)
 
     filler.write_bytes(bytes((_DISK_KILOBYTES - 60) * 1024))
@@ -103,7 +103,7 @@ def _faults(place: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
         code, output = programs.run(programs.train_command(place, workdir, *SHORT))
         yield f"read-only disk, {name}", _refused(code, output)
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    yield "read-only disk, then writable", _goes_on(place, disk / "run")
+    yield "read-only disk, then writable", _continues(place, disk / "run")
 
 
 def _refused(code: int, output: str) -> str:
@@ -113,12 +113,12 @@ def _refused(code: int, output: str) -> str:
     return ""
 
 
-def _goes_on(place: pathlib.Path, workdir: pathlib.Path) -> str:
+def _continues(place: pathlib.Path, workdir: pathlib.Path) -> str:
     code, output = programs.run(programs.train_command(place, workdir, *SHORT))
     if code != 0:
-        return f"does not go on, exit code {code}: {output[-2000:]}"
+        return f"cannot continue, exit code {code}: {output[-2000:]}"
     same = programs.final_arrays(workdir) == programs.final_arrays(place / "short")
-    return "" if same else "goes on to another result"
+    return "" if same else "continues to another result"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run that is over in seconds, with many saves and evaluations: what faults are injected into.
+"""A run of seconds with many saves and evaluations, for injecting faults.
 
 Example:
   python -m illada_jax.main --config=tests/faults/tiny.py --config.data.sources="('text:DIR',)"

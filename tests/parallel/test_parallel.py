@@ -1,4 +1,4 @@
-"""Meshes, shardings and the rows that a host loads."""
+"""Meshes, shardings and the rows of a host."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from illada_jax.training.step import abstract_state
 SMALL = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=32)
 
 
-def test_an_open_axis_takes_the_devices_that_remain():
+def test_an_open_axis_takes_the_remaining_devices():
     assert dict(make_mesh(MeshConfig(fsdp=-1, tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     with pytest.raises(ConfigError, match=r"data=1 × fsdp=-1 × tensor=3: must multiply to the number of devices, 8"):
         make_mesh(MeshConfig(fsdp=-1, tensor=3))
@@ -42,7 +42,7 @@ def test_only_norms_are_replicated():
         assert share == (1 if path[-1].key == "scale" else 1 / 8), path
 
 
-def test_optimizer_state_lies_as_its_params_do():
+def test_optimizer_state_has_the_sharding_of_its_params():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     state = abstract_state(Config(model=SMALL), make_optimizer(Config(model=SMALL)), mesh)
     large = [x for x in jax.tree.leaves(state.opt_state) if x.size > 64]
@@ -50,7 +50,7 @@ def test_optimizer_state_lies_as_its_params_do():
     assert all(np.prod(x.sharding.shard_shape(x.shape)) == x.size // 8 for x in large)
 
 
-def test_what_is_no_copy_of_a_param_is_replicated():
+def test_other_arrays_are_replicated():
     mesh = make_mesh(MeshConfig(fsdp=8))
     sharded = batch_sharding(mesh)
     tree = {"count": np.zeros(()), "mu": {"w": np.zeros((8, 2))}, "w": np.zeros(())}

@@ -20,7 +20,7 @@ from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig,
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import forward_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible, check_model_divisible, make_mesh
-from illada_jax.parallel.sharding_table import sharding_report
+from illada_jax.parallel.sharding import sharding_report
 from illada_jax.planning import checks, chips, hlo, programs, roofline
 from illada_jax.planning.plan import Options, make_plan
 from illada_jax.planning.render import as_markdown, as_text

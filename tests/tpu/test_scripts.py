@@ -1,4 +1,4 @@
-"""The scripts of tpu/ against commands that only record how they are called: whole commands, failures, refusals."""
+"""The scripts of tpu/ against commands that only record their arguments: whole commands, failures, refusals."""
 
 import os
 import pathlib
@@ -39,7 +39,7 @@ DESCRIBE = [*QUEUED, "describe", "pod", *WHERE, "--format=value(state.state)"]
 DELETE = [*QUEUED, "delete", "pod", *WHERE, "--force", "--quiet"]
 CREATE = [*QUEUED, "create", "pod", *WHERE, "--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5",
           "--node-id=pod", "--spot"]
-TRAIN = ("python -m illada_jax.main --processes=auto --workdir=gs://bucket/run "
+TRAIN = ("/mnt/bucket/run python -m illada_jax.main --processes=auto --workdir=gs://bucket/run "
          "--compilation_cache=gs://bucket/compiled --config=a.py")
 SETUP = "mkdir -p illada && tar -xzf illada.tar.gz -C illada && sh illada/tpu/host/setup.sh bucket /mnt/bucket"
 
@@ -93,7 +93,7 @@ def test_shellcheck(path):
     assert result.returncode == 0, result.stdout
 
 
-def test_create_asks_for_one_slice_or_several_by_every_way_of_paying(pod):
+def test_create_requests_one_slice_or_several_with_every_provisioning(pod):
     result, calls = pod("create")
     assert (result.returncode, calls) == (0, [CREATE])
     _, calls = pod("create", NUM_SLICES="3", PROVISIONING="reserved", RESERVATION="ours")
@@ -124,27 +124,27 @@ def test_create_leaves_alone_what_exists(pod):
     result, calls = pod("create", failures=[" create|ERROR: ALREADY_EXISTS: Resource 'pod' already exists"],
                         states=["ACTIVE"])
     assert (result.returncode, calls) == (0, [CREATE, DESCRIBE])
-    assert "pod exists already, its state is ACTIVE: tpu/wait.sh goes on with it" in result.stdout
+    assert "pod already exists in state ACTIVE: continue with tpu/wait.sh" in result.stdout
 
 
-def test_create_passes_on_other_failures(pod):
+def test_create_forwards_other_failures(pod):
     result, _ = pod("create", failures=[" create|ERROR: PERMISSION_DENIED: tpu.nodes.create"])
     assert result.returncode == 1 and "PERMISSION_DENIED" in result.stderr
 
 
-def test_wait_waits_until_the_hardware_is_there(pod):
+def test_wait_waits_until_the_hardware_is_ready(pod):
     result, calls = pod("wait", states=["WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
     assert (result.returncode, calls) == (0, [DESCRIBE] * 4)
     assert result.stdout == "pod is WAITING_FOR_RESOURCES\npod is PROVISIONING\npod is ACTIVE\n"
 
 
 @pytest.mark.parametrize(("state", "message"), [
-    ("SUSPENDED", "pod was preempted: tpu/resume.sh goes on"),
-    ("FAILED", "the request has failed: tpu/delete.sh, then tpu/create.sh"),
-    ("ERROR: NOT_FOUND", "there is no pod in us-east5-a: tpu/create.sh asks for it"),
+    ("SUSPENDED", "pod was preempted; continue with tpu/resume.sh"),
+    ("FAILED", "the request failed; run tpu/delete.sh, then tpu/create.sh"),
+    ("ERROR: NOT_FOUND", "there is no pod in us-east5-a; request it with tpu/create.sh"),
     ("ERROR: PERMISSION_DENIED", "the state of pod cannot be read"),
 ])
-def test_wait_gives_up_where_nothing_will_come(pod, state, message):
+def test_wait_gives_up_if_the_hardware_will_not_come(pod, state, message):
     result, _ = pod("wait", states=["PROVISIONING", state])
     assert result.returncode == 4 and message in result.stderr
 
@@ -181,8 +181,9 @@ def test_install_builds_an_image_for_gke(pod):
 @pytest.mark.parametrize(("task", "workers", "command"), [
     ("pretrain", "all", TRAIN),
     ("sft", "all", TRAIN),
-    ("evaluate", "all", "python -m illada_jax.evaluate --processes=auto --output_dir=gs://bucket/run --config=a.py"),
-    ("prepare", "0", "python -m illada_jax.prepare --target=/mnt/bucket/run --config=a.py"),
+    ("evaluate", "all", "/mnt/bucket/run python -m illada_jax.evaluate --processes=auto --output_dir=gs://bucket/run "
+                        "--config=a.py"),
+    ("prepare", "0", "/mnt/bucket/run python -m illada_jax.prepare --target=/mnt/bucket/run --config=a.py"),
 ])
 def test_launch_starts_every_task(pod, task, workers, command):
     result, calls = pod("launch", task, "--config=a.py")
@@ -190,8 +191,9 @@ def test_launch_starts_every_task(pod, task, workers, command):
     _, calls = pod("launch", task, "--config=a.py", BACKEND="xpk", NUM_SLICES="2")
     assert calls == [[
         "xpk", "workload", "create", "--cluster=pod", *WHERE, "--workload=pod-run", "--tpu-type=v5p-128",
-        "--num-slices=2", "--docker-image=us-docker.pkg.dev/p/r/illada", "--max-restarts=1000",
-        "--restart-on-exit-codes=75", "--termination-grace-period-seconds=600", f"--command={command}"]]
+        "--num-slices=2", "--docker-image=us-docker.pkg.dev/p/r/illada", "--max-restarts=100",
+        "--restart-on-exit-codes=75", "--termination-grace-period-seconds=600",
+        f"--command=sh tpu/host/restart.sh {command}"]]
 
 
 def test_launch_starts_all_slices_and_keeps_the_quotes(pod):
@@ -211,7 +213,7 @@ def test_tail(pod):
                         "jobset-name=pod-run,batch.kubernetes.io/job-completion-index=0"]
 
 
-def test_resume_after_a_preemption_asks_for_the_hardware_again(pod, tmp_path):
+def test_resume_after_a_preemption_requests_the_hardware_again(pod, tmp_path):
     states = ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"]
     started = ssh("pod", "all", f"sh illada/tpu/host/start.sh {TRAIN}")
     everything = [DESCRIBE, DELETE, CREATE, DESCRIBE, DESCRIBE, *install(tmp_path, "pod"), started]
@@ -223,7 +225,7 @@ def test_resume_after_a_preemption_asks_for_the_hardware_again(pod, tmp_path):
     assert result.returncode == 2 and calls == [DESCRIBE] and "nothing was deleted" in result.stderr
 
 
-def test_resume_where_the_hardware_is_there_or_was_never_asked_for(pod, tmp_path):
+def test_resume_if_the_hardware_is_ready_or_was_never_requested(pod, tmp_path):
     started = ssh("pod", "all", f"sh illada/tpu/host/start.sh {TRAIN}")
     _, calls = pod("resume", "pretrain", "--config=a.py", states=["ACTIVE"])
     assert calls == [DESCRIBE, *install(tmp_path, "pod"), started]
@@ -254,7 +256,7 @@ def test_collect(pod, tmp_path):
 
 @pytest.mark.parametrize(("backend", "command"), [
     ("gcloud", DELETE), ("xpk", ["xpk", "cluster", "delete", "--cluster=pod", *WHERE, "--force"])])
-def test_delete_wants_the_name(pod, backend, command):
+def test_delete_requires_the_name(pod, backend, command):
     for typed, arguments, deleted in (("pod\n", [], True), ("", ["--confirm=pod"], True), ("", [], False),
                                       ("yes\n", [], False), ("pod\n", ["--confirm=pop"], False)):
         result, calls = pod("delete", *arguments, typed=typed, BACKEND=backend)
@@ -264,7 +266,7 @@ def test_delete_wants_the_name(pod, backend, command):
 
 @pytest.mark.parametrize("script", ["create", "wait", "install", "launch", "tail", "resume", "collect", "delete"])
 @pytest.mark.parametrize("backend", ["gcloud", "xpk"])
-def test_dry_run_prints_what_a_real_run_calls_and_calls_nothing(pod, script, backend):
+def test_dry_run_prints_the_calls_of_a_real_run_and_makes_none(pod, script, backend):
     task = ["pretrain", "--config=a b.py"] if script in ("launch", "resume") else []
     confirm = ["--confirm=pod"] if script in ("resume", "delete") else []
     result, calls = pod(script, "--dry-run", *task, BACKEND=backend)
@@ -321,7 +323,7 @@ def test_settings_come_from_a_file(pod, tmp_path):
 
 @pytest.fixture
 def host(tmp_path):
-    """A directory as it is on a TPU VM, and a function that waits for what its log must hold."""
+    """The directory of a TPU VM, and a function that waits for a text in its log."""
     shutil.copytree(ROOT / "tpu" / "host", tmp_path / "illada" / "tpu" / "host")
 
     def logged(text):
@@ -336,38 +338,74 @@ def host(tmp_path):
 
 
 def start(directory, *command):
-    return subprocess.run(["sh", "tpu/host/start.sh", *command], cwd=directory, capture_output=True, text=True,
-                          env={**os.environ, "ILLADA_PAUSE": "0"}, timeout=60, check=True).stdout
+    return subprocess.run(["sh", "tpu/host/start.sh", "output", *command], cwd=directory, capture_output=True,
+                          text=True, env={**os.environ, "ILLADA_PAUSE": "0"}, timeout=60, check=True).stdout
 
 
-def test_start_starts_again_until_the_command_is_done(host):
+def test_start_restarts_until_the_command_succeeds(host):
     directory, logged = host
-    (directory / "codes").write_text("75\n137\n0\n")
+    (directory / "codes").write_text("75\n134\n137\n139\n143\n0\n")
     command = 'code=$(head -n 1 codes); sed -i 1d codes; echo "with $1"; exit "$code"'
     assert "started as process" in start(directory, "sh", "-c", command, "sh", "a b")
     text = logged("exit code 0")
-    assert [line for line in text.splitlines() if "==" not in line] == ["with a b"] * 3
-    assert text.count("exit code") == 3
+    assert [line for line in text.splitlines() if "==" not in line] == ["with a b"] * 6
+    assert text.count("exit code") == 6
 
 
-def test_start_does_not_repeat_bad_input(host):
-    directory, logged = host
-    start(directory, "sh", "-c", "exit 2")
-    assert logged("exit code 2").count("exit code") == 1
+def restart(directory, command, **environment):
+    """(Exit code, number of runs, stderr) of restart.sh in the foreground."""
+    result = subprocess.run(["sh", "tpu/host/restart.sh", "output", *command], cwd=directory, capture_output=True,
+                            text=True, env={**os.environ, "ILLADA_PAUSE": "0", **environment}, timeout=60)
+    return result.returncode, result.stdout.count("exit code"), result.stderr
 
 
-def test_start_starts_once_and_passes_on_the_signal_to_stop(host):
+@pytest.mark.parametrize("code", [0, 1, 2, 127])
+def test_restart_ends_with_other_codes(host, code):
+    assert restart(host[0], ["sh", "-c", f"exit {code}"]) == (code, 1, "")
+
+
+@pytest.mark.parametrize("end", ["exit 75", "kill -ABRT $$", "kill -KILL $$"])
+def test_restart_gives_up_without_progress(host, end):
+    code, runs, error = restart(host[0], ["sh", "-c", end])
+    assert (code, runs) == (1, 11)
+    assert "error: 10 restarts without progress in output" in error
+
+
+def test_restart_counts_from_the_last_progress(host):
+    """New checkpoints are progress; metrics, unfinished checkpoints and event files are not."""
+    directory, _ = host
+    command = """
+        n=$(cat runs 2>/dev/null || echo 0); n=$((n + 1)); echo $n >runs
+        mkdir -p output/checkpoints/$n.orbax-checkpoint-tmp-$n
+        echo $n >>output/metrics.jsonl; touch output/events.$n
+        if [ $n -le 4 ]; then mkdir output/checkpoints/$n; fi
+        exit 75"""
+    code, runs, _ = restart(directory, ["sh", "-c", command], ILLADA_RESTARTS="3")
+    assert (code, runs) == (1, 4 + 3)
+
+
+def test_start_starts_once_and_forwards_the_signal_to_stop(host):
     directory, logged = host
     command = "trap 'sleep 0.3; echo saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done"
     start(directory, "sh", "-c", command)
     logged("ready")
-    assert "runs already, as process" in start(directory, "sh", "-c", command)
+    assert "already running as process" in start(directory, "sh", "-c", command)
     os.kill(int((directory / "pid").read_text()), signal.SIGTERM)
     text = logged("exit code 75")
     assert text.count("\nready\n") == 1 and "\nsaved\n" in text
 
 
-def test_setup_makes_python_and_mounts_the_bucket(host, tmp_path):
+def test_restart_stops_while_it_pauses(host):
+    process = subprocess.Popen(["sh", "tpu/host/restart.sh", "output", "sh", "-c", "exit 75"], cwd=host[0], text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "ILLADA_PAUSE": "1000"})
+    while "exit code 75" not in process.stdout.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+
+
+def test_setup_installs_python_and_mounts_the_bucket(host, tmp_path):
     directory, _ = host
     (tmp_path / "bin").mkdir()
     recorder = '#!/bin/sh\nprintf "%s\\n" "$(basename "$0") $*" >>"$CALLS"\n[ "$(basename "$0")" != mountpoint ]\n'

@@ -54,7 +54,7 @@ def test_a_run_lives_in_a_bucket(run, command, tmp_path):
     names = objects.names("bucket/runs/one/")
     assert {name.split("/")[4] for name in names if "/checkpoints/" in name} == {"8", "10"}
     rest = {name.split("/")[3].split(".")[0] for name in names}
-    assert rest == {"checkpoints", "config", "events", "metrics", "profile", "tokenizer"}, "no lease, nothing partial"
+    assert rest == {"checkpoints", "config", "events", "metrics", "profile", "tokenizer"}, "no lock, nothing partial"
     assert not (pathlib.Path.cwd() / "gs:").exists() and not (tmp_path / "gs:").exists()
 
     written = command("generate", "--checkpoint=gs://bucket/runs/one", "--prompt=mask", "--max_new_tokens=4",
@@ -65,8 +65,6 @@ def test_a_run_lives_in_a_bucket(run, command, tmp_path):
 
 # What of training, by file, uses the local file system, and why that is no path of a workdir.
 LOCAL = {
-    ("training/lease.py", "pathlib.Path"): "what Linux says of processes, /proc",
-    ("training/lease.py", "os.readlink"): "the same",
     ("training/metrics.py", "tempfile.mkdtemp"): "where lines are kept until they are published",
     ("training/profiler.py", "tempfile.mkdtemp"): "the profiler writes to local paths only",
     ("training/profiler.py", "pathlib.Path"): "the same",

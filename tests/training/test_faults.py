@@ -1,4 +1,4 @@
-"""Numbers that go bad: real batches, params and learning rates that poison a run, and what the run does about it."""
+"""Bad steps: batches, params and learning rates that poison a run, and its reaction."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_halt_says_what_to_type_and_that_works(run, tmp_path):
         run(tmp_path / "w", poison=poisoned(6, value=value), **COMMON)
     message = str(caught.value)
     assert "\n" not in message and "bad numbers at step 6: loss " in message
-    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is that of step 4. " in message
+    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is of step 4. " in message
     assert "--config.faults.action=skip" in message and "--config.faults.action=rollback" in message
     assert [path.name for path in (tmp_path / "w" / "checkpoints").iterdir()] == ["4"]
 
@@ -72,7 +72,7 @@ def test_halt_says_what_to_type_and_that_works(run, tmp_path):
     assert all(np.isfinite(line["train/loss"]) for line in lines)
 
 
-def test_a_skipped_step_changes_nothing_but_the_counts(run, tmp_path):
+def test_a_skipped_step_changes_only_the_counts(run, tmp_path):
     before, _ = run(tmp_path / "w", train__stop_step=6, **COMMON)
     before = jax.device_get(before.state)
     after, lines = run(tmp_path / "w", poison=poisoned(6), faults__action="skip", train__stop_step=7, **COMMON)
@@ -86,8 +86,8 @@ def test_a_skipped_step_changes_nothing_but_the_counts(run, tmp_path):
 
 
 @pytest.mark.parametrize("num_devices", [8])
-def test_rollback_passes_over_the_batches_and_lowers_the_rate(run, tmp_path, num_devices):
-    """It is a run that stopped at step 4, whose steps 4 to 6 did nothing, and that went on at half the rate."""
+def test_rollback_skips_the_batches_and_lowers_the_rate(run, tmp_path, num_devices):
+    """Equal to a run that stopped at step 4, skipped steps 4 to 6 and continued at half the rate."""
     changes = {**COMMON, "faults__rate_scale": 0.5}
     outcome, lines = run(tmp_path / "w", num_devices, poison=poisoned(6), faults__action="rollback", **changes)
     assert outcome.step == 12 and outcome.status == "finished"
@@ -103,8 +103,8 @@ def test_rollback_passes_over_the_batches_and_lowers_the_rate(run, tmp_path, num
 
 
 @pytest.mark.parametrize("stops", [(5, 6, 7, 10)])
-def test_interrupted_runs_go_the_same_way_through_faults(run, tmp_path, stops):
-    """Rollbacks lead past checkpoints that only an interruption has written; the counts survive."""
+def test_interrupted_runs_take_the_same_path_through_faults(run, tmp_path, stops):
+    """Rollbacks ignore checkpoints that only an interruption wrote; the counts survive."""
     changes = {**COMMON, "poison": poisoned(7, 9), "faults__action": "rollback", "faults__rate_scale": 0.5}
     whole, whole_lines = run(tmp_path / "whole", **changes)
     for stop in stops:
@@ -115,7 +115,7 @@ def test_interrupted_runs_go_the_same_way_through_faults(run, tmp_path, stops):
     assert lines[-1]["faults/rate"] == 0.25
 
 
-def test_rollback_before_the_first_checkpoint_starts_anew(run, tmp_path):
+def test_rollback_before_the_first_checkpoint_restarts(run, tmp_path):
     outcome, _ = run(tmp_path / "w", poison=poisoned(1), faults__action="rollback", **COMMON)
     expected, _ = run(tmp_path / "x", poison=poisoned(0, 1), faults__action="skip", **COMMON)
     assert_same(outcome, expected)
@@ -128,8 +128,8 @@ def test_the_last_step_is_evaluated_after_a_rollback(run, tmp_path):
     assert (tmp_path / "w" / "checkpoints" / "12").is_dir()
 
 
-def test_so_many_times_and_no_more(run, tmp_path):
-    with pytest.raises(InputError, match=r"step 9: .*config\.faults\.max_times = 2 allows"):
+def test_the_number_of_faults_is_limited(run, tmp_path):
+    with pytest.raises(InputError, match=r"step 9: .*config\.faults\.max_times = 2: run the same"):
         run(tmp_path / "w", poison=poisoned(2, 5, 9), faults__action="skip", faults__max_times=2, **COMMON)
     assert max(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == 8
 
@@ -138,7 +138,7 @@ def test_a_learning_rate_of_1000_is_caught_by_the_limit(run, tmp_path):
     wild = {**COMMON, "optimizer__learning_rate": 1e3, "optimizer__warmup_steps": 0, "faults__max_cross_entropy": 10.0}
     with pytest.raises(InputError, match=r"bad numbers at step 1: .*nothing has been saved yet"):
         run(tmp_path / "w", **wild)
-    with pytest.raises(InputError, match=r"3 rollbacks are all"):
+    with pytest.raises(InputError, match=r"3 rollbacks reach"):
         run(tmp_path / "x", faults__action="rollback", faults__max_times=3, **wild)
     outcome, lines = run(tmp_path / "y", faults__action="rollback", faults__rate_scale=1e-3, **wild)
     assert outcome.status == "finished" and lines[-1]["faults/rollbacks"] <= 2
@@ -154,8 +154,8 @@ def test_a_state_that_is_not_finite_is_not_saved(run, tmp_path):
     assert not list((tmp_path / "w" / "checkpoints").iterdir())
 
 
-def test_params_that_went_bad_are_left_behind(run, tmp_path, monkeypatch):
-    """Somebody writes NaN into the params between two steps, once."""
+def test_rollback_discards_bad_params(run, tmp_path, monkeypatch):
+    """The params become NaN between two steps, once."""
     make, done = loop_lib.make_train_step, []
 
     def make_train_step(*arguments):

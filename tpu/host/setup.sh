@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs on a TPU VM: Python, this package with what TPUs need, the bucket as a directory. May be run again.
+# Runs on a TPU VM: installs Python and this package for TPUs and mounts the bucket. Safe to repeat.
 # usage: setup.sh BUCKET MOUNT_POINT
 set -eu
 bucket=$1

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Runs a command, and runs it again while it can be resumed.
+# usage: restart.sh OUTPUT COMMAND [ARGUMENT…]; OUTPUT is the local path of the command's output directory
+#
+# Exit codes of the command: 75 (see illada_jax/main.py) and those of signals (128 and above; JAX aborts a process with
+# 134 when another one died) run it again. Any other code, and any code after a SIGTERM, ends this script with that code.
+# After 10 restarts (ILLADA_RESTARTS) without progress it ends with 1. Progress is a new name one level below OUTPUT's
+# directories: a checkpoint, a chunk of results, a shard.
+set -eu
+output=$1
+shift
+max_restarts=${ILLADA_RESTARTS:-10}
+restarts=0
+stopped=false
+child=
+trap 'stopped=true; kill -TERM "$child" 2>/dev/null || :' TERM
+
+progress() {
+  find "$output" -mindepth 2 -maxdepth 2 ! -name '.*' ! -name '*tmp*' 2>/dev/null | sort | cksum
+}
+
+while :; do
+  before=$(progress)
+  echo "== $(date -u '+%F %T') $*"
+  "$@" &
+  child=$!
+  status=0
+  wait "$child" || status=$?
+  # A signal ends `wait` before the child has saved.
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || status=$?; done
+  echo "== $(date -u '+%F %T') exit code $status"
+  if $stopped || { [ $status -ne 75 ] && [ $status -lt 128 ]; }; then exit $status; fi
+  if [ "$(progress)" = "$before" ]; then restarts=$((restarts + 1)); else restarts=1; fi
+  if [ $restarts -gt "$max_restarts" ]; then
+    echo "error: $max_restarts restarts without progress in $output; see the errors above, then start it again" >&2
+    exit 1
+  fi
+  sleep "${ILLADA_PAUSE:-20}" &
+  child=$!
+  wait "$child" || :
+  if $stopped; then exit $status; fi
+done
