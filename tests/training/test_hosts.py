@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from illada_jax.errors import InputError
+from illada_jax.errors import EXIT_RESUMABLE, InputError
 from illada_jax.parallel import hosts
 from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.profiler import parse_steps
@@ -127,7 +127,7 @@ def test_two_and_four_processes_train_like_one_and_any_number_goes_on(run, start
 
 
 LONG = ["--config.train.steps=500000", "--config.checkpoint.every=20", "--config.optimizer.decay_steps=0"]
-RESUMABLE = (hosts.EXIT_RESUMABLE, -signal.SIGABRT)
+RESUMABLE = (EXIT_RESUMABLE, -signal.SIGABRT)
 
 
 def test_sigterm_to_one_saves_on_all_and_a_killed_run_resumes(run, start, tmp_path):
@@ -216,7 +216,7 @@ def test_the_watchdog_allows_ten_times_as_long_for_other_phases(monkeypatch, cap
     exits = []
     monkeypatch.setattr(hosts, "hard_exit", exits.append)
     clock = Clock({})
-    for phase, expected in (("evaluation", []), ("step", [hosts.EXIT_RESUMABLE])):
+    for phase, expected in (("evaluation", []), ("step", [EXIT_RESUMABLE])):
         clock.enter(phase, 7)
         with watchdog(clock, 0.4):
             time.sleep(0.6)
