@@ -6,15 +6,12 @@ Needs a network that reaches the Hugging Face Hub, 16 GB of disk for each model,
     python experiments/verify_official.py --trust_remote_code --output=verified.json
     python experiments/verify_official.py --trust_remote_code --models=GSAI-ML/LLaDA-8B-Base --gsm8k=0
 
-For each model it compares, on ten prompts (Instruct: through the chat template),
-
-  1. the ids of the published tokenizer with those of ours;
-  2. the logits of the published network with ours, where masks stand behind the prompt;
-  3. greedy tokens, one per step, of the published loop (`benchmarks/torch_llada.py`, on the logits of the published
-     network) with those of our decoder: in variable length for iLLaDA, in fixed length for LLaDA;
-
-and scores GSM8K with `illada_jax.evaluate` and the preset of the published number. PyTorch, JAX and the evaluation run
-one after the other in processes of their own, so that memory holds one model at a time.
+On ten prompts (Instruct: through the chat template) it compares the ids of the published tokenizer with ours, the
+logits of the published network with ours where masks stand behind the prompt, and greedy tokens, one per step, of the
+published loop (`benchmarks/torch_llada.py`, on the logits of the published network) with those of our decoder: in
+variable length for iLLaDA, in fixed length for LLaDA. Then it scores GSM8K with `illada_jax.evaluate` and the preset of
+the published number. PyTorch, JAX and the evaluation run one after the other in processes of their own, so that memory
+holds one model at a time.
 
 With --dtype=float32 (twice the memory) expect logits equal to about 1e-3 and tokens equal but for near-ties. In
 bfloat16 both networks round, and one near-tie can change the rest of an answer. The evaluation may take hours; it
@@ -134,14 +131,14 @@ def verify(name: str, result: dict[str, Any]) -> None:
     inputs = prepare(directory, kind == "instruct", workdir)
     result["revision"] = directory.name if directory.parent.name == "snapshots" else "local"
     theirs = in_child(run_torch, inputs)
-    result["prompts_tokenized_alike"] = statistics.fmean(map(operator.eq, theirs.pop("torch_ids"), inputs.ids))
+    result["share_of_prompts_tokenized_alike"] = statistics.fmean(map(operator.eq, theirs.pop("torch_ids"), inputs.ids))
     ours = in_child(run_jax, inputs)
     inputs.logits_file.unlink()
     # Our decoder leaves MASK behind a block that holds EOS; the published loop writes the whole canvas.
     equal = [[a == b for a, b in itertools.zip_longest(*pair) if b != inputs.special_ids["mask"]]
              for pair in zip(theirs["torch_tokens"], ours["jax_tokens"], strict=True)]
-    result |= {**theirs, **ours, "greedy_tokens_equal": statistics.fmean(itertools.chain(*equal)),
-               "answers_equal": statistics.fmean(map(all, equal))}
+    result |= {**theirs, **ours, "share_of_greedy_tokens_equal": statistics.fmean(itertools.chain(*equal)),
+               "share_of_answers_equal": statistics.fmean(map(all, equal))}
     if GSM8K.value:
         family = json.loads((directory / "config.json").read_text())["model_type"]
         result |= evaluate(directory, f"{family}-{kind}/gsm8k", workdir)
@@ -239,7 +236,7 @@ def run_jax(inputs: Comparison) -> dict[str, Any]:
     answers = lm.generate(inputs.ids, **inputs.settings)
     return {"jax_device": jax.devices()[0].device_kind, "masked_positions": len(kl),
             "largest_logit_difference": float(largest.max()), "mean_kl_nats": float(kl.mean()),
-            "argmax_equal": float(same_argmax.mean()),
+            "share_of_argmax_equal": float(same_argmax.mean()),
             "jax_tokens": [answer.canvas[len(prompt):] for answer, prompt in zip(answers, inputs.ids, strict=True)]}
 
 
