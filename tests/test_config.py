@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import pathlib
 
@@ -11,9 +12,9 @@ import pytest
 from illada_jax import config as config_lib
 from illada_jax.config import Config, check_resumable, defaults, from_config_dict, from_dict, to_dict
 from illada_jax.errors import ConfigError
+from tests.fixtures.make_configs import CONFIGS
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 def changed(key, value):
@@ -103,7 +104,7 @@ def test_experiments_are_locked_and_start_from_the_defaults():
     assert from_config_dict(config) == Config()
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_experiment_is_valid_and_says_its_command(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -136,7 +137,7 @@ def test_every_field_is_documented():
     for cls in (getattr(config_lib, f.type.__name__) for f in dataclasses.fields(Config)
                 if dataclasses.is_dataclass(f.type)):
         for field in dataclasses.fields(cls):
-            assert f"\n      {field.name}: " in cls.__doc__, f"{cls.__name__}.{field.name}"
+            assert f"\n  {field.name}: " in inspect.getdoc(cls), f"{cls.__name__}.{field.name}"
 
 
 def test_resume_refuses_other_configs_with_a_list_of_what_differs():

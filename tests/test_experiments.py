@@ -12,12 +12,12 @@ from illada_jax.config import Config
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.optimizer import make_optimizer, make_schedule
 from illada_jax.training.step import abstract_state
-from tests.fixtures.make_configs import EXPERIMENTS, RECIPES, dump, load
+from tests.fixtures.make_configs import CONFIGS, EXPERIMENTS, RECIPES, dump, load
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_experiment_is_initialised_abstractly(path):
     """The whole state with its shardings on eight devices; ids are those that the tokenizer will give."""
     values = config_lib.to_dict(load(path))
