@@ -117,26 +117,26 @@ class DataConfig:
     """Text and how it becomes batches.
 
     Attributes:
-      sources: where the text comes from, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds.
-        `prepared:DIR` is what `python -m illada_jax.prepare` wrote. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`,
-        see `illada_jax/data/sources/examples.py`.
-      weights: shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by
-        their number of tokens.
-      tokenizer: `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a
-        Hugging Face `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. A
-        prepared corpus brings its own.
-      tokenizer_vocab_size: size of a tokenizer that is trained here, special ids included.
-      heldout_fraction: share of the documents, chosen by hash, that training never sees. A prepared corpus brings its
-        own split.
-      cache_dir: where small corpora are prepared, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
+      sources: sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds.
+        `prepared:DIR` is a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or
+        `tasks:NAME:COUNT`, see `illada_jax/data/sources/examples.py`.
+      weights: shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in
+        proportion to their tokens.
+      tokenizer: `bytes`, `sentencepiece` (trained on the corpus), the path of a SentencePiece `.model` or a Hugging
+        Face `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. Prepared
+        corpora have their own tokenizer.
+      tokenizer_vocab_size: ids of a tokenizer trained on the corpus, special ids included.
+      heldout_fraction: share of held-out documents, chosen by hash; training never sees them. Prepared corpora have
+        their own split.
+      cache_dir: cache of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
       length: tokens of a training window (L).
       batch_size: rows of the global batch (B).
-      isolate_documents: documents (fine-tuning: examples) inside a window are segments of their own.
-      random_length_probability: probability that what `random_length_of` says is cut to a length drawn from
-        1 … length, the tail padded (LLaDA: 0.01 of the batches). What is cut off is skipped in that epoch. With
-        sft.format = llada rows keep their prompt and a random share of the padded answer: then the model does not learn
-        to read an answer's length off the length of the row, and decodes on any canvas.
-      random_length_of: `batch` (one length for all its rows) or `row`.
+      isolate_documents: make each document (fine-tuning: example) in a window a segment of its own.
+      random_length_probability: probability that a batch or row (see `random_length_of`) is cut to a length drawn from
+        1 … length and padded (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With
+        sft.format = llada, rows keep their prompt and a random share of the padded answer. Then the model does not
+        learn to infer an answer's length from the length of the row, and decodes on any canvas.
+      random_length_of: `batch` (one length for all rows) or `row`.
       num_threads: threads that read ahead.
     """
 
@@ -171,13 +171,13 @@ class SftConfig:
 
     Attributes:
       format: `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and
-        everything may be masked. `llada`: an example a row, the prompt is never masked, the answer is padded with EOS
-        to the longest row of the global batch, and each row weighs 1.
-      mask_prompts: with `illada`, prompts may be masked too, as published; otherwise only answers and end tokens.
-      over_length: what happens to an example longer than data.length: `split` (over several windows or rows),
-        `truncate` (its end is lost) or `drop`. Truncated and dropped examples are counted.
-      bucket: with `llada`, rows are as long as a multiple of it, so that few shapes are compiled.
-      strict: refuse a source with a bad example instead of leaving it out and counting it.
+        everything may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with
+        EOS to the longest row of the global batch, and the weights of each row sum to 1.
+      mask_prompts: with `illada`, mask prompts too, as published; otherwise only answers and their end tokens.
+      over_length: treatment of examples longer than data.length: `split` (into several windows or rows), `truncate`
+        (the end is lost) or `drop`. All are counted and reported.
+      bucket: with `llada`, row lengths are multiples of it, which bounds the number of compiled shapes.
+      strict: raise an error for invalid, dropped or truncated examples, which are otherwise only reported.
     """
 
     format: Literal["none", "illada", "llada"] = "none"

@@ -4,10 +4,10 @@
     python -m illada_jax.prepare --source='jsonl:web/*.jsonl.gz#content' --target=corpora/web --tokenizer=tokenizer.json
 
 Then train on it with --config.data.sources="('prepared:corpora/books',)". Kinds of sources: text, jsonl, python_docs,
-python_source, sudoku. A preparation that was stopped goes on when the same command is typed again.
+python_source, sudoku. To continue a preparation that was stopped, repeat the command.
 
-On a cluster (pip install 'illada_jax[prepare]'), with sources and target on a disk or mounted bucket that every worker
-sees under the same path, and this package in the workers' image; the shards are the same as made here:
+On a cluster (pip install 'illada_jax[prepare]'), sources and target must be on a disk or mounted bucket that every
+worker sees under the same path, and the workers' image must contain this package. The shards are those of a local run:
 
     python -m illada_jax.prepare … --runner=DataflowRunner --beam_options='--project=P --region=R
         --temp_location=gs://B/tmp --sdk_container_image=IMAGE'
@@ -28,18 +28,18 @@ from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 
-_SOURCE = flags.DEFINE_multi_string("source", None, "what to read, KIND or KIND:PATH[#FIELD]; may be given repeatedly")
-_TARGET = flags.DEFINE_string("target", None, "directory to write; new, empty or an unfinished preparation of the same")
+_SOURCE = flags.DEFINE_multi_string("source", None, "source of text, KIND or KIND:PATH[#FIELD]; may be repeated")
+_TARGET = flags.DEFINE_string("target", None, "directory to write: new, empty or the same preparation, unfinished")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", "sentencepiece",
     "bytes, sentencepiece (trained on the corpus), or the path of a .model, a tokenizer.json or a saved tokenizer")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "ids of a tokenizer that is trained here")
-_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents that training never sees")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "ids of a tokenizer that is trained on the corpus")
+_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of documents that training never sees")
 _DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "keep only the first of documents with the same text")
-_SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 64, "text in a shard, about; files of a source are not cut")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "processes that make shards; 0: as many as there are cores")
+_SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 64, "approximate text of a shard; files are not divided")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "local processes that make shards; 0: one per core")
 _RUNNER = flags.DEFINE_string("runner", "local", "local, or an Apache Beam runner (extra: prepare)")
-_BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "what Beam and its runner are told, as on a command line")
+_BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "options of Beam and its runner, as on a command line")
 
 
 def main(_: list[str]) -> None:
@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
 def _engine() -> Engine:
     if _RUNNER.value == "local":
         if _BEAM_OPTIONS.value:
-            raise InputError("--beam_options needs a --runner other than local")
+            raise InputError("--beam_options: needs a --runner other than local")
         return LocalEngine(_PROCESSES.value or os.cpu_count() or 1)
     try:
         from illada_jax.data.preparing import beam

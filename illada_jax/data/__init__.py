@@ -1,9 +1,9 @@
-"""Text to batches: tokenizers, sources, token shards, packing and the pipeline.
+"""From text and examples to batches: sources, tokenizers, preparation, token shards and the pipeline.
 
-Text goes through `tokenizer` into `shards` (`preparing` does it, with several processes or on Beam), and comes out of
-`pipeline` as a `batch.Batch` of a step: rows are a function of (data config, seed, step, row), so that nothing need be
-saved to resume. Begin with `batch`, the struct that everything else is about, then `sources` (what can be read; one
-function each) and `pipeline`. Conversations and other examples of fine-tuning have `chat`, `examples` and `finetuning`.
+`preparing` encodes `sources` with one of the `tokenizers` into `shards`, with a `manifest`; `corpus` opens the corpora
+of a config. `pipeline` (text) and `finetuning` (examples) turn the tokens into a `batch.Batch` for every step. A row is
+a function of (config, data, step, row) alone, so resuming needs no saved state. Read `batch` first, the struct that
+training sees, then `pipeline`.
 
-May import the config alone, and not jax: preparing a corpus needs no accelerator.
+Imports config, errors and files only, and never JAX: preparing a corpus needs no accelerator.
 """

@@ -1,4 +1,4 @@
-"""The one struct that data hands to training. Numpy only: `data` knows no jax."""
+"""The struct that data passes to training. NumPy only: `data` does not import JAX."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,14 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what may be done to them (a jax pytree, as every NamedTuple is).
-
-    B is rows, L is positions. Pre-training and fine-tuning share it.
+    """B rows of L tokens, for pre-training and fine-tuning. As a NamedTuple it is a JAX pytree.
 
     Attributes:
       tokens_BL: int32 token ids.
       maskable_BL: bool, True where the token may be masked and counts in the loss. False for padding and,
         in LLaDA-style fine-tuning, for the prompt.
-      segments_BL: int32, 0 for padding, 1, 2, … for sequences; a token attends within its own segment only.
-      positions_BL: int32, restarting at 0 in every segment.
+      segments_BL: int32, 0 for padding, 1, 2, … for sequences; a token attends only to its own segment.
+      positions_BL: int32, from 0 in every segment.
       weights_BL: float32 weight of a position in the loss: 1, or 1 / answer length.
     """
 

@@ -66,7 +66,7 @@ class Examples:
       train: the examples to learn from.
       heldout: the held-out examples.
       statistics: empty; see Corpus.
-      dropped: what was left out or cut, a line per reason; empty if nothing was.
+      dropped: report of examples that were left out or cut, a line per reason; may be empty.
       sources: their names, as in the config; `ExampleSet.sources_N` holds indices into them.
       fingerprint: identifies tokens and split.
     """

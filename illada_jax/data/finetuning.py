@@ -4,7 +4,6 @@ The order of an epoch is a permutation drawn from (seed, epoch). So the order of
 lengths, is known without going through earlier epochs. Windows and batches cross the boundaries of epochs.
 """
 
-import abc
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -43,24 +42,21 @@ class _Piece(NamedTuple):
 
 
 class _ExampleBatches(Batches):
-    """The order of the examples and the end of the run, in either format."""
+    """The order of the examples and the end of the run, in either format.
 
-    def __init__(self, config: Config, examples: Examples):
+    Attributes:
+      units_per_epoch: tokens (windows) or examples (rows) of an epoch.
+      units_per_step: likewise, of a step.
+    """
+
+    def __init__(self, config: Config, examples: Examples, units_per_epoch: int, units_per_step: int):
         super().__init__(config, examples.tokenizer.pad_id)
         self.fingerprint = examples.fingerprint
+        self.units_per_epoch = units_per_epoch
+        self.units_per_step = units_per_step
+        self.epoch = functools.lru_cache(_CACHED_EPOCHS)(self._draw_epoch)
         self._examples = examples.train
         self._eos_id = examples.tokenizer.eos_id
-        self.epoch = functools.lru_cache(_CACHED_EPOCHS)(self._draw_epoch)
-
-    @property
-    @abc.abstractmethod
-    def units_per_epoch(self) -> int:
-        """Tokens or examples of an epoch."""
-
-    @property
-    @abc.abstractmethod
-    def units_per_step(self) -> int:
-        """Tokens or examples of a step."""
 
     @property
     def num_steps(self) -> int:
@@ -91,15 +87,8 @@ class ConcatenatedExamples(_ExampleBatches):
     k · length of that stream. Only the run's last window is padded; rows after it are empty.
     """
 
-    @property
-    def units_per_epoch(self) -> int:
-        """Tokens of an epoch."""
-        return self._examples.num_tokens
-
-    @property
-    def units_per_step(self) -> int:
-        """Tokens of a step."""
-        return self._data.batch_size * self._data.length
+    def __init__(self, config: Config, examples: Examples):
+        super().__init__(config, examples, examples.train.num_tokens, config.data.batch_size * config.data.length)
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
         """See Batches."""
@@ -155,15 +144,8 @@ class PaddedExamples(_ExampleBatches):
     drawn in each epoch; the turns before it are the prompt, the turns after it are left out (LLaDA paper, appendix).
     """
 
-    @property
-    def units_per_epoch(self) -> int:
-        """Examples of an epoch."""
-        return self._examples.num_documents
-
-    @property
-    def units_per_step(self) -> int:
-        """Examples of a step."""
-        return self._data.batch_size
+    def __init__(self, config: Config, examples: Examples):
+        super().__init__(config, examples, examples.train.num_documents, config.data.batch_size)
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Batch:
         """See Batches."""

@@ -27,13 +27,13 @@ _STAT_THREADS = 32
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared directory holds.
+    """The description of a prepared corpus.
 
     Attributes:
       sources: the sources that were read.
       tokenizer: fingerprint of the tokenizer.
-      vocab_size: its size; ids take uint16 if they fit, else uint32.
-      heldout_fraction: share of the documents that was to be held out.
+      vocab_size: ids of the tokenizer.
+      heldout_fraction: requested share of held-out documents.
       splits: the shards of each split.
       statistics: figures to compare a model with, by name, in bits per byte; for small corpora of text only.
       has_answers: the shards hold examples, with an answer mask.
@@ -73,15 +73,15 @@ class Manifest:
         """Reads `manifest.json`.
 
         Raises:
-          InputError: it is missing, broken, or of another format version.
+          InputError: the manifest is missing, malformed or of another format version.
         """
         path = directory / MANIFEST
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing, so it was never finished); "
+            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing: never finished); type: "
                              "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
-                             f"--target={directory} makes one") from error
+                             f"--target={directory}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from error
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -100,15 +100,15 @@ class Manifest:
                 raise TypeError("statistics is not an object, or has_answers is not true or false")
             return cls(**values)
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: broken: {error}") from error
+            raise InputError(f"{path}: malformed: {error}") from error
 
 
 def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str, TokenStream]]:
     """Opens a prepared directory: manifest, tokenizer, and a stream for each split.
 
     Raises:
-      InputError: it is not whole, a shard does not have its size, or the tokenizer is not the one that made the shards;
-        names the file.
+      InputError: the directory is unfinished, a shard does not have its size, or the tokenizer is not the one that
+        made the shards; names the file.
     """
     manifest = Manifest.load(directory)
     tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
@@ -125,19 +125,19 @@ def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str,
 
 
 def _check_sizes(directory: pathlib.Path, infos: list[ShardInfo]) -> None:
-    """Checks that shards are there and have their size, without reading them."""
+    """Checks that shards exist and have their size, without reading them."""
 
     def check(info: ShardInfo) -> None:
         path = directory / info.name
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise InputError(f"{path}: the manifest names this shard, but: {error.strerror}") from error
+            raise InputError(f"{path}: shard of the manifest cannot be opened: {error.strerror}") from error
         if size != info.size:
-            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or not the same "
+            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or another "
                              "file; prepare the corpus again")
 
-    # On a mounted bucket every look takes its time, and there may be thousands.
+    # In threads: on a mounted bucket every stat call is slow, and there may be thousands.
     with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
         for _ in pool.map(check, infos):
             pass

@@ -67,7 +67,7 @@ class Batches(abc.ABC):
         if not available:
             raise InputError("nothing is held out (config.data.heldout_fraction), so there is nothing to evaluate on")
         count = min(count or available, available)
-        windows = [_read_window(heldout, i * available // count, length) for i in range(count)]
+        windows = [read_window(heldout, i * available // count, length) for i in range(count)]
         return pack(windows, length, self._pad_id, self._document_starts(windows))
 
     def step_draws(self, step: int, purpose: int) -> np.ndarray:
@@ -84,13 +84,9 @@ class Batches(abc.ABC):
 
     def split(self, windows: list[np.ndarray], starts: list[np.ndarray], step: int, rows: list[int]
               ) -> list[np.ndarray]:
-        """Adds a segment start at a uniform column 1 … T - 1 to a random share of the windows (iLLaDA paper: 30 %).
+        """Segment starts of each row (see `pack`), with a uniform column 1 … T - 1 added to a random share of the rows.
 
-        Args:
-          windows: tokens [T] of each row.
-          starts: for each row the columns where a segment begins.
-          step: the step.
-          rows: indices of the rows in the global batch.
+        diffusion.split_probability is that share (iLLaDA paper: 30 %); `rows` are indices in the global batch.
         """
         if not self._config.diffusion.split_probability:
             return starts
@@ -153,7 +149,7 @@ class Pipeline(Batches):
     def _window(self, k: int) -> np.ndarray:
         """The tokens of example k of the run."""
         component, nth = self._mixture.place(k)
-        return _read_window(self._components[component].train, self._orders[component][nth], self._data.length)
+        return read_window(self._components[component].train, self._orders[component][nth], self._data.length)
 
     def _shorten(self, windows: list[np.ndarray], step: int, rows: list[int]) -> list[np.ndarray]:
         cut_B, place_B = self.length_draws(step)
@@ -199,17 +195,9 @@ def num_windows(num_tokens: int, length: int) -> int:
     return -(-num_tokens // length)
 
 
-def window_bounds(index: int, num_tokens: int, length: int) -> tuple[int, int]:
-    """The tokens [start, stop) of window `index`.
-
-    >>> [window_bounds(index, num_tokens=10, length=4) for index in range(num_windows(10, 4))]
-    [(0, 4), (4, 8), (8, 10)]
-    """
-    return index * length, min((index + 1) * length, num_tokens)
-
-
-def _read_window(stream: TokenStream, index: int, length: int) -> np.ndarray:
-    return stream.read(*window_bounds(index, stream.num_tokens, length))
+def read_window(stream: TokenStream, index: int, length: int) -> np.ndarray:
+    """The tokens of window `index`, int32."""
+    return stream.read(index * length, min((index + 1) * length, stream.num_tokens))
 
 
 def pack(windows: Sequence[np.ndarray], length: int, pad_id: int, starts: Sequence[Sequence[int]] = ()) -> Batch:

@@ -32,13 +32,13 @@ _ANSWER_BIT = -(2**31)
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says about a shard.
+    """The description of a shard in the manifest.
 
     Attributes:
       name: its file name.
-      num_tokens: tokens, EOS included.
+      num_tokens: tokens, end tokens included.
       num_documents: documents.
-      num_bytes: UTF-8 bytes of the original text.
+      num_bytes: UTF-8 bytes of their text.
       num_records: records in the file.
       size: bytes of the file.
       sha256: checksum of the file.
@@ -55,13 +55,13 @@ class ShardInfo:
     source: int
 
     def checked(self) -> "ShardInfo":
-        """Itself. Raises TypeError where something is no such value, or the numbers contradict each other."""
+        """Itself. Raises TypeError if a value is of another type, or the numbers contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type or (field.type is int and value < 0):
                 raise TypeError(f"{field.name} of a shard is {value!r}")
         if pathlib.PurePath(self.name).name != self.name or not self.name.isprintable():
-            raise TypeError(f"{self.name!r} is not the name of a file beside it")
+            raise TypeError(f"{self.name!r} is not the name of a file in this directory")
         records = sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
         if not 0 < self.num_documents <= self.num_tokens or records != self.num_records:
             raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents in "
@@ -70,17 +70,12 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Writes one shard. Nothing is at `path` before `close`. `add` and `close` raise StorageError if writing fails."""
+    """Writes one shard, of text or of examples from one source. `close` creates it, atomically.
+
+    `add` and `close` raise StorageError if writing fails.
+    """
 
     def __init__(self, path: pathlib.Path, vocab_size: int, has_answers: bool = False, source: int = 0):
-        """Prepares writing; the file is created with the first full record.
-
-        Args:
-          path: the shard.
-          vocab_size: decides on the type of the ids.
-          has_answers: the documents are examples, with an answer mask.
-          source: index of the source that the examples are from.
-        """
         self._path = path
         self._source = source
         self._temporary = temporary_path(path)
@@ -97,7 +92,7 @@ class ShardWriter:
         Args:
           ids: its tokens, the end token included.
           num_bytes: bytes of UTF-8 that they stand for.
-          is_answer: of examples, for each token: it belongs to an answer.
+          is_answer: for examples, True for each token of an answer.
         """
         values = np.array(ids, self._dtype)
         if len(is_answer):
@@ -129,7 +124,7 @@ class ShardWriter:
     def _write_records(self, values: np.ndarray) -> None:
         with self._writing():
             if self._writer is None:
-                # One record a group: records are read one by one.
+                # Groups of one record, because records are read one by one.
                 self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
             for start in range(0, len(values), CHUNK_TOKENS):
                 self._writer.write(values[start : start + CHUNK_TOKENS].tobytes())
@@ -139,15 +134,14 @@ class ShardWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # the library raises whatever its C++ status became
+        except (RuntimeError, ValueError) as error:  # depends on the status of the C++ library
             raise StorageError(f"{self._path}: cannot be written: {str(error).splitlines()[0]}") from error
 
 
 class TokenStream:
     """The tokens of consecutive shards, with random access to any range of them.
 
-    Shards are opened when they are first read; a bounded number of open files and chunks is kept. Safe to share between
-    threads.
+    Shards are opened when they are first read. The number of open files and of cached chunks is bounded. Thread-safe.
 
     Attributes:
       num_tokens: tokens, end tokens included.
@@ -175,7 +169,7 @@ class TokenStream:
 
     @classmethod
     def concatenate(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
-        """One stream after the other; they have the same tokenizer."""
+        """The concatenation of streams that have the same tokenizer."""
         every = [shard for stream in streams for shard in stream._shards]
         return cls(every, streams[0]._vocab_size, streams[0].eos_id)
 
@@ -183,7 +177,7 @@ class TokenStream:
         """Tokens [start, stop) as int32.
 
         Raises:
-          IndexError: some of them do not exist.
+          IndexError: the range is not within the stream.
           InputError: a shard cannot be read; names it.
         """
         if not 0 <= start <= stop <= self.num_tokens:
@@ -204,14 +198,14 @@ class TokenStream:
         """The ids of a document (int32), its end token included.
 
         Raises:
-          IndexError: there is no such document.
+          IndexError: the index is out of range.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.read(self._document_offset(index), self._document_offset(index + 1))
 
     def _document_offset(self, index: int) -> int:
-        """Where a document begins in the stream; of the one after the last, the end."""
+        """The index of a document's first token in the stream; the end of the stream for index num_documents."""
         if index == self.num_documents:
             return self.num_tokens
         shard = bisect.bisect_right(self._document_starts, index) - 1
@@ -229,7 +223,7 @@ class TokenStream:
         try:
             reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
             num_records = reader.num_records()
-        except Exception as error:  # the library raises whatever its C++ status became
+        except Exception as error:  # depends on the status of the C++ library
             raise InputError(f"{path}: cannot be read as ArrayRecord: {str(error).splitlines()[0]}") from error
         if num_records != info.num_records:
             raise InputError(f"{path}: has {num_records} records, the manifest says {info.num_records}")
@@ -274,7 +268,6 @@ class ExampleSet(TokenStream):
     _cached_chunks = 8192  # 256 MiB: fine-tuning reads documents in permuted order
 
     def __init__(self, shards: Sequence[tuple[pathlib.Path, ShardInfo]], vocab_size: int, eos_id: int):
-        """Reads the offsets of all documents."""
         super().__init__(shards, vocab_size, eos_id)
         offsets = [self._token_starts[shard] + self._offsets(shard, record).astype(np.int64)
                    for shard, (_, info) in enumerate(shards)
@@ -289,7 +282,7 @@ class ExampleSet(TokenStream):
         return super().read(start, stop) & _ID_BITS
 
     def is_answer(self, index: int) -> np.ndarray:
-        """For each token of an example: it belongs to an answer, bool."""
+        """The answer mask of an example: bool, True for each token of an answer."""
         return super().read(self._document_offset(index), self._document_offset(index + 1)) < 0
 
     def question(self, index: int) -> Question:
@@ -303,7 +296,7 @@ class ExampleSet(TokenStream):
 
 
 def answer_spans(is_answer_L: np.ndarray) -> np.ndarray:
-    """Columns [start, stop) of the answers: int64 [answers, 2]."""
+    """Columns [start, stop) of each answer in an answer mask, int64 [num_answers, 2]."""
     edges = np.flatnonzero(np.diff(is_answer_L.astype(np.int8), prepend=0, append=0))
     return edges.reshape(-1, 2)
 

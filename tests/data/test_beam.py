@@ -46,10 +46,10 @@ def test_beam_writes_what_the_local_engine_writes(settings, tmp_path, drop_dupli
 def test_beam_goes_on_where_a_local_preparation_stopped(settings, tmp_path, monkeypatch):
     make = jobs.make_shard
 
-    def stop_at_two(job, *rest):
+    def stop_at_two(directory, job, *rest):
         if job.index == 2:
             raise KeyboardInterrupt
-        make(job, *rest)
+        make(directory, job, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(jobs, "make_shard", stop_at_two)

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import os
 import re
 
 import pytest
 import zstandard
 
 from illada_jax.config import Config, DataConfig, ModelConfig, SftConfig, TrainConfig
+from illada_jax.data import corpus
 from illada_jax.data.corpus import open_examples
+from illada_jax.data.manifest import Manifest
 from illada_jax.data.preparing import examples as preparing
 from illada_jax.data.sources import synthetic
 from illada_jax.data.tokenizers import ByteTokenizer
@@ -87,6 +90,33 @@ def test_many_files_are_encoded_by_processes_to_the_same_store(tmp_path, monkeyp
         assert a.num_documents == b.num_documents > 5 and a.num_bytes == b.num_bytes
         assert all((a.document(i) == b.document(i)).all() for i in range(a.num_documents))
     assert one.train.num_documents + one.heldout.num_documents == 57
+
+
+def test_killed_encoding_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    source = lines(tmp_path, *[GOOD] * 5)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Manifest, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        opened(tmp_path, source)
+    assert not list((tmp_path / "cache").iterdir())
+    assert opened(tmp_path, source).train.num_documents == 5
+
+
+def test_two_processes_may_encode_at_once(tmp_path, monkeypatch):
+    source = lines(tmp_path, *[GOOD] * 5)
+    encode = corpus.prepare_examples
+
+    def overtaken(*arguments):
+        with monkeypatch.context() as other:
+            other.setattr(corpus, "prepare_examples", encode)
+            other.setattr(os, "getpid", lambda: 1)
+            faster.append(opened(tmp_path, source))
+        return encode(*arguments)
+
+    faster = []
+    monkeypatch.setattr(corpus, "prepare_examples", overtaken)
+    slower = opened(tmp_path, source)
+    assert slower.fingerprint == faster[0].fingerprint and slower.train.num_documents == 5
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_nothing_left_is_an_error(tmp_path):

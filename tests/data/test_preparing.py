@@ -169,8 +169,8 @@ def test_bad_text_leaves_no_corpus_and_is_named(texts, tmp_path, processes):
 
 
 @pytest.mark.parametrize(("content", "fraction", "message"), [
-    ("", 0.1, "empty, there is no text"),
-    ('{"text": ""}', 0.1, "empty, there is no text"),
+    ("", 0.1, "empty; name a source that holds text"),
+    ('{"text": ""}', 0.1, "empty; name a source that holds text"),
     ('{"text": "one"}', 0.1, "a single document cannot be split"),
 ])
 def test_corpora_without_enough_text(tmp_path, content, fraction, message):

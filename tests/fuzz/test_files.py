@@ -63,7 +63,7 @@ def test_a_manifest_cannot_name_files_elsewhere(corpus, tmp_path):
         manifest = json.loads((corpus / "manifest.json").read_text())
         manifest["splits"]["train"][0]["name"] = name
         path.write_text(json.dumps(manifest))
-        with pytest.raises(InputError, match=r"manifest\.json: broken: .* is not the name of a file beside it"):
+        with pytest.raises(InputError, match=r"manifest\.json: malformed: .* is not the name of a file"):
             open_shards(tmp_path / "corpus")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from illada_jax.data.pipeline import num_windows, pack, window_bounds
+from illada_jax.data.pipeline import num_windows, pack, read_window
 from illada_jax.data.sources import examples
 from illada_jax.data.sources.registry import documents
 from illada_jax.data.tokenizers import ByteTokenizer, template_sandbox, templates, train_sentencepiece
@@ -19,6 +19,7 @@ from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.decoding.gaps import parse_gaps
 from illada_jax.errors import InputError
 from tests.data.test_chat import tokenizer_with
+from tests.data.test_pipeline import ArrayStream
 from tests.fuzz.strategies import JUNK, corrupted
 
 CHAT = [{"role": "user", "content": "hi {x:>99999999} %s"}, {"role": "assistant", "content": "hello"}]
@@ -49,9 +50,8 @@ def test_prompts_of_odd_unicode_become_ids_or_a_message(text, tokenizer):
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 32))
 def test_windows_hold_every_token_once(tokens, length):
-    tokens = np.array(tokens, np.int32)
-    count = num_windows(len(tokens), length)
-    windows = [tokens[slice(*window_bounds(i, len(tokens), length))] for i in range(count)]
+    stream = ArrayStream(tokens)
+    windows = [read_window(stream, i, length) for i in range(num_windows(len(tokens), length))]
     batch = pack(windows, length, 999)
     np.testing.assert_array_equal(batch.tokens_BL[batch.maskable_BL], tokens)
     assert (batch.tokens_BL[~batch.maskable_BL] == 999).all() and batch.maskable_BL.any(axis=1).all()

@@ -1,1 +1,1 @@
-"""Preparing a corpus: text to token shards, on local processes or on Apache Beam."""
+"""From text and examples to token shards, on local processes or on Apache Beam."""

@@ -1,7 +1,7 @@
-"""Preparation on Apache Beam: the jobs of `data/preparing/jobs.py` on any runner. Needs the extra `prepare`.
+"""Jobs on Apache Beam, with any runner. Needs the extra `prepare`.
 
-Every worker must see the sources and the target under the same paths (a mounted bucket or disk) and have this package
-installed.
+Every worker must see the sources and the target under the same paths (on a mounted bucket or disk) and have this
+package installed.
 """
 
 import argparse
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path, make_shard_in
+from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path, make_shard
 from illada_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class BeamEngine:
-    """Makes shards in a Beam pipeline.
+    """A Beam pipeline; see jobs.Engine.
 
     Attributes:
-      options: the runner and what it needs to know.
+      options: the runner and its options.
     """
 
     options: PipelineOptions
@@ -31,9 +31,9 @@ class BeamEngine:
         missing = [job for job in jobs if not done_path(directory, job.index).exists()]
         with beam.Pipeline(options=self.options) as pipeline:
             keyed = pipeline | "missing" >> beam.Create([(job.index, job) for job in missing]) | beam.Reshuffle()
-            dropped = pipeline | "none" >> beam.Create([])
+            duplicates = pipeline | "none" >> beam.Create([])
             if drop_duplicates:
-                dropped = (
+                duplicates = (
                     pipeline
                     | "all" >> beam.Create(jobs)
                     | "spread" >> beam.Reshuffle()
@@ -42,7 +42,7 @@ class BeamEngine:
                     | beam.FlatMap(_later_places)
                 )
             (
-                {"job": keyed, "dropped": dropped}
+                {"job": keyed, "duplicates": duplicates}
                 | beam.CoGroupByKey()
                 | "make" >> beam.Map(_make, directory)
             )
@@ -52,11 +52,11 @@ def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
     """Options of a pipeline.
 
     Args:
-      runner: name of a Beam runner, say DataflowRunner.
-      arguments: what Beam and the runner are told, as on a command line: `--project=…`.
+      runner: name of a Beam runner, such as DataflowRunner.
+      arguments: options of Beam and the runner as on a command line: `--project=…`.
 
     Raises:
-      InputError: Beam does not know the runner or an argument, or a value is of the wrong type.
+      InputError: the runner or an option is unknown, or a value is of the wrong type.
     """
     if runner not in StandardOptions.KNOWN_RUNNER_NAMES:
         raise InputError(f"--runner={runner}: unknown; known: local, {', '.join(StandardOptions.KNOWN_RUNNER_NAMES)}")
@@ -64,11 +64,11 @@ def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
     try:
         known = options.get_all_options()
     except (argparse.ArgumentError, SystemExit, ValueError) as error:
-        raise InputError(f"--beam_options: a value in {' '.join(arguments)!r} does not fit its option") from error
+        raise InputError(f"--beam_options: a value in {' '.join(arguments)!r} is invalid for its option") from error
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
         if not argument.startswith("--") or name not in known:
-            raise InputError(f"--beam_options: {argument} is no option of Beam's; options are given as --name=value")
+            raise InputError(f"--beam_options: {argument}: not an option of Beam; write options as --name=value")
     return options
 
 
@@ -78,12 +78,12 @@ def _places_by_digest(job: TextJob) -> Iterator[tuple[bytes, tuple[int, int]]]:
 
 
 def _later_places(same: tuple[bytes, Iterable[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """All places of a text but the first, by job."""
+    """All places (job, position) of a text but the first."""
     _, places = same
     yield from sorted(places)[1:]
 
 
 def _make(of_job: tuple[int, dict[str, Iterable]], directory: pathlib.Path) -> None:
     _, found = of_job
-    for job in found["job"]:  # none if the shard is done already
-        make_shard_in(directory, job.without(found["dropped"]))
+    for job in found["job"]:  # none if its shard is done
+        make_shard(directory, job.without(found["duplicates"]))

@@ -176,16 +176,16 @@ def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...
     return [tuple(group) for group in groups]
 
 
-def make_shard(job: ShardJob, directory: pathlib.Path, tokenizer: Tokenizer,
-               advance: Callable[[int], object] = lambda num_bytes: None) -> None:
+def make_shard(directory: pathlib.Path, job: ShardJob, advance: Callable[[int], object] = lambda num_bytes: None
+               ) -> None:
     """Makes the shard of a job, of either split, and records that it is done.
 
     Args:
+      directory: the target of the preparation, which holds the tokenizer.
       job: the job.
-      directory: the target of the preparation.
-      tokenizer: the tokenizer.
       advance: called with the bytes of every document.
     """
+    tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
     writers = {split: ShardWriter(directory / f"{split}-{job.index:06d}.array_record", tokenizer.vocab_size,
                                   job.has_answers, job.source) for split in SPLITS}
     counter = DropCounter()
@@ -196,11 +196,6 @@ def make_shard(job: ShardJob, directory: pathlib.Path, tokenizer: Tokenizer,
     done = {"shards": {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None},
             "drops": counter.to_json()}
     write_atomically(done_path(directory, job.index), json.dumps(done))
-
-
-def make_shard_in(directory: pathlib.Path, job: ShardJob) -> None:
-    """`make_shard` for a process that knows only the directory."""
-    make_shard(job, directory, load_tokenizer(directory / TOKENIZER_DIRECTORY))
 
 
 def done_path(directory: pathlib.Path, index: int) -> pathlib.Path:

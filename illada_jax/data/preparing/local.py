@@ -14,10 +14,8 @@ from typing import TypeVar
 import numpy as np
 import tqdm
 
-from illada_jax.data.manifest import TOKENIZER_DIRECTORY
 from illada_jax.data.preparing import jobs as shard_jobs
 from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path
-from illada_jax.data.tokenizers import load_tokenizer
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -44,11 +42,10 @@ class LocalEngine:
         with progress_bar(self.progress, total, "tokenizing") as bar:
             bar.update(total - sum(job.num_bytes for job in missing))
             if self.num_processes == 1:
-                tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
                 for job in missing:
-                    shard_jobs.make_shard(job, directory, tokenizer, bar.update)
+                    shard_jobs.make_shard(directory, job, bar.update)
             else:
-                make = functools.partial(shard_jobs.make_shard_in, directory)
+                make = functools.partial(shard_jobs.make_shard, directory)
                 for job, _ in _in_processes(make, missing, self.num_processes):
                     bar.update(job.num_bytes)
 

@@ -115,17 +115,9 @@ def check_lossless(tokenizer: Tokenizer, name: str) -> None:
 
 def save_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer | None, texts: Iterable[str], vocab_size: int,
                    progress: bool) -> Tokenizer:
-    """Saves the tokenizer of a preparation in its directory. One that a stopped preparation has saved is kept.
+    """Saves the tokenizer of a preparation in its directory and returns it; one saved there before is kept.
 
-    Args:
-      directory: the target of the preparation.
-      tokenizer: the tokenizer; None trains one.
-      texts: training text of a new one.
-      vocab_size: ids of a new one.
-      progress: say on stderr that a tokenizer is trained.
-
-    Returns:
-      The saved tokenizer.
+    If `tokenizer` is None, one of `vocab_size` ids is trained on `texts`.
     """
     target = directory / TOKENIZER_DIRECTORY
     if target.exists():

@@ -35,11 +35,11 @@ def list_parts(specs: Iterable[str]) -> list[Part]:
     """The parts of all sources.
 
     Raises:
-      InputError: a source is unknown or holds nothing.
+      InputError: a source is unknown, or all are empty.
     """
     found = [part for spec in specs for part in registry.parts(spec)]
     if not sum(part.num_bytes for part in found):
-        raise InputError(f"source {', '.join(specs)}: empty, there is no text to learn from")
+        raise InputError(f"source {', '.join(specs)}: empty; name a source that holds text")
     return found
 
 
@@ -152,7 +152,7 @@ def _prepare_small(settings: Settings, directory: pathlib.Path, parts: list[Part
 def _small_split(settings: Settings, documents: list[Document]) -> int:
     """The split hash below which documents are held out: at least one, unless the fraction is 0."""
     if not documents:
-        raise InputError(f"source {', '.join(settings.sources)}: empty, there is no text to learn from")
+        raise InputError(f"source {', '.join(settings.sources)}: empty; name a source that holds text")
     if not settings.heldout_fraction:
         return 0
     hashes = sorted({document.split_hash for document in documents})
