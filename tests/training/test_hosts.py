@@ -172,7 +172,7 @@ def test_the_other_process_ends_when_one_is_killed_or_stopped(start, tmp_path, n
 
 
 def test_the_watchdog_ends_a_hung_process_that_sends_heartbeats(start, tmp_path):
-    started = start(2, tmp_path / "run", *LONG, "--config.train.watchdog_seconds=20")
+    started = start(2, tmp_path / "run", *LONG, "--config.train.watchdog_seconds=45")
     wait_for_steps(tmp_path / "run", 5, started)
     started[1].send_signal(signal.SIGUSR1)
     results = finish(started)
