@@ -24,7 +24,7 @@ from typing import Any
 import study
 from etils import epath
 
-from illada_jax.cli import EXIT_RESUMABLE
+from illada_jax.errors import EXIT_RESUMABLE
 from illada_jax.training.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

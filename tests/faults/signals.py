@@ -4,7 +4,7 @@ import pathlib
 import signal
 import time
 
-from illada_jax.parallel.hosts import EXIT_RESUMABLE
+from illada_jax.errors import EXIT_RESUMABLE
 from tests.faults import programs
 
 
