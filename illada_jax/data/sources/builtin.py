@@ -28,12 +28,8 @@ def _python_docs(argument: str) -> list[Part]:
     check_no_argument("python_docs", argument)
     modules = _library_modules()
     reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
-    total = sum(path.stat().st_size for path in modules)
-    return [
-        Part(f"Python {sys.version.split()[0]} language reference", _reference_topics, reference.stat().st_size,
-             (reference,)),
-        Part("docstrings of the standard library", functools.partial(_docstrings, modules), total, modules),
-    ]
+    return [Part.of_files(f"Python {sys.version.split()[0]} language reference", _reference_topics, (reference,)),
+            Part.of_files("docstrings of the standard library", functools.partial(_docstrings, modules), modules)]
 
 
 @register("python_source")
@@ -41,8 +37,7 @@ def _python_source(argument: str) -> list[Part]:
     """The source code of the standard library, one document per module."""
     check_no_argument("python_source", argument)
     modules = _library_modules()
-    total = sum(path.stat().st_size for path in modules)
-    return [Part("source of the standard library", functools.partial(_sources, modules), total, modules)]
+    return [Part.of_files("source of the standard library", functools.partial(_sources, modules), modules)]
 
 
 @register("sudoku")
@@ -61,8 +56,7 @@ def _library_modules() -> tuple[pathlib.Path, ...]:
 
 
 def _reference_topics() -> Iterator[Document]:
-    topics = importlib.import_module("pydoc_data.topics").topics
-    for _, text in sorted(topics.items()):
+    for _, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
         yield Document(text)
 
 
@@ -81,26 +75,17 @@ def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
             tree = ast.parse(source.text)
         except (SyntaxError, ValueError):
             continue
-        module = ast.get_docstring(tree)
-        entries = [module] if module else []
-        entries += ["\n\n".join(_docstrings_below(statement)) for statement in tree.body]
+        entries = [ast.get_docstring(tree), *("\n\n".join(_docstrings_in(statement)) for statement in tree.body)]
         yield from (Document(text) for text in entries if text)
 
 
-def _docstrings_below(node: ast.AST) -> Iterator[str]:
-    for each in _in_order(node):
-        if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(each)
-            if docstring:
-                yield docstring
-
-
-def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements in the order of the source (ast.walk goes level by level)."""
-    yield node
+def _docstrings_in(node: ast.AST) -> Iterator[str]:
+    """Docstrings of classes and functions in the order of the source (ast.walk goes level by level)."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        yield ast.get_docstring(node)
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
-            yield from _in_order(child)
+            yield from _docstrings_in(child)
 
 
 def _sudoku_documents() -> Iterator[Document]:

@@ -9,6 +9,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from illada_jax.errors import InputError
 
@@ -42,24 +43,30 @@ class Part:
 
     Attributes:
       name: the name in messages and progress bars.
-      read: yields the documents, the same ones in the same order each time; can be pickled.
+      read: yields the documents or examples, the same ones in the same order each time; can be pickled.
       num_bytes: the approximate size.
-      files: the files that the documents depend on.
+      files: the files that they depend on.
     """
 
     name: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[], Iterator[Any]]
     num_bytes: int
     files: tuple[pathlib.Path, ...] = ()
 
+    @classmethod
+    def of_files(cls, name: str, read: Callable[[], Iterator[Any]], files: tuple[pathlib.Path, ...]) -> "Part":
+        """A part that is as large as its files."""
+        return cls(name, read, sum(path.stat().st_size for path in files), files)
 
-_KINDS: dict[str, Callable[[str], list[Part]]] = {}
+
+ListParts = Callable[[str], list[Part]]
+_KINDS: dict[str, ListParts] = {}
 
 
-def register(kind: str) -> Callable[[Callable[[str], list[Part]]], Callable[[str], list[Part]]]:
+def register(kind: str) -> Callable[[ListParts], ListParts]:
     """Decorates the function that lists the parts of sources of one kind."""
 
-    def decorate(function: Callable[[str], list[Part]]) -> Callable[[str], list[Part]]:
+    def decorate(function: ListParts) -> ListParts:
         _KINDS[kind] = function
         return function
 
@@ -67,14 +74,7 @@ def register(kind: str) -> Callable[[Callable[[str], list[Part]]], Callable[[str
 
 
 def parts(spec: str) -> list[Part]:
-    """The parts of a source, in order.
-
-    Args:
-      spec: `KIND` or `KIND:ARGUMENT`.
-
-    Raises:
-      InputError: the kind is unknown, or its argument is invalid.
-    """
+    """The parts of a source, in order. Raises InputError if its kind is unknown or its argument invalid."""
     kind, _, argument = spec.partition(":")
     if kind == "prepared":
         raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")

@@ -116,11 +116,4 @@ def _story(draw: random.Random) -> tuple[str, str]:
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "reverse": _reverse,
-    "sort": _sort,
-    "last": _last,
-    "addition": _addition,
-    "count": _count,
-    "down": _down,
-    "story": _story,
-}
+    task.__name__.removeprefix("_"): task for task in (_reverse, _sort, _last, _addition, _count, _down, _story)}

@@ -41,10 +41,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer with these files: the inverse of `Tokenizer.files`.
-
-    Args:
-      files: contents by name; files that belong to no tokenizer are ignored.
+    """The tokenizer with these contents by file name, the inverse of `Tokenizer.files`; other files are ignored.
 
     Raises:
       InputError: no tokenizer is among the files, or it is broken.
