@@ -11,42 +11,39 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 
-from illada_jax.data.sources.registry import Document, Part, check_no_argument, register
+from illada_jax.data.sources.registry import Document, Part, register
 
 # Tests contain broken and generated code; the other directories are not the standard library.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "__pycache__"}
 _PUZZLES_PER_GRID = 64
 
 
-@register("python_docs")
-def _python_docs(argument: str) -> list[Part]:
+@register("python_docs", takes_argument=False)
+def _python_docs(_: str) -> list[Part]:
     """The language reference and the docstrings of the standard library.
 
     A document is a topic of the reference, the docstring of a module, or the docstrings of a top-level class or
     function and of everything inside it.
     """
-    check_no_argument("python_docs", argument)
     modules = _library_modules()
     reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
     return [Part.of_files(f"Python {sys.version.split()[0]} language reference", _reference_topics, (reference,)),
             Part.of_files("docstrings of the standard library", functools.partial(_docstrings, modules), modules)]
 
 
-@register("python_source")
-def _python_source(argument: str) -> list[Part]:
+@register("python_source", takes_argument=False)
+def _python_source(_: str) -> list[Part]:
     """The source code of the standard library, one document per module."""
-    check_no_argument("python_source", argument)
     modules = _library_modules()
     return [Part.of_files("source of the standard library", functools.partial(_sources, modules), modules)]
 
 
-@register("sudoku")
-def _sudoku(argument: str) -> list[Part]:
+@register("sudoku", takes_argument=False)
+def _sudoku(_: str) -> list[Part]:
     """4 × 4 sudokus as `PUZZLE=SOLUTION`: 33 characters, row by row, with `.` for an empty cell.
 
     Each of the 288 grids has 64 puzzles with a unique solution and is a group: no held-out grid occurs in training.
     """
-    check_no_argument("sudoku", argument)
     return [Part("4 × 4 sudokus", _sudoku_documents, 288 * _PUZZLES_PER_GRID * 33)]
 
 

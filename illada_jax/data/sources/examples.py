@@ -65,11 +65,7 @@ class RejectedExample:
 
 
 def parts(spec: str) -> list[Part]:
-    """The parts of a source, which read Example | RejectedExample, in order.
-
-    Raises:
-      InputError: the kind is unknown, or its argument is invalid.
-    """
+    """The parts of a source, which read Example | RejectedExample. Raises InputError if it is unknown or invalid."""
     kind, _, argument = spec.partition(":")
     if kind == "tasks":
         return [Part.of_files(spec, functools.partial(_read_task, *synthetic.parse(argument)), ())]

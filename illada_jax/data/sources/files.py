@@ -67,11 +67,7 @@ def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def open_input(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, decompressed according to its suffix.
-
-    Raises:
-      InputError: the file cannot be opened, read or decompressed, also while it is read.
-    """
+    """Opens a file, decompressed according to its suffix. Raises InputError if it fails, also while it is read."""
     try:
         with io.BufferedReader(_COMPRESSED.get(path.suffix, open)(path, "rb")) as file:
             yield file

@@ -60,17 +60,12 @@ class Part:
 
 
 ListParts = Callable[[str], list[Part]]
-_KINDS: dict[str, ListParts] = {}
+_KINDS: dict[str, tuple[ListParts, bool]] = {}
 
 
-def register(kind: str) -> Callable[[ListParts], ListParts]:
+def register(kind: str, takes_argument: bool = True) -> Callable[[ListParts], ListParts]:
     """Decorates the function that lists the parts of sources of one kind."""
-
-    def decorate(function: ListParts) -> ListParts:
-        _KINDS[kind] = function
-        return function
-
-    return decorate
+    return lambda function: _KINDS.setdefault(kind, (function, takes_argument))[0]
 
 
 def parts(spec: str) -> list[Part]:
@@ -80,20 +75,13 @@ def parts(spec: str) -> list[Part]:
         raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
         raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
-    return _KINDS[kind](argument)
+    list_parts, takes_argument = _KINDS[kind]
+    if argument and not takes_argument:
+        raise InputError(f"source {spec!r}: {kind!r} takes no argument")
+    return list_parts(argument)
 
 
 def documents(spec: str) -> Iterator[Document]:
-    """All documents of a source, in order.
-
-    Raises:
-      InputError: the source is unknown or cannot be read; the message names the file and the position in it.
-    """
+    """All documents of a source, in order. An InputError names the file and the position that cannot be read."""
     for part in parts(spec):
         yield from part.read()
-
-
-def check_no_argument(kind: str, argument: str) -> None:
-    """Raises InputError if a source of a kind without arguments has one."""
-    if argument:
-        raise InputError(f"source {kind}:{argument}: {kind!r} takes no argument")

@@ -16,11 +16,7 @@ _MAX_DRAWS = 100  # per example, before a task counts as exhausted
 
 
 def parse(argument: str) -> tuple[str, int, int]:
-    """The task, the number of examples and the seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`.
-
-    Raises:
-      InputError: the task is unknown, or COUNT or SEED is not a number.
-    """
+    """The task, number of examples and seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`; an InputError if wrong."""
     name, _, numbers = argument.partition(":")
     count, _, seed = numbers.partition(":")
     if name not in TASKS:

@@ -29,7 +29,6 @@ DEFAULT_TEMPLATE = (
 
 Message = Mapping[str, str]
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
-_PROBE = {"system": "PROBE-S", "user": "PROBE-U", "assistant": "PROBE-A"}
 
 
 class Conversation(NamedTuple):
@@ -117,11 +116,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The behaviour of a tokenizer's template.
-
-    Raises:
-      InputError: the template is broken, exceeds the limits of `templates.reason_to_refuse`, or drops answers.
-    """
+    """The behaviour of a tokenizer's template. Raises InputError if that is broken, exceeds limits or drops answers."""
     return _probe(tokenizer.chat_template or DEFAULT_TEMPLATE, tuple(tokenizer.special_tokens.items()),
                   tuple(_variables(tokenizer).items()), tokenizer.eos_id)
 
@@ -214,19 +209,21 @@ def _probe(template: str, special_tokens: tuple[tuple[str, int], ...], variables
     if reason:
         raise InputError(f"the chat template {reason}")
     ids = dict(special_tokens)
-    turns = [{"role": role, "content": _PROBE[role]} for role in ("user", "assistant")]
-    rendered = render(template, turns, False, dict(variables))
-    _, found, after = rendered.partition(_PROBE["assistant"])
+
+    def rendered(*contents: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in contents]
+        return render(template, messages, False, dict(variables))
+
+    user, assistant = ("user", "PROBE-U"), ("assistant", "PROBE-A")
+    _, found, after = rendered(user, assistant).partition("PROBE-A")
     if not found:
         raise InputError("the chat template does not render the content of assistant messages")
     ends = [ids[token] for token in _specials(tuple(ids)).pattern.findall(after)]
-    system = [{"role": "system", "content": _PROBE["system"]}, *turns]
     try:
-        has_system = _PROBE["system"] in render(template, system, False, dict(variables))
+        has_system = "PROBE-S" in rendered(("system", "PROBE-S"), user, assistant)
     except InputError:
         has_system = False
-    padded = [turns[0], {"role": "assistant", "content": _PROBE["assistant"] + "\t"}]
-    trims = _PROBE["assistant"] + "\t" not in render(template, padded, False, dict(variables))
+    trims = "PROBE-A\t" not in rendered(user, ("assistant", "PROBE-A\t"))
     return ChatFormat(ends[0] if ends else eos_id, bool(ends), has_system, trims)
 
 

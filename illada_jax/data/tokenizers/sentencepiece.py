@@ -89,8 +89,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
       vocab_size: number of ids, special ids and the 256 byte pieces included. A small corpus may yield fewer.
 
     Raises:
-      ConfigError: vocab_size is too small for special ids and bytes.
-      InputError: the texts are empty, or training fails.
+      InputError: vocab_size is too small, the texts are empty, or training fails.
     """
     if vocab_size < _MIN_TRAINED_VOCAB_SIZE:
         raise ConfigError(f"config.data.tokenizer_vocab_size = {vocab_size}: must be at least "

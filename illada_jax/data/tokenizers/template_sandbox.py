@@ -23,11 +23,7 @@ _MAX_CHARACTERS = 1_000_000  # of a conversation of a few words
 
 
 def compile_template(template: str) -> jinja2.Template:
-    """The template, ready to be rendered in the sandbox.
-
-    Raises:
-      jinja2.TemplateSyntaxError: the template is broken.
-    """
+    """The template, ready to be rendered in the sandbox. Raises jinja2.TemplateSyntaxError if it is broken."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json

@@ -91,11 +91,7 @@ class Tokenizer(abc.ABC):
 
 
 def read_chat_template(files: Mapping[str, bytes]) -> str | None:
-    """The chat template in the files of a tokenizer, or None.
-
-    Raises:
-      InputError: one of CHAT_FILES cannot be parsed.
-    """
+    """The chat template in the files of a tokenizer, or None. Raises InputError if one of CHAT_FILES is malformed."""
     try:
         template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
         if "chat_template.jinja" in files:
