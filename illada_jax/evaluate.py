@@ -174,9 +174,8 @@ def write_results(directory: epath.Path | None, report: dict[str, Any]) -> None:
     print(table)
     if directory is None:
         return
-    samples = report.pop("samples")
     (directory / "samples").mkdir(parents=True, exist_ok=True)
-    for task, rows in samples.items():
+    for task, rows in report.pop("samples").items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(directory / "samples" / f"{task}.jsonl", lines)
     write_atomically(directory / "results.md", table + "\n")

@@ -79,9 +79,3 @@ def parts(spec: str) -> list[Part]:
     if argument and not takes_argument:
         raise InputError(f"source {spec!r}: {kind!r} takes no argument")
     return list_parts(argument)
-
-
-def documents(spec: str) -> Iterator[Document]:
-    """All documents of a source, in order. An InputError names the file and the position that cannot be read."""
-    for part in parts(spec):
-        yield from part.read()
