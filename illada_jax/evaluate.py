@@ -19,7 +19,6 @@ import json
 import os
 from typing import Any
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -27,11 +26,12 @@ from illada_jax import api, cli
 from illada_jax import config as config_lib
 from illada_jax.errors import InputError
 from illada_jax.evaluation import code_execution, presets
-from illada_jax.evaluation.manifest import make_manifest, manifest_fingerprint
-from illada_jax.evaluation.settings import Settings, did_you_mean, known_settings, make_settings, parse_settings
+from illada_jax.evaluation.manifest import make_manifest
+from illada_jax.evaluation.settings import KNOWN_SETTINGS, Settings, did_you_mean, make_settings, parse_settings
 from illada_jax.evaluation.work import Work
 from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
+from illada_jax.parallel.fingerprints import digest
 
 MODEL = cli.model_flags()
 PROCESSES = cli.processes_flag()
@@ -68,61 +68,51 @@ def main(argv: list[str]) -> int | None:
     lm = MODEL.load()
     manifest = make_manifest(lm, MODEL.checkpoint.value, settings, evaluation)
     directory = epath.Path(OUTPUT_DIR.value) if OUTPUT_DIR.value else None
-    if directory is not None and jax.process_index() == 0:
+    if directory and hosts.is_primary():
         write_manifest(directory, manifest)
-    fingerprint = manifest_fingerprint(manifest)
-    work = Work(None if directory is None else directory / "chunks", fingerprint)
+    fingerprint = digest(json.dumps(manifest, sort_keys=True))
+    work = Work(directory and directory / "chunks", fingerprint)
     started = datetime.datetime.now(datetime.UTC)
     with code_execution.metric_for(ALLOW_CODE.value, manager, program_tasks):
         results = run(lm, settings, work, manager, evaluation)
-    if jax.process_index() == 0:
+    if hosts.is_primary():
         times = {"started": started.isoformat(), "finished": datetime.datetime.now(datetime.UTC).isoformat()}
         write_results(directory, {"manifest": manifest, "manifest_fingerprint": fingerprint, **results, "times": times})
     return None
 
 
 def read_flags() -> tuple[Settings, dict[str, Any]]:
-    """(Settings, the manifest's section `evaluation`) from preset and flags.
-
-    Raises:
-      InputError: a flag is invalid, or flags contradict each other.
-    """
+    """(Settings, the manifest's section `evaluation`) from preset and flags; an InputError names an invalid flag."""
     preset = presets.find_preset(PRESET.value) if PRESET.value else None
     if preset and preset.autoregressive:
         raise InputError(f"--preset={preset.name}: not a diffusion model; run instead: {preset.command}")
     values = dict(preset.settings) if preset else {}
     for text in SET.value:
         if text == "help":
-            raise InputError(f"--set takes: {', '.join(sorted(known_settings()))}")
+            raise InputError(f"--set takes: {', '.join(sorted(KNOWN_SETTINGS))}")
         values |= parse_settings(text)
     tasks = TASKS.value or ([preset.task] if preset else [])
     if not tasks:
         raise InputError("--tasks: give at least one task, or a --preset")
-    chat = APPLY_CHAT_TEMPLATE.value
-    if chat is None:
-        chat = bool(preset and preset.chat)
+    chat, shots = APPLY_CHAT_TEMPLATE.value, NUM_FEWSHOT.value
+    if preset:
+        chat = preset.chat if chat is None else chat
+        shots = preset.num_fewshot if shots is None else shots
     if SYSTEM_INSTRUCTION.value and not chat:
         raise InputError("--system_instruction: requires --apply_chat_template")
-    shots = NUM_FEWSHOT.value
-    if shots is None and preset:
-        shots = preset.num_fewshot
     if ALLOW_CODE.value == "sandbox":
         code_execution.check_supported()
+    recorded = (PRESET, LIMIT, SYSTEM_INSTRUCTION, FEWSHOT_SEED, ALLOW_CODE, MODEL.dtype, MODEL.quantize)
     return make_settings(values), {
-        "tasks": tasks, "preset": PRESET.value, "num_fewshot": shots, "limit": LIMIT.value, "apply_chat_template": chat,
-        "fewshot_as_multiturn": chat and FEWSHOT_AS_MULTITURN.value, "system_instruction": SYSTEM_INSTRUCTION.value,
-        "fewshot_seed": FEWSHOT_SEED.value, "allow_code_execution": ALLOW_CODE.value,
-        "dtype": MODEL.dtype.value, "quantize": MODEL.quantize.value,
+        "tasks": tasks, "num_fewshot": shots, "apply_chat_template": bool(chat),
+        "fewshot_as_multiturn": bool(chat) and FEWSHOT_AS_MULTITURN.value,
+        **{flag.name: flag.value for flag in recorded},
         "published": preset.target if preset else None, "metric": preset.metric if preset else None,
     }
 
 
 def load_tasks(evaluation: dict[str, Any]) -> Any:
-    """The harness's task manager, with all requested tasks in its index.
-
-    Raises:
-      InputError: the harness is not installed, or a task is unknown.
-    """
+    """The harness's task manager. Raises InputError if the harness is not installed or a task is unknown."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -130,12 +120,10 @@ def load_tasks(evaluation: dict[str, Any]) -> Any:
                          ) from error
     if INCLUDE_PATH.value and not epath.Path(INCLUDE_PATH.value).is_dir():
         raise InputError(f"--include_path={INCLUDE_PATH.value}: no such directory")
-    if INCLUDE_PATH.value:
-        # Reading the harness's own 14,000 task files takes longer than a small evaluation.
-        manager = TaskManager(include_path=INCLUDE_PATH.value, include_defaults=False)
-        if set(evaluation["tasks"]) <= set(manager.all_tasks):
-            return manager
-    manager = TaskManager(include_path=INCLUDE_PATH.value)
+    # Reading the harness's own 14,000 task files takes longer than a small evaluation.
+    manager = TaskManager(include_path=INCLUDE_PATH.value, include_defaults=False)
+    if not set(evaluation["tasks"]) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=INCLUDE_PATH.value)
     for task in evaluation["tasks"]:
         if task not in manager.all_tasks:
             raise InputError(f"--tasks={task}: unknown{did_you_mean(task, manager.all_tasks)}")
@@ -143,11 +131,7 @@ def load_tasks(evaluation: dict[str, Any]) -> Any:
 
 
 def write_manifest(directory: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest before the evaluation starts, so that a directory holds one evaluation only.
-
-    Raises:
-      InputError: the directory holds another evaluation.
-    """
+    """Writes the manifest before the evaluation starts; an InputError if the directory holds another evaluation."""
     path = directory / "manifest.json"
     if path.exists():
         different = config_lib.differences(json.loads(path.read_text()), manifest)
@@ -168,24 +152,20 @@ def run(lm: api.LanguageModel, settings: Settings, work: Work, manager: Any,
     from illada_jax.evaluation.lm_eval_model import LmEvalModel
 
     adapter = LmEvalModel(lm, settings, work)
+    same = ("tasks", "num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
     describe = evaluator.add_env_info
     evaluator.add_env_info = lambda results: None  # the manifest has it, and the harness would import PyTorch
     try:
         found = lm_eval.simple_evaluate(
-            model=adapter, tasks=list(evaluation["tasks"]), task_manager=manager,
-            num_fewshot=evaluation["num_fewshot"], limit=evaluation["limit"], log_samples=True,
-            apply_chat_template=evaluation["apply_chat_template"],
-            fewshot_as_multiturn=evaluation["fewshot_as_multiturn"],
-            system_instruction=evaluation["system_instruction"], fewshot_random_seed=evaluation["fewshot_seed"],
-            torch_random_seed=None,  # PyTorch is not used
+            model=adapter, task_manager=manager, **{name: evaluation[name] for name in same}, log_samples=True,
+            fewshot_random_seed=evaluation["fewshot_seed"], torch_random_seed=None,  # PyTorch is not used
             confirm_run_unsafe_code=ALLOW_CODE.value != "none")
     finally:
         evaluator.add_env_info = describe
-    kept = {name: found[name] for name in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
-            if name in found}
+    kept = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "samples")
     return json.loads(json.dumps({
-        **kept, "network_evaluations": work.evaluations, "truncated_contexts": dict(adapter.truncated),
-        "samples": found["samples"]}, default=str))
+        **{name: found[name] for name in kept if name in found}, "network_evaluations": work.evaluations,
+        "truncated_contexts": dict(adapter.truncated)}, default=str))
 
 
 def write_results(directory: epath.Path | None, report: dict[str, Any]) -> None:
@@ -194,9 +174,8 @@ def write_results(directory: epath.Path | None, report: dict[str, Any]) -> None:
     print(table)
     if directory is None:
         return
-    samples = report.pop("samples")
     (directory / "samples").mkdir(parents=True, exist_ok=True)
-    for task, rows in samples.items():
+    for task, rows in report.pop("samples").items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(directory / "samples" / f"{task}.jsonl", lines)
     write_atomically(directory / "results.md", table + "\n")
@@ -208,15 +187,13 @@ def results_table(report: dict[str, Any]) -> str:
     evaluation = report["manifest"]["evaluation"]
     lines = ["| task | shots | items | metric | filter | value | ± s.e. |", "|---|---|---|---|---|---|---|"]
     for task, metrics in {**report["results"], **report.get("groups", {})}.items():
-        items = report["n-samples"].get(task, {}).get("effective", "")
-        for key, value in metrics.items():
+        head = f"{task} | {report['n-shot'].get(task, '')} | {report['n-samples'].get(task, {}).get('effective', '')}"
+        numbers = {key: f"{value:.4f}" for key, value in metrics.items() if isinstance(value, (int, float))}
+        for key, value in numbers.items():
             metric, comma, chosen = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = metrics.get(f"{metric}_stderr,{chosen}")
-            shown = f"{error:.4f}" if isinstance(error, (int, float)) else ""
-            lines.append(f"| {task} | {report['n-shot'].get(task, '')} | {items} | {metric} | {chosen} | {value:.4f} | "
-                         f"{shown} |")
+            if comma and not metric.endswith("_stderr"):
+                error = numbers.get(f"{metric}_stderr,{chosen}", "")
+                lines.append(f"| {head} | {metric} | {chosen} | {value} | {error} |")
     lines += ["", f"network evaluations: {report['network_evaluations']:,}; manifest {report['manifest_fingerprint']}"]
     if evaluation["published"] is not None:
         lines.append(f"published: {evaluation['published']} % ({evaluation['metric']}, {evaluation['preset']})")

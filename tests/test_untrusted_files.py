@@ -24,10 +24,10 @@ from tests.evaluation import lm_eval_toys
 ROOT = pathlib.Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "checkpoints" / "illada-gqa-tied"
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "transformers", "yaml"}
-CALLS = {"eval", "exec", "compile", "__import__", "extractall", "import_module"}
+CALLS = {"eval", "exec", "compile", "__import__", "extractall", "import_module", "resolve_name"}
 # Where code is run on purpose: a generated program in its sandbox; a scorer that the user's own config names; the
 # standard library's own documentation.
-ALLOWED = {"evaluation/code_runner.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"import_module"},
+ALLOWED = {"evaluation/code_runner.py": {"exec", "compile"}, "evaluation/answer_metrics.py": {"resolve_name"},
            "data/sources/builtin.py": {"import_module"}}
 
 

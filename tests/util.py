@@ -5,6 +5,13 @@ import numpy as np
 
 from illada_jax import model
 from illada_jax.config import ModelConfig
+from illada_jax.data.sources import registry
+
+
+def documents(spec: str):
+    """All documents of a source, in order."""
+    for part in registry.parts(spec):
+        yield from part.read()
 
 
 def random_params(config: ModelConfig, scale: float = 2.0, seed: int = 1):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from illada_jax.config import Config, DataConfig
 from illada_jax.data.manifest import MANIFEST, open_shards
-from illada_jax.data.preparing.examples import list_example_parts, prepare_examples
+from illada_jax.data.preparing.examples import prepare_examples
 from illada_jax.data.preparing.settings import ExampleSettings, Settings, content_key, given_tokenizer
 from illada_jax.data.preparing.text import list_parts, prepare
 from illada_jax.data.shards import ExampleSet, TokenStream
+from illada_jax.data.sources import examples
 from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.files import new_directory
@@ -124,7 +125,7 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
                          "seen once per epoch")
     settings = ExampleSettings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction,
                                length=data.length, over_length=sft.over_length, format=sft.format)
-    parts = list_example_parts(data.sources)
+    parts = [examples.parts(spec) for spec in data.sources]
     tokenizer = tokenizer or given_tokenizer(data.tokenizer)
     key = content_key(settings, [part for of_source in parts for part in of_source], tokenizer)
     directory = _cached(data, f"examples-{key}",

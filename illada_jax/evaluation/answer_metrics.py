@@ -1,7 +1,7 @@
 """Metrics that compare a decoded answer with the reference: functions (prompt, answer, reference) → [0, 1]."""
 
-import importlib
 import math
+import pkgutil
 import re
 from collections.abc import Callable
 
@@ -12,19 +12,14 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def make_answer_metric(name: str) -> AnswerMetric:
-    """The metric `exact` or `numeric`, or the function that `package.module:function` names.
-
-    Raises:
-      ConfigError: the name is neither known nor that of a function that can be imported.
-    """
+    """The metric `exact` or `numeric`, or the function that `package.module:function` names, else a ConfigError."""
     if name in ANSWER_METRICS:
         return ANSWER_METRICS[name]
-    module, colon, function = name.partition(":")
     allowed = f"must be one of {', '.join(map(repr, ANSWER_METRICS))}, or 'package.module:function'"
-    if not colon:
+    if ":" not in name:
         raise ConfigError(f"config.eval.answer_metric = {name!r}: {allowed}")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"config.eval.answer_metric = {name!r}: {error}; it {allowed}") from error
     if not callable(found):
@@ -32,15 +27,13 @@ def make_answer_metric(name: str) -> AnswerMetric:
     return found
 
 
-def exact(prompt: str, answer: str, reference: str) -> float:
+def exact(_: str, answer: str, reference: str) -> float:
     """1 if answer and reference are equal after stripping white space."""
-    del prompt
     return float(answer.strip() == reference.strip())
 
 
-def numeric(prompt: str, answer: str, reference: str) -> float:
+def numeric(_: str, answer: str, reference: str) -> float:
     """1 if the last numbers in both texts are equal; commas may separate thousands."""
-    del prompt
     found, expected = _last_number(answer), _last_number(reference)
     return float(found is not None and expected is not None and math.isclose(found, expected, rel_tol=1e-9))
 

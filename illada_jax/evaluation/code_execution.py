@@ -36,12 +36,7 @@ _ALTERNATIVE = "or run programs without isolation: --allow_code_execution=unsafe
 
 
 class Outcome(NamedTuple):
-    """The result of a program.
-
-    Attributes:
-      passed: it ran to its end without an error.
-      reason: `passed`, `timed out`, `ended early` (it exited or was killed), or the error that it raised.
-    """
+    """The result of a program; `reason`: `passed`, `timed out`, `ended early` (exited or was killed) or the error."""
 
     passed: bool
     reason: str
@@ -61,15 +56,9 @@ def check_supported() -> None:
 
 
 def run(program: str, seconds: float = 5.0, megabytes: int = 1024) -> Outcome:
-    """Runs a Python program in the sandbox.
+    """Runs a Python program in the sandbox: for `seconds` from its start, with `megabytes` per process.
 
-    Args:
-      program: its source.
-      seconds: wall-clock time from its start; all its processes are killed then.
-      megabytes: address space of each of its processes.
-
-    Raises:
-      InputError: the sandbox did not start, which says nothing about the program.
+    Raises InputError if the sandbox did not start, which says nothing about the program.
     """
     token = secrets.token_hex(16)
     task = {"program": program, "token": token, "seconds": math.ceil(seconds) + 1, "megabytes": megabytes}
@@ -117,8 +106,8 @@ def _killed_after(seconds: float, process: subprocess.Popen) -> Iterator[None]:
 
 def _command() -> list[str]:
     """The command line of bwrap, up to and including the program's runner."""
-    command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop",
-               "ALL"]
+    command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--as-pid-1",
+               "--cap-drop", "ALL"]
     if os.geteuid() == 0:
         # The runner switches to an unprivileged user; a user namespace would map root only.
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
@@ -144,11 +133,11 @@ class SandboxedCodeEval:
     def compute(self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,),
                 **_: Any) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
         """Runs programs, each followed by its tests; ({"pass@k": mean over problems}, outcomes by problem)."""
-        outcomes = {index: [run(f"{candidate}\n{test}") for candidate in candidates]
-                    for index, (test, candidates) in enumerate(zip(references, predictions, strict=True))}
-        passed = [[outcome.passed for outcome in results] for results in outcomes.values()]
+        outcomes = [[run(f"{candidate}\n{test}") for candidate in candidates]
+                    for test, candidates in zip(references, predictions, strict=True)]
+        passed = [[outcome.passed for outcome in results] for results in outcomes]
         return {f"pass@{count}": sum(pass_at_k(len(each), sum(each), count) for each in passed) / len(passed)
-                for count in k if all(len(each) >= count for each in passed)}, outcomes
+                for count in k if all(len(each) >= count for each in passed)}, dict(enumerate(outcomes))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -159,9 +148,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def program_tasks(index: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The tasks among `names`, and in their groups and tags, that are marked as running generated programs.
 
-    Args:
-      index: the harness's entries by name (`TaskManager.task_index`).
-      names: tasks, groups or tags.
+    `index` has the harness's entries by name (`TaskManager.task_index`).
     """
     pending: list[str | dict[str, Any]] = list(names)
     found = []
@@ -184,21 +171,14 @@ def program_tasks(index: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def metric_for(mode: str, manager: Any, names: Sequence[str]) -> Iterator[None]:
     """Within the block, tasks that load the metric `code_eval` get the sandboxed one (sandbox) or lm-eval's (unsafe).
 
-    Args:
-      mode: one of MODES.
-      manager: the harness's `TaskManager`.
-      names: the tasks that run programs. If there are none, nothing changes: the package `evaluate` would import
-        PyTorch where that is installed.
-
-    Raises:
-      InputError: in the mode sandbox, one of the tasks runs programs by other means, outside of the sandbox.
+    Raises InputError if one of the tasks runs programs by other means, outside of the sandbox.
     """
     if mode == "unsafe":
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own consent
     if mode != "sandbox" or not names:
         yield
         return
-    import evaluate as metrics
+    import evaluate as metrics  # only if needed: it imports PyTorch where that is installed
 
     def load(name: str, *rest: Any, **more: Any) -> Any:
         return SandboxedCodeEval() if name == "code_eval" else original(name, *rest, **more)
@@ -206,8 +186,8 @@ def metric_for(mode: str, manager: Any, names: Sequence[str]) -> Iterator[None]:
     original, metrics.load = metrics.load, load
     try:
         for name, task in manager.load(list(names))["tasks"].items():
-            functions = [metric["metric"] for metric in task.config.metric_list or ()]
-            values = [value for function in functions for value in getattr(function, "__globals__", {}).values()]
+            values = [value for metric in task.config.metric_list or ()
+                      for value in getattr(metric["metric"], "__globals__", {}).values()]
             if not any(isinstance(value, SandboxedCodeEval) for value in values):
                 raise InputError(f"task {name}: does not run its programs through the metric code_eval, so the sandbox "
                                  f"cannot isolate them; leave the task out, {_ALTERNATIVE}")

@@ -21,7 +21,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus, Examples
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
-from illada_jax.decoding import Decoder, SpecialIds, check_settings
+from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
 from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.diffusion.token_losses import token_losses
@@ -36,14 +36,7 @@ _TABLE_ROWS = 6
 
 
 class EvaluatorContext(NamedTuple):
-    """Everything of a run that evaluators are built from.
-
-    Attributes:
-      config: the resolved config.
-      corpus: text, or examples of fine-tuning, with held-out parts.
-      pipeline: makes windows of held-out text.
-      mesh: the devices of the run.
-    """
+    """Everything of a run that evaluators are built from; `pipeline` makes windows of held-out text."""
 
     config: Config
     corpus: Corpus | Examples
@@ -56,26 +49,22 @@ class EvaluatorContext(NamedTuple):
         return Decoder(model.make_logits_fn(model_config, params), settings, SpecialIds.of(self.corpus.tokenizer),
                        model_config.max_length, model.make_init_cache(model_config), self.mesh)
 
+    def answer(self, settings: DecodeConfig, params: Any, prompts: list[list[int]]) -> tuple[list[Decoded], list[str]]:
+        """Continuations of prompts, and their texts."""
+        decoded = self.decoder(settings, params).generate(prompts)
+        return decoded, [self.corpus.tokenizer.decode(each.tokens) for each in decoded]
 
-def make_evaluators(
-    names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches, mesh: Mesh
-) -> dict[str, Evaluator]:
-    """Builds evaluators by name.
 
-    Raises:
-      ConfigError: an evaluator is unknown, or `config.decode` is invalid.
-    """
+def make_evaluators(names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches,
+                    mesh: Mesh) -> dict[str, Evaluator]:
+    """Builds evaluators by name. Raises ConfigError as `check_evaluation` does."""
     check_evaluation(config, corpus.tokenizer)
     context = EvaluatorContext(config, corpus, pipeline, mesh)
     return {name: EVALUATORS[name](context) for name in names}
 
 
 def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Checks evaluators and decoding settings before the run starts.
-
-    Args:
-      config: the resolved config.
-      tokenizer: the run's tokenizer; None skips the check of `config.decode`.
+    """Checks evaluators and, given the run's tokenizer, decoding settings before the run starts.
 
     Raises:
       ConfigError: an evaluator is unknown, or `config.decode` is invalid.
@@ -109,9 +98,8 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
         losses = functools.partial(token_losses, head, chunk=config.train.logits_chunk)
         return objective(losses, hidden_BLD, batch, corrupted)[1].nats_B
 
-    def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step  # the same masks every time, so that evaluations of a run are comparable
-        key = key_for(config.seed, Purpose.EVALUATION)
+    def evaluate(params: Any, _: int) -> dict[str, float | str]:
+        key = key_for(config.seed, Purpose.EVALUATION)  # the same masks at every step, so that evaluations compare
         num_rows = len(windows.tokens_BL)
         nats_N = np.zeros(num_rows)
         for start in range(0, num_rows, batch_size):
@@ -124,11 +112,8 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
         tokens_N = windows.maskable_BL.sum(axis=1)
         mean, stderr = ratio_and_stderr(nats_N, tokens_N)
         per_byte = corpus.heldout.num_tokens / corpus.heldout.num_bytes / math.log(2)
-        return {
-            "eval/bits_per_byte": mean * per_byte,
-            "eval/bits_per_byte_stderr": stderr * per_byte,
-            "eval/nats_per_token": mean,
-        }
+        return {"eval/bits_per_byte": mean * per_byte, "eval/bits_per_byte_stderr": stderr * per_byte,
+                "eval/nats_per_token": mean}
 
     return evaluate
 
@@ -150,15 +135,13 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 
 def samples(context: EvaluatorContext) -> Evaluator:
     """Texts decoded with `config.decode` from `config.eval.prompts`, which take turns."""
-    config, tokenizer = context.config, context.corpus.tokenizer
+    config = context.config
     texts = [config.eval.prompts[row % len(config.eval.prompts)] for row in range(config.eval.rows)]
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [context.corpus.tokenizer.encode(text) for text in texts]
 
-    def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step
-        written = context.decoder(config.decode, params).generate(prompts)
-        lines = [f"[{number}] {text}{tokenizer.decode(result.tokens)}"
-                 for number, (text, result) in enumerate(zip(texts, written, strict=True), 1)]
+    def evaluate(params: Any, _: int) -> dict[str, float | str]:
+        answers = context.answer(config.decode, params, prompts)[1]
+        lines = [f"[{row}] {text}{answer}" for row, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)]
         return {"eval/samples": "\n".join(lines)}
 
     return evaluate
@@ -189,10 +172,9 @@ def infill(context: EvaluatorContext) -> Evaluator:
         raise ConfigError(f"config.eval.gaps = {count}: gaps of {width} tokens (config.eval.gap_length) do not fit "
                           f"into windows of {config.data.length} tokens")
     settings = dataclasses.replace(config.decode, temperature=0.0, confidence="low_confidence")
-
-    def with_gaps(passage: list[int]) -> list[int]:
-        hidden = {column for start in starts for column in range(start, start + width)}
-        return [config.diffusion.mask_id if column in hidden else token for column, token in enumerate(passage)]
+    hidden = [column for start in starts for column in range(start, start + width)]
+    gapped = [[config.diffusion.mask_id if column in hidden else token for column, token in enumerate(passage)]
+              for passage in passages]
 
     def show(passage: list[int], filled: list[int]) -> str:
         text, end = "", 0
@@ -203,13 +185,11 @@ def infill(context: EvaluatorContext) -> Evaluator:
             end = start + width
         return text + tokenizer.decode(passage[end:])
 
-    def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step
-        results = context.decoder(settings, params).infill([with_gaps(p) for p in passages])
-        hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
-                for start in starts for column in range(start, start + width)]
-        lines = [f"[{number}] {show(passage, result.tokens)}"
-                 for number, (passage, result) in enumerate(zip(passages, results, strict=True), 1)]
+    def evaluate(params: Any, _: int) -> dict[str, float | str]:
+        pairs = [(passage, result.tokens) for passage, result in zip(
+            passages, context.decoder(settings, params).infill(gapped), strict=True)]
+        hits = [filled[column] == passage[column] for passage, filled in pairs for column in hidden]
+        lines = [f"[{number}] {show(*pair)}" for number, pair in enumerate(pairs, 1)]
         return {"eval/infill_accuracy": float(np.mean(hits)),
                 "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧", *lines])}
 
@@ -217,14 +197,7 @@ def infill(context: EvaluatorContext) -> Evaluator:
 
 
 class Questions(NamedTuple):
-    """Held-out prompts with reference answers.
-
-    Attributes:
-      prompts: ids of each prompt.
-      texts: the prompts as text.
-      answers: the reference answers as text.
-      sources: the data source of each; empty if there is only one.
-    """
+    """Held-out prompts (ids, texts) with reference answers and the data source of each; empty if there is only one."""
 
     prompts: list[list[int]]
     texts: list[str]
@@ -244,26 +217,25 @@ def exact_match(context: EvaluatorContext) -> Evaluator:
       InputError: nothing is held out.
       ConfigError: the answer metric is unknown, or a document lacks the separator.
     """
-    config, tokenizer = context.config, context.corpus.tokenizer
+    config = context.config
     questions = _questions(config, context.corpus)
     metric = make_answer_metric(config.eval.answer_metric)
+    sources = np.array(questions.sources)
 
-    def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step
-        decoded = context.decoder(config.decode, params).generate(questions.prompts)
-        answers = [tokenizer.decode(each.tokens) for each in decoded]
+    def evaluate(params: Any, _: int) -> dict[str, float | str]:
+        decoded, answers = context.answer(config.decode, params, questions.prompts)
         rows = zip(questions.texts, answers, questions.answers, strict=True)
         scores = np.array([float(metric(*row)) for row in rows])
-        results: dict[str, float | str] = {"eval/exact_match": float(scores.mean())}
-        results["eval/exact_match_stderr"] = float(scores.std() / math.sqrt(len(scores)))
-        for source in dict.fromkeys(questions.sources):
-            here = np.array(questions.sources) == source
-            results[f"eval/exact_match/{source}"] = float(scores[here].mean())
-        results["eval/answer_tokens"] = float(np.mean([len(each.tokens) for each in decoded]))
-        results["eval/ended"] = float(np.mean([each.stopped_by in ("eos", "stop_id") for each in decoded]))
-        results["eval/nfe"] = float(np.mean([each.nfe for each in decoded]))
-        results["eval/answers"] = _table(questions, answers, scores)
-        return results
+        return {
+            "eval/exact_match": float(scores.mean()),
+            "eval/exact_match_stderr": float(scores.std() / math.sqrt(len(scores))),
+            **{f"eval/exact_match/{source}": float(scores[sources == source].mean())
+               for source in dict.fromkeys(questions.sources)},
+            "eval/answer_tokens": float(np.mean([len(each.tokens) for each in decoded])),
+            "eval/ended": float(np.mean([each.stopped_by in ("eos", "stop_id") for each in decoded])),
+            "eval/nfe": float(np.mean([each.nfe for each in decoded])),
+            "eval/answers": _table(questions, answers, scores),
+        }
 
     return evaluate
 
@@ -281,19 +253,17 @@ def _table(questions: Questions, answers: list[str], scores: np.ndarray) -> str:
 
 def decoding_orders(context: EvaluatorContext) -> Evaluator:
     """A table of exact match by confidence and steps per block: revealing the most confident first pays off."""
-    config, tokenizer = context.config, context.corpus.tokenizer
+    config = context.config
     questions = _questions(config, context.corpus)
     steps = config.decode.steps_per_block
     variants = [(order, count) for count in sorted({steps, max(1, steps // 4), 1}, reverse=True)
                 for order in ("low_confidence", "random")]
 
-    def evaluate(params: Any, step: int) -> dict[str, float | str]:
-        del step
+    def evaluate(params: Any, _: int) -> dict[str, float | str]:
         lines = ["order            steps  evaluations  exact match"]
         for order, count in variants:
             settings = dataclasses.replace(config.decode, confidence=order, steps_per_block=count)
-            decoded = context.decoder(settings, params).generate(questions.prompts)
-            answers = [tokenizer.decode(each.tokens) for each in decoded]
+            decoded, answers = context.answer(settings, params, questions.prompts)
             share = float(np.mean([a == b for a, b in zip(answers, questions.answers, strict=True)]))
             nfe = float(np.mean([each.nfe for each in decoded]))
             error = math.sqrt(share * (1 - share) / len(answers))
@@ -317,19 +287,13 @@ def _questions(config: Config, corpus: Corpus | Examples) -> Questions:
         return Questions([each.prompt for each in examples], [decode(each.prompt) for each in examples],
                          [decode(each.answer) for each in examples], sources if len(corpus.sources) > 1 else [])
     separator = config.eval.separator
-    texts = [decode(corpus.heldout.document(index)) for index in range(count)]
-    for index, text in enumerate(texts):
-        if separator not in text:
+    parts = [decode(corpus.heldout.document(index)).partition(separator) for index in range(count)]
+    for index, (text, found, _) in enumerate(parts):
+        if not found:
             raise ConfigError(f"config.eval.separator = {separator!r}: not in held-out document {index}: {text[:60]!r}")
-    parts = [text.partition(separator) for text in texts]
     prompts = [before + found for before, found, _ in parts]
     return Questions([corpus.tokenizer.encode(text) for text in prompts], prompts, [answer for *_, answer in parts], [])
 
 
 EVALUATORS: dict[str, Callable[[EvaluatorContext], Evaluator]] = {
-    "bits_per_byte": bits_per_byte,
-    "samples": samples,
-    "infill": infill,
-    "exact_match": exact_match,
-    "decoding_orders": decoding_orders,
-}
+    make.__name__: make for make in (bits_per_byte, samples, infill, exact_match, decoding_orders)}

@@ -19,8 +19,6 @@ from illada_jax.errors import InputError
 from illada_jax.evaluation.lm_eval_model import LmEvalModel
 from illada_jax.evaluation.settings import make_settings, parse_settings
 
-_MODEL = ("dtype", "quantize")
-
 
 @register_model("illada_jax")
 class IlladaJax(LmEvalModel):
@@ -28,28 +26,15 @@ class IlladaJax(LmEvalModel):
 
     def __init__(self, checkpoint: str = "", batch_size: int | str | None = None, max_batch_size: Any = None,
                  device: str | None = None, **arguments: Any):
-        """Loads the model.
-
-        Args:
-          checkpoint: see `illada_jax.load`.
-          batch_size: rows per batch.
-          max_batch_size: ignored; batch sizes are not searched.
-          device: ignored; JAX chooses.
-          **arguments: `dtype`, `quantize` and settings.
-
-        Raises:
-          InputError: an argument is unknown or wrong.
-        """
-        del max_batch_size, device
+        """Loads the model; `arguments` are `dtype`, `quantize` and settings. An InputError names a wrong one."""
+        del max_batch_size, device  # batch sizes are not searched; JAX chooses the device
         if not checkpoint:
             raise InputError("--model_args checkpoint=…: is required")
         if batch_size is not None and not str(batch_size).isdigit():
             raise InputError(f"--batch_size {batch_size}: must be a number")
-        values = {key: value for key, value in arguments.items() if key not in _MODEL}
-        values |= {} if batch_size is None else {"batch_size": int(batch_size)}
-        settings = make_settings(values)
-        lm = api.load(checkpoint, **{key: arguments[key] for key in _MODEL if key in arguments})
-        super().__init__(lm, settings)
+        of_load = {key: arguments.pop(key) for key in ("dtype", "quantize") if key in arguments}
+        settings = make_settings(arguments if batch_size is None else {**arguments, "batch_size": int(batch_size)})
+        super().__init__(api.load(checkpoint, **of_load), settings)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "IlladaJax":

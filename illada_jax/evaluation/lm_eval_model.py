@@ -5,9 +5,10 @@ tasks or the number of processes.
 """
 
 import collections
+import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from absl import logging
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from illada_jax.api import Generation, LanguageModel
 from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE, chat_format, encode_chat
+from illada_jax.decoding.query import END_OF_THINKING
 from illada_jax.errors import InputError
 from illada_jax.evaluation.settings import Settings
 from illada_jax.evaluation.work import Answers, Request, Work
+from illada_jax.scoring import ScoreConfig
 
 # Marks a conversation: the harness passes contexts as text, but text must never become special tokens.
 _CHAT = "\ue000chat:"
@@ -34,14 +38,8 @@ class LmEvalModel(LM):
       truncated: number of contexts whose beginning was dropped, by kind of request.
     """
 
-    def __init__(self, lm: Any, settings: Settings | None = None, work: Work | None = None):
-        """Wraps a model.
-
-        Args:
-          lm: an `illada_jax.LanguageModel`.
-          settings: of scorers, sampler and adapter.
-          work: computes the requests, and keeps the finished ones.
-        """
+    def __init__(self, lm: LanguageModel, settings: Settings | None = None, work: Work | None = None):
+        """Wraps a model; `work` keeps finished requests."""
         super().__init__()
         self.lm = lm
         self.settings = settings or Settings()
@@ -57,19 +55,9 @@ class LmEvalModel(LM):
           InputError: a candidate is empty or does not fit into the context.
         """
         del disable_tqdm
-        scorer = self.lm.scorer(**_fields(self.settings.score))
         pairs = [self._pair(request) for request in requests]
-
-        def compute(indices: list[int]) -> Answers:
-            before = scorer.evaluator.evaluations
-            scores = scorer.score([pairs[index] for index in indices])
-            return Answers([[score.value, bool(score.greedy)] for score in scores],
-                           scorer.evaluator.evaluations - before)
-
-        answers = self.work.run("loglikelihood", [
-            Request(list(pair), (request.task_name, request.doc_id), len(pair[0]) + len(pair[1]))
-            for request, pair in zip(requests, pairs, strict=True)], compute)
-        return [(value, greedy) for value, greedy in answers]
+        items = [(request.task_name, request.doc_id) for request in requests]
+        return self._score("loglikelihood", pairs, items, self.settings.score)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts in nats, always by Monte-Carlo: confidence scores are not likelihoods.
@@ -81,8 +69,8 @@ class LmEvalModel(LM):
           InputError: `rolling_stride` exceeds the context.
         """
         del disable_tqdm
-        draws = {"method": "monte_carlo", "mc_num": self.settings.lm_eval.rolling_mc_num}
-        scorer = self.lm.scorer(**{**_fields(self.settings.score), **draws})
+        settings = dataclasses.replace(self.settings.score, method="monte_carlo",
+                                       mc_num=self.settings.lm_eval.rolling_mc_num)
         length = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos
         stride = self.settings.lm_eval.rolling_stride or max(1, length // 2)
         if stride > length:
@@ -94,58 +82,57 @@ class LmEvalModel(LM):
                 new = tokens[start : start + stride]
                 windows.append((tokens[max(0, start + len(new) - length) : start], new))
                 owners.append(owner)
+        scores = self._score("loglikelihood_rolling", windows, range(len(windows)), settings)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [value for value, _ in scores])
+        return totals.tolist()
+
+    def _score(self, kind: str, pairs: list[tuple[list[int], list[int]]], groups: Sequence[Hashable],
+               settings: ScoreConfig) -> list[tuple[float, bool]]:
+        scorer = self.lm.scorer(**dataclasses.asdict(settings))
 
         def compute(indices: list[int]) -> Answers:
             before = scorer.evaluator.evaluations
-            scores = scorer.score([windows[index] for index in indices])
-            return Answers([score.value for score in scores], scorer.evaluator.evaluations - before)
+            scores = scorer.score([pairs[index] for index in indices])
+            return Answers([[score.value, bool(score.greedy)] for score in scores],
+                           scorer.evaluator.evaluations - before)
 
-        answers = self.work.run("loglikelihood_rolling", [
-            Request(list(window), index, len(window[0]) + len(window[1])) for index, window in enumerate(windows)],
-            compute)
-        totals = np.zeros(len(requests))
-        np.add.at(totals, owners, answers)
-        return totals.tolist()
+        answers = self.work.run(kind, [Request(list(pair), group, len(pair[0]) + len(pair[1]))
+                                       for pair, group in zip(pairs, groups, strict=True)], compute)
+        return [(value, greedy) for value, greedy in answers]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts decoded from (context, generation arguments), each up to its first stop string."""
         del disable_tqdm
-        texts: list[str] = [""] * len(requests)
-        groups = collections.defaultdict(list)
+        texts: dict[int, str] = {}
+        groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         seen: dict[tuple, int] = collections.Counter()
-        rows = []
+        prompts, rows = [], []
         for index, request in enumerate(requests):
-            settings, stop = self._generation(request.args[1])
-            prompt, chat = self._prompt(request.args[0], settings)
-            groups[json.dumps([settings, stop, chat], sort_keys=True)].append((index, prompt))
+            options = self._options(request.args[1])
+            prompt, chat = self._prompt(request.args[0], options)
+            if chat:
+                stop_ids = options.get("stop_ids", self.lm.config.decode.stop_ids)
+                options["stop_ids"] = tuple(sorted({*stop_ids, chat_format(self.lm.tokenizer).end_id}))
+            groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(index)
             # Random numbers depend on the prompt and, if it is repeated, on the number of the repeat.
             rows.append((zlib.crc32(np.array(prompt, np.int32).tobytes()) + seen[tuple(prompt)]) % 2**31)
+            prompts.append(prompt)
             seen[tuple(prompt)] += 1
-        for number, (key, members) in enumerate(groups.items()):
-            settings, stop, chat = json.loads(key)
-            settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-            if chat:
-                ends = {chat_format(self.lm.tokenizer).end_id}
-                ends |= {*settings.get("stop_ids", self.lm.config.decode.stop_ids)}
-                settings["stop_ids"] = tuple(sorted(ends))
-            answers = self._generate(f"generate_until-{number}", key, members, rows, settings, stop)
-            for (index, _), answer in zip(members, answers, strict=True):
-                texts[index] = answer
-        return texts
+        for number, (key, (options, members)) in enumerate(groups.items()):
+            work = [Request([key, rows[index], prompts[index]], index, len(prompts[index])) for index in members]
+            texts |= zip(members, self._generate(f"generate_until-{number}", work, options), strict=True)
+        return [texts[index] for index in range(len(requests))]
 
-    def _generate(self, kind: str, key: str, members: list[tuple[int, list[int]]], rows: list[int],
-                  settings: dict[str, Any], stop: list[str]) -> list[str]:
-        def compute(positions: list[int]) -> Answers:
-            results = dict(self.lm.as_completed([members[position][1] for position in positions], stop=stop,
-                                                rows=[rows[members[position][0]] for position in positions],
-                                                **settings))
-            ordered = [results[place] for place in range(len(positions))]
-            return Answers([self._answer(result) for result in ordered], sum(result.nfe for result in ordered))
+    def _generate(self, kind: str, work: list[Request], options: dict[str, Any]) -> list[str]:
+        def compute(indices: list[int]) -> Answers:
+            _, rows, prompts = zip(*(work[index].content for index in indices), strict=True)
+            results = self.lm.generate(prompts, rows=rows, **options)
+            return Answers([self._answer(result) for result in results], sum(result.nfe for result in results))
 
-        return self.work.run(kind, [Request([key, rows[index], prompt], index, len(prompt))
-                                    for index, prompt in members], compute)
+        return self.work.run(kind, work, compute)
 
-    def _answer(self, result: Any) -> str:
+    def _answer(self, result: Generation) -> str:
         think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
@@ -156,47 +143,39 @@ class LmEvalModel(LM):
             return self.lm.tokenizer.decode(result.tokens[last:])
         return result.text.rpartition(think_end)[2]
 
-    def _generation(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """(Settings of the sampler, stop strings); the evaluation's settings override the task's arguments."""
+    def _options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Options of `LanguageModel.generate`; the evaluation's settings override the task's arguments."""
         for key in sorted(set(arguments) - _GENERATION_KEYS):
             logging.log_first_n(logging.WARNING, "generation argument %r of a task is ignored", 1, key)
-        settings: dict[str, Any] = {"temperature": 0.0}
+        options: dict[str, Any] = {"temperature": 0.0}
         if "max_gen_toks" in arguments:
-            settings["max_new_tokens"] = int(arguments["max_gen_toks"])
+            options["max_new_tokens"] = int(arguments["max_gen_toks"])
         if arguments.get("do_sample"):
-            settings["temperature"] = float(arguments.get("temperature", 1.0))
-            settings["top_p"] = float(arguments.get("top_p", 1.0))
-        settings |= self.settings.decode
-        if settings.get("end_of_thinking_boost") and "end_of_thinking_ids" not in settings:
-            settings["end_of_thinking_ids"] = self._think_end_ids()
-        until = arguments.get("until") or []
-        stop = [until] if isinstance(until, str) else list(until)
-        if self.settings.lm_eval.ignore_until:
-            stop = []
-        return settings, sorted({text for text in stop if text})
-
-    def _think_end_ids(self) -> list[int]:
-        text = self.settings.lm_eval.think_end or "</think>"
-        token = self.lm.tokenizer.special_tokens.get(text)
-        return self.lm.tokenizer.encode(text) if token is None else [token]
+            options["temperature"] = float(arguments.get("temperature", 1.0))
+            options["top_p"] = float(arguments.get("top_p", 1.0))
+        options |= self.settings.decode
+        if options.get("end_of_thinking_boost") and "end_of_thinking_ids" not in options:
+            text = self.settings.lm_eval.think_end or END_OF_THINKING
+            token = self.lm.tokenizer.special_tokens.get(text)
+            options["end_of_thinking_ids"] = tuple(self.lm.tokenizer.encode(text) if token is None else [token])
+        until = [] if self.settings.lm_eval.ignore_until else arguments.get("until") or []
+        return {"stop": sorted({*([until] if isinstance(until, str) else until)} - {""}), **options}
 
     def _pair(self, request: Instance) -> tuple[list[int], list[int]]:
         context, candidate = request.args[:2]
-        ids = self._chat_ids(context)
-        if ids is not None:
-            before, after = ids, self.lm.tokenizer.encode(candidate)
-        else:
+        before, after = self._chat_ids(context), self.lm.tokenizer.encode(candidate)
+        if before is None:
             # White space at the end of a context belongs to the candidate, as in the harness.
             bare = context.rstrip()
             before, after = self.lm.encode_pair(bare, context[len(bare) :] + candidate)
-        space = self.lm.config.model.max_length - self.settings.score.bos - self.settings.score.eos - len(after)
+        length = self.lm.config.model.max_length
+        space = length - self.settings.score.bos - self.settings.score.eos - len(after)
         if not after or space < 0:
-            what = "is empty" if not after else (f"has {len(after)} tokens, which exceed the context of "
-                                                 f"{self.lm.config.model.max_length}")
-            raise InputError(f"task {request.task_name}, item {request.doc_id}: candidate {candidate[:40]!r} {what}")
+            problem = f"has {len(after)} tokens, which exceed the context of {length}" if after else "is empty"
+            raise InputError(f"task {request.task_name}, item {request.doc_id}: candidate {candidate[:40]!r} {problem}")
         return self._cut("loglikelihood", before, space), after
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], bool]:
+    def _prompt(self, context: str, options: dict[str, Any]) -> tuple[list[int], bool]:
         """(Ids of the prompt, True if it is a conversation)."""
         ids = self._chat_ids(context)
         chat = ids is not None
@@ -204,7 +183,7 @@ class LmEvalModel(LM):
         bos = [self.lm.tokenizer.bos_id] * (self.settings.score.bos or not ids)
         length = self.lm.config.model.max_length
         # Reserve at most half of the context for the answer; the decoder cuts the budget if a prompt leaves less.
-        budget = min(settings.get("max_new_tokens", self.lm.config.decode.max_new_tokens), length // 2)
+        budget = min(options.get("max_new_tokens", self.lm.config.decode.max_new_tokens), length // 2)
         return bos + self._cut("generate_until", ids, length - budget - len(bos)), chat
 
     def _cut(self, kind: str, ids: list[int], space: int) -> list[int]:
@@ -228,10 +207,8 @@ class LmEvalModel(LM):
         if not context.startswith(_CHAT):
             return None
         messages, add_generation_prompt = json.loads(context.removeprefix(_CHAT))
-        if add_generation_prompt:
-            return encode_chat(self.lm.tokenizer, messages, True)
-        # The last message begins the answer.
-        return encode_chat(self.lm.tokenizer, messages[:-1], True) + self.lm.tokenizer.encode(messages[-1]["content"])
+        begun_answer = "" if add_generation_prompt else messages.pop()["content"]
+        return encode_chat(self.lm.tokenizer, messages, True) + self.lm.tokenizer.encode(begun_answer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, which the harness records."""
@@ -242,6 +219,3 @@ class LmEvalModel(LM):
         """Identifies the tokenizer."""
         return self.lm.tokenizer.fingerprint
 
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in type(config).__dataclass_fields__}

@@ -11,26 +11,21 @@ from typing import Any
 import jax
 
 import illada_jax
-from illada_jax.config import override, to_dict
-from illada_jax.parallel.fingerprints import digest, fingerprint
+from illada_jax.api import LanguageModel
+from illada_jax.config import to_dict
+from illada_jax.evaluation.settings import Settings
+from illada_jax.parallel.fingerprints import fingerprint
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers", "sentencepiece", "lm_eval", "datasets")
 
 
-def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The manifest as a JSON-compatible dict.
-
-    Args:
-      lm: the `LanguageModel`.
-      checkpoint: the path or id it was loaded from.
-      settings: an `evaluation.settings.Settings`.
-      evaluation: tasks, few-shot examples, limit, preset, seeds and the like.
-    """
+def make_manifest(lm: LanguageModel, checkpoint: str, settings: Settings, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The manifest as a JSON-compatible dict; `evaluation` has tasks, few-shot examples, limit, seeds and the like."""
     manifest = {
         "evaluation": evaluation,
         "score": dataclasses.asdict(settings.score),
         # Tasks may set max_new_tokens and temperature unless the settings do; the results hold their configs.
-        "decode": to_dict(override(lm.config.decode, "decode", _without_missing_ids(settings.decode))),
+        "decode": to_dict(lm.decode_settings(settings.decode)),
         "decode_given": dict(settings.decode),
         "lm_eval": dataclasses.asdict(settings.lm_eval),
         "checkpoint": {"path": checkpoint, "params": fingerprint(lm.params), "model": to_dict(lm.config.model)},
@@ -43,16 +38,6 @@ def make_manifest(lm: Any, checkpoint: str, settings: Any, evaluation: dict[str,
     return json.loads(json.dumps(manifest))
 
 
-def _without_missing_ids(decode: Any) -> dict[str, Any]:
-    """The settings with a placeholder for end_of_thinking_ids, which are looked up when a prompt is decoded."""
-    return {"end_of_thinking_ids": (0,), **decode} if decode.get("end_of_thinking_boost") else dict(decode)
-
-
-def manifest_fingerprint(manifest: dict[str, Any]) -> str:
-    """The checksum that identifies a manifest."""
-    return digest(json.dumps(manifest, sort_keys=True))
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -62,12 +47,9 @@ def _version(name: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout, followed by `+` if tracked files differ; None outside of a git checkout."""
-    here = pathlib.Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.check_output(command, cwd=pathlib.Path(__file__).parent, stderr=subprocess.DEVNULL,
+                                       text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -6,8 +6,8 @@ preset for each and `note` says so. All presets write one token per step. The pa
 is the metric of lm-eval that gives Qwen2.5's published number.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from illada_jax.errors import InputError
@@ -21,35 +21,33 @@ class Preset:
     Attributes:
       name: MODEL/BENCHMARK, or MODEL/BENCHMARK-VARIANT.
       checkpoint: Hub id of the official weights.
-      task: task of lm-eval.
-      num_fewshot: examples in the prompt; None takes the task's default.
-      settings: keys and values for `settings.make_settings`.
-      chat: applies the chat template, with few-shot examples as turns.
-      metric: the metric of lm-eval to compare.
-      target: the published number in per cent; None if there is none.
+      task, num_fewshot, metric: task of lm-eval, examples in the prompt, and the metric to compare.
       local_task: task with the same items for use offline (`experiments/tasks/prepare.py`); empty if there is none.
       runs_programs: answers are programs to run.
+      settings: keys and values for `settings.make_settings`.
+      chat: applies the chat template, with few-shot examples as turns.
+      target: the published number in per cent; None if there is none.
       note: differences from the published setup, and their reasons.
     """
 
     name: str
     checkpoint: str
     task: str
-    num_fewshot: int | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    chat: bool = False
-    metric: str = "acc"
-    target: float | None = None
-    local_task: str = ""
-    runs_programs: bool = False
-    note: str = ""
+    num_fewshot: int
+    metric: str
+    local_task: str
+    runs_programs: bool
+    settings: Mapping[str, Any]
+    chat: bool
+    target: float | None
+    note: str
 
     @property
     def command(self) -> str:
         """The command that reproduces the number."""
         if self.autoregressive:
             flags = " --apply_chat_template --fewshot_as_multiturn True" if self.chat else ""
-            flags += "" if self.num_fewshot is None else f" --num_fewshot {self.num_fewshot}"
+            flags += f" --num_fewshot {self.num_fewshot}"
             flags += " --confirm_run_unsafe_code" if self.runs_programs else ""
             model = f"--model hf --model_args pretrained={self.checkpoint},dtype=bfloat16"
             return f"lm_eval {model} --tasks {self.task}{flags}"
@@ -98,8 +96,7 @@ _INSTRUCT_TASKS = {
 }
 
 
-def _confidence(**others: Any) -> dict[str, Any]:
-    return {"method": "confidence", "bos": True, "eos": True, **others}
+_CONFIDENCE = {"method": "confidence", "bos": True, "eos": True}
 
 
 def _likelihood(mc_num: int, **others: Any) -> dict[str, Any]:
@@ -121,20 +118,16 @@ def _thinking(max_new_tokens: int, block_length: int = 32, power: float = 3.0) -
                    ignore_until=True, think_end="</think>")
 
 
+_CHOICE = ("arc-challenge", "hellaswag", "piqa")
 _REASONING = "same items as the published task, whose prompt lm-eval does not have"
 _ILLADA_BASE = {
     "mmlu": (_likelihood(1, bos=True, eos=True), ""),
-    "bbh": (_blocks(1024, 32), ""),
-    "arc-challenge": (_confidence(), ""),
-    "arc-challenge-likelihood": (_likelihood(128, bos=True, eos=True), "ablation of scoring"),
-    "hellaswag": (_confidence(), ""),
-    "hellaswag-likelihood": (_likelihood(128, bos=True, eos=True), "ablation of scoring"),
-    "piqa": (_confidence(), "ablation of scoring"),
-    "piqa-likelihood": (_likelihood(128, bos=True, eos=True), "ablation of scoring"),
-    "gsm8k": (_blocks(1024, 32), ""),
-    "math": (_blocks(1024, 32), ""),
+    "arc-challenge": (_CONFIDENCE, ""),
+    "hellaswag": (_CONFIDENCE, ""),
+    "piqa": (_CONFIDENCE, "ablation of scoring"),
+    **{f"{name}-likelihood": (_likelihood(128, bos=True, eos=True), "ablation of scoring") for name in _CHOICE},
+    **dict.fromkeys(("bbh", "gsm8k", "math", "mbpp"), (_blocks(1024, 32), "")),
     "humaneval": (_fixed(512), "one block of 512"),
-    "mbpp": (_blocks(1024, 32), ""),
 }
 _SCORING_ABLATION = {"arc-challenge-likelihood": 60.2, "hellaswag-likelihood": 74.3, "piqa": 78.5,
                      "piqa-likelihood": 77.2}
@@ -152,17 +145,9 @@ _ILLADA_INSTRUCT = {
 _WITH_GUIDANCE = "with guidance, which the LLaDA paper's table omits"
 _LLADA_BASE = {
     "mmlu": (_likelihood(1), ""),
-    "bbh": (_fixed(1024), ""),
-    "arc-challenge": (_likelihood(128), ""),
-    "arc-challenge-guided": (_likelihood(128, cfg_scale=0.5), _WITH_GUIDANCE),
-    "hellaswag": (_likelihood(128), ""),
-    "hellaswag-guided": (_likelihood(128, cfg_scale=0.5), _WITH_GUIDANCE),
-    "piqa": (_likelihood(128), ""),
-    "piqa-guided": (_likelihood(128, cfg_scale=0.5), _WITH_GUIDANCE),
-    "gsm8k": (_fixed(1024), ""),
-    "math": (_fixed(1024), ""),
-    "humaneval": (_fixed(1024), ""),
-    "mbpp": (_fixed(1024), ""),
+    **dict.fromkeys(_CHOICE, (_likelihood(128), "")),
+    **{f"{name}-guided": (_likelihood(128, cfg_scale=0.5), _WITH_GUIDANCE) for name in _CHOICE},
+    **dict.fromkeys(("bbh", "gsm8k", "math", "humaneval", "mbpp"), (_fixed(1024), "")),
 }
 _LLADA_OWN = {"arc-challenge-guided": 47.9, "hellaswag-guided": 72.5, "piqa": 73.6, "piqa-guided": 74.4}
 _LAST = {"confidence_eos_eot_inf": True, "eot_id": 126348}
@@ -180,36 +165,28 @@ _LLADA_INSTRUCT = {
 _LLADA_DIFFUSION = {"gsm8k-diffusion": 69.4, "math-diffusion": 31.9}
 
 
-def _presets(model: str, checkpoint: str, rows: dict[str, tuple[dict[str, Any], str]], tasks: dict[str, tuple],
-             published: dict[str, tuple], others: dict[str, float], chat: bool) -> list[Preset]:
-    made = []
+def _presets(model: str, checkpoint: str, rows: dict[str, tuple[dict[str, Any], str]],
+             others: dict[str, float] | None = None) -> Iterator[tuple[str, Preset]]:
+    """Presets by name; `others` has published numbers that the tables do not have."""
+    chat = model.endswith("-instruct")
+    tasks, published = (_INSTRUCT_TASKS, INSTRUCT) if chat else (_BASE_TASKS, BASE)
     for row, (settings, note) in rows.items():
         # A variant's name begins with its benchmark.
         benchmark = max((name for name in tasks if row == name or row.startswith(f"{name}-")), key=len)
-        task, shots, metric, local_task, runs_programs = tasks[benchmark]
-        target = others.get(row)
+        target = (others or {}).get(row)
         if target is None and benchmark in published:
             target = published[benchmark][MODELS.index(model.partition("-")[0])]
-        made.append(Preset(f"{model}/{row}", checkpoint, task, shots, settings, chat, metric, target, local_task,
-                           runs_programs, note))
-    return made
+        yield f"{model}/{row}", Preset(f"{model}/{row}", checkpoint, *tasks[benchmark], settings, chat, target, note)
 
 
-def _autoregressive(kind: str, checkpoint: str, tasks: dict[str, tuple], published: dict[str, tuple],
-                    chat: bool) -> list[Preset]:
-    rows = {benchmark: ({}, "lm-eval's hf back end") for benchmark in published}
-    return _presets(f"qwen2.5-{kind}", checkpoint, rows, tasks, published, {}, chat)
-
-
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in [
-    *_presets("illada-base", "GSAI-ML/iLLaDA-8B-Base", _ILLADA_BASE, _BASE_TASKS, BASE, _SCORING_ABLATION, False),
-    *_presets("illada-instruct", "GSAI-ML/iLLaDA-8B-Instruct", _ILLADA_INSTRUCT, _INSTRUCT_TASKS, INSTRUCT, {}, True),
-    *_presets("llada-base", "GSAI-ML/LLaDA-8B-Base", _LLADA_BASE, _BASE_TASKS, BASE, _LLADA_OWN, False),
-    *_presets("llada-instruct", "GSAI-ML/LLaDA-8B-Instruct", _LLADA_INSTRUCT, _INSTRUCT_TASKS, INSTRUCT,
-              _LLADA_DIFFUSION, True),
-    *_autoregressive("base", "Qwen/Qwen2.5-7B", _BASE_TASKS, BASE, False),
-    *_autoregressive("instruct", "Qwen/Qwen2.5-7B-Instruct", _INSTRUCT_TASKS, INSTRUCT, True),
-]}
+PRESETS: dict[str, Preset] = dict([
+    *_presets("illada-base", "GSAI-ML/iLLaDA-8B-Base", _ILLADA_BASE, _SCORING_ABLATION),
+    *_presets("illada-instruct", "GSAI-ML/iLLaDA-8B-Instruct", _ILLADA_INSTRUCT),
+    *_presets("llada-base", "GSAI-ML/LLaDA-8B-Base", _LLADA_BASE, _LLADA_OWN),
+    *_presets("llada-instruct", "GSAI-ML/LLaDA-8B-Instruct", _LLADA_INSTRUCT, _LLADA_DIFFUSION),
+    *_presets("qwen2.5-base", "Qwen/Qwen2.5-7B", dict.fromkeys(BASE, ({}, ""))),
+    *_presets("qwen2.5-instruct", "Qwen/Qwen2.5-7B-Instruct", dict.fromkeys(INSTRUCT, ({}, ""))),
+])
 
 
 def find_preset(name: str) -> Preset:
@@ -227,7 +204,7 @@ def list_presets() -> str:
         task = f"{preset.task} ({preset.local_task})" if preset.local_task else preset.task
         settings = f"`{preset.command}`" if preset.autoregressive else format_settings(preset.settings)
         target = "" if preset.target is None else f"{preset.target:.1f}"
-        note = f" — {preset.note}" if preset.note and not preset.autoregressive else ""
+        note = f" — {preset.note}" if preset.note else ""
         cells = (preset.name, task, str(preset.num_fewshot), settings + note, preset.metric, target)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Also published, but without presets here: Dream 7B, which predicts the next position."]

@@ -6,6 +6,7 @@ They are written `key=value,key=value` like lm-eval's `--model_args`; presets an
 import ast
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from typing import Any, Literal
 from illada_jax.config import DecodeConfig, override
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.scoring.scorer import ScoreConfig
+
+_SEPARATOR = re.compile(r",(?![^(\[]*[)\]])")  # a comma outside of brackets
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,16 @@ class LmEvalConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of an evaluation.
-
-    Attributes:
-      score: of the scorers.
-      decode: fields of DecodeConfig that override the checkpoint's config.
-      lm_eval: of the adapter.
-    """
+    """All settings of an evaluation; `decode` holds fields of DecodeConfig that override the checkpoint's config."""
 
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     decode: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lm_eval: LmEvalConfig = dataclasses.field(default_factory=LmEvalConfig)
 
 
-def _names(section: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(section)}
-
-
-def known_settings() -> set[str]:
-    """Every key of a setting."""
-    return _names(ScoreConfig) | _names(DecodeConfig) | _names(LmEvalConfig)
+_SECTIONS = (ScoreConfig, DecodeConfig, LmEvalConfig)
+_NAMES = [{field.name for field in dataclasses.fields(section)} for section in _SECTIONS]
+KNOWN_SETTINGS = set.union(*_NAMES)
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
@@ -72,47 +65,24 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
       InputError: a key is unknown (the message suggests similar ones) or a value is invalid.
     """
     for key in values:
-        if key not in known_settings():
-            raise InputError(f"setting {key!r}: unknown{did_you_mean(key, known_settings())}")
-    score, decode, lm_eval = ({key: value for key, value in values.items() if key in _names(section)}
-                              for section in (ScoreConfig, DecodeConfig, LmEvalConfig))
-    override(DecodeConfig(), "decode", _complete(decode))  # finds mistakes before a model is loaded
+        if key not in KNOWN_SETTINGS:
+            raise InputError(f"setting {key!r}: unknown{did_you_mean(key, KNOWN_SETTINGS)}")
+    score, decode, lm_eval = ({key: value for key, value in values.items() if key in names} for names in _NAMES)
+    # Finds mistakes before a model is loaded. As in `LanguageModel.generate`, steps_per_block follows block_length.
+    steps = decode.get("block_length", DecodeConfig.steps_per_block)
+    override(DecodeConfig(), "decode", {"steps_per_block": steps, **decode})
     return Settings(override(ScoreConfig(), "score", score), decode, override(LmEvalConfig(), "lm_eval", lm_eval))
 
 
-def _complete(decode: dict[str, Any]) -> dict[str, Any]:
-    """Adds what `LanguageModel.generate` would: steps_per_block follows block_length, ids follow the tokenizer."""
-    lenient = {"end_of_thinking_ids": (0,)} if decode.get("end_of_thinking_boost") else {}
-    if "block_length" in decode:
-        return {"steps_per_block": decode["block_length"], **lenient, **decode}
-    return {**lenient, **decode}
-
-
 def parse_settings(text: str) -> dict[str, Any]:
-    """Keys and values of `key=value,key=value`; a value is a Python literal or text.
-
-    Raises:
-      InputError: a part is not key=value.
-    """
+    """Keys and values of `key=value,key=value`, where a value is a Python literal or text; else an InputError."""
     values = {}
-    for part in filter(None, (part.strip() for part in _split(text))):
+    for part in filter(None, map(str.strip, _SEPARATOR.split(text))):
         key, equals, value = part.partition("=")
         if not equals or not key:
             raise InputError(f"settings: {part!r} is not key=value")
         values[key.strip()] = _literal(value.strip())
     return values
-
-
-def _split(text: str) -> list[str]:
-    """The parts between commas outside of brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
 
 
 def _literal(value: str) -> Any:

@@ -4,9 +4,10 @@ A chunk is computed, saved and, after an interruption, repeated as a whole. So a
 numbers of an uninterrupted one, and several processes give those of one.
 """
 
-import hashlib
+import itertools
 import json
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from illada_jax.errors import InputError
 from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
+from illada_jax.parallel.fingerprints import digest
 
 
 class Request(NamedTuple):
@@ -33,12 +35,7 @@ class Request(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The results of a chunk.
-
-    Attributes:
-      answers: one per request, JSON-compatible.
-      evaluations: network evaluations that they took.
-    """
+    """The answers of a chunk, JSON-compatible, and the network evaluations that they took."""
 
     answers: list[Any]
     evaluations: int
@@ -47,29 +44,22 @@ class Answers(NamedTuple):
 Compute = Callable[[list[int]], Answers]
 
 
+@dataclass
 class Work:
     """Answers requests in chunks.
 
     Attributes:
+      directory: for finished chunks; None keeps none.
+      fingerprint: of everything besides the requests that answers depend on; saved chunks with another fingerprint are
+        ignored.
+      chunk: approximate number of requests per chunk.
       evaluations: network evaluations of all chunks so far, on all processes, including chunks read from disk.
     """
 
-    def __init__(self, directory: str | epath.Path | None = None, fingerprint: str = "", chunk: int = 64,
-                 progress: bool = True):
-        """Takes the settings; writes nothing yet.
-
-        Args:
-          directory: for finished chunks; None keeps none.
-          fingerprint: of everything besides the requests that answers depend on; saved chunks with another fingerprint
-            are ignored.
-          chunk: approximate number of requests per chunk.
-          progress: show a progress bar.
-        """
-        self.evaluations = 0
-        self._directory = None if directory is None else epath.Path(directory)
-        self._fingerprint = fingerprint
-        self._chunk = chunk
-        self._progress = progress
+    directory: epath.Path | None = None
+    fingerprint: str = ""
+    chunk: int = 64
+    evaluations: int = field(default=0, init=False)
 
     def run(self, kind: str, requests: Sequence[Request], compute: Compute) -> list[Any]:
         """The answers, in the order of the requests.
@@ -82,20 +72,17 @@ class Work:
         chunks = self._chunks(requests)
         done: dict[int, Answers] = {}
         rank, processes = jax.process_index(), jax.process_count()
-        quiet = None if self._progress and rank == 0 else True  # None: unless standard error is a terminal
+        quiet = None if rank == 0 else True  # None: unless standard error is a terminal
         with tqdm(total=len(requests), unit="request", desc=kind, disable=quiet) as bar:
             for number, indices in enumerate(chunks):
                 if number % processes == rank:
                     done[number] = self._chunk_answers(kind, number, indices, requests, compute)
                 bar.update(len(indices))
-        gathered = hosts.gather({str(number): chunk._asdict() for number, chunk in done.items()})
-        done = {int(number): Answers(**chunk) for part in gathered for number, chunk in part.items()}
-        self.evaluations += sum(chunk.evaluations for chunk in done.values())
-        answers: list[Any] = [None] * len(requests)
-        for number, indices in enumerate(chunks):
-            for index, answer in zip(indices, done[number].answers, strict=True):
-                answers[index] = answer
-        return answers
+        answer_of: dict[int, Any] = {}
+        for number, answers, evaluations in itertools.chain(*hosts.gather([(n, *done[n]) for n in done])):
+            self.evaluations += evaluations
+            answer_of |= zip(chunks[number], answers, strict=True)
+        return [answer_of[index] for index in range(len(requests))]
 
     def _chunks(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of each chunk: groups are sorted by their largest request, so that a chunk has similar sizes."""
@@ -105,23 +92,20 @@ class Work:
         ordered = sorted(groups.values(), key=lambda group: (max(requests[i].size for i in group), group[0]))
         chunks: list[list[int]] = []
         for group in ordered:
-            if not chunks or len(chunks[-1]) + len(group) > self._chunk:
+            if not chunks or len(chunks[-1]) + len(group) > self.chunk:
                 chunks.append([])
             chunks[-1] += group
         return chunks
 
     def _chunk_answers(self, kind: str, number: int, indices: list[int], requests: Sequence[Request],
                        compute: Compute) -> Answers:
-        if self._directory is None:
+        if self.directory is None:
             return compute(indices)
-        content = json.dumps([self._fingerprint, kind, [requests[index].content for index in indices]])
-        name = f"{kind}-{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-        path = self._directory / name
-        if path.exists():
-            return _read(path, len(indices))
-        answers = compute(indices)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(answers._asdict()))
+        content = json.dumps([self.fingerprint, kind, [requests[index].content for index in indices]])
+        path = self.directory / f"{kind}-{number:05d}-{digest(content)}.json"
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(compute(indices)._asdict()))
         # Read back as a resumed run will: JSON turns tuples into lists.
         return _read(path, len(indices))
 
@@ -129,9 +113,9 @@ class Work:
 def _read(path: epath.Path, count: int) -> Answers:
     try:
         answers = Answers(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path}: is not a valid chunk; remove it and run the command again") from error
-    if len(answers.answers) != count:
-        raise InputError(f"{path}: has {len(answers.answers)} answers, expected {count}; remove it and run the command "
-                         "again")
-    return answers
+        if len(answers.answers) == count:
+            return answers
+        problem = f"has {len(answers.answers)} answers, expected {count}"
+    except (json.JSONDecodeError, TypeError):
+        problem = "is not a valid chunk"
+    raise InputError(f"{path}: {problem}; remove it and run the command again")

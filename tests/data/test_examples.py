@@ -288,6 +288,6 @@ def test_scorers():
     assert numeric("", "no number", "none either") == 0
     assert scorers.make_answer_metric("os.path:join")("a", "b", "c") == "a/b/c"
     for name, message in [("similar", "must be one of 'exact', 'numeric', or"), ("nowhere.at:all", "No module"),
-                          ("os.path:sep", "is no function"), ("os:nothing", "nothing")]:
+                          ("os.path:sep", "is not a function"), ("os:nothing", "nothing")]:
         with pytest.raises(ConfigError, match=message):
             scorers.make_answer_metric(name)

@@ -16,8 +16,9 @@ from illada_jax.data.preparing import jobs, text
 from illada_jax.data.preparing.local import LocalEngine
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
-from illada_jax.data.sources.registry import Document, documents
+from illada_jax.data.sources.registry import Document
 from illada_jax.errors import ConfigError, InputError
+from tests.util import documents
 
 NUM_FILES = 12
 

@@ -6,8 +6,9 @@ import pytest
 import zstandard
 
 from illada_jax.data.sources import builtin, files, registry
-from illada_jax.data.sources.registry import Document, Part, documents
+from illada_jax.data.sources.registry import Document, Part
 from illada_jax.errors import InputError
+from tests.util import documents
 
 
 def compress(name: str, content: bytes) -> bytes:

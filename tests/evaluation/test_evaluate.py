@@ -116,7 +116,7 @@ def test_results_are_what_the_model_says(run, lm, tmp_path, expected_choice):
 
 
 def test_killed_and_run_again_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(work.Work.__init__, "__defaults__", (None, "", 8, False))
+    monkeypatch.setattr(work.Work.__init__, "__defaults__", (None, "", 8))
     run(ALL, f"--output_dir={tmp_path / 'one'}")
     run(ALL, f"--output_dir={tmp_path / 'two'}")
     compute, count = work.Work._chunk_answers, iter(range(100))

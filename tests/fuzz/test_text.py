@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from illada_jax.data.pipeline import num_windows, pack, read_window
 from illada_jax.data.sources import examples
-from illada_jax.data.sources.registry import documents
 from illada_jax.data.tokenizers import ByteTokenizer, template_sandbox, templates, train_sentencepiece
 from illada_jax.data.tokenizers.chat import encode_chat
 from illada_jax.decoding.gaps import parse_gaps
@@ -21,6 +20,7 @@ from illada_jax.errors import InputError
 from tests.data.test_chat import tokenizer_with
 from tests.data.test_pipeline import ArrayStream
 from tests.fuzz.strategies import JUNK, corrupted
+from tests.util import documents
 
 CHAT = [{"role": "user", "content": "hi {x:>99999999} %s"}, {"role": "assistant", "content": "hello"}]
 TOKENIZERS = [ByteTokenizer(), train_sentencepiece(["some text to train on", "漢字"], 290)]

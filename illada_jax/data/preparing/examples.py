@@ -11,7 +11,6 @@ from illada_jax.data.manifest import Manifest
 from illada_jax.data.preparing.jobs import DONE_DIRECTORY, DropCounter, EncodedDocument, ShardJob, collect, group_parts
 from illada_jax.data.preparing.local import LocalEngine
 from illada_jax.data.preparing.settings import ExampleSettings, save_tokenizer
-from illada_jax.data.sources import examples as reading
 from illada_jax.data.sources.examples import Example, RejectedExample
 from illada_jax.data.sources.registry import Part, split_hash
 from illada_jax.data.tokenizers import Tokenizer
@@ -81,16 +80,6 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
         return encode_conversation(tokenizer, example.messages)
     prompt, response = tokenizer.encode(example.prompt), [*tokenizer.encode(example.response), tokenizer.eos_id]
     return Conversation(prompt + response, [False] * len(prompt) + [True] * len(response))
-
-
-def list_example_parts(specs: tuple[str, ...]) -> list[list[Part]]:
-    """The parts of each source.
-
-    Raises:
-      InputError: a source is unknown or its files cannot be found.
-    """
-    return [[Part(part.name, part.read, sum(path.stat().st_size for path in part.files), part.files)
-             for part in reading.parts(spec)] for spec in specs]
 
 
 def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directory: pathlib.Path,

@@ -11,47 +11,39 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 
-from illada_jax.data.sources.registry import Document, Part, check_no_argument, register
+from illada_jax.data.sources.registry import Document, Part, register
 
 # Tests contain broken and generated code; the other directories are not the standard library.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "__pycache__"}
 _PUZZLES_PER_GRID = 64
 
 
-@register("python_docs")
-def _python_docs(argument: str) -> list[Part]:
+@register("python_docs", takes_argument=False)
+def _python_docs(_: str) -> list[Part]:
     """The language reference and the docstrings of the standard library.
 
     A document is a topic of the reference, the docstring of a module, or the docstrings of a top-level class or
     function and of everything inside it.
     """
-    check_no_argument("python_docs", argument)
     modules = _library_modules()
     reference = pathlib.Path(importlib.import_module("pydoc_data.topics").__file__)
-    total = sum(path.stat().st_size for path in modules)
-    return [
-        Part(f"Python {sys.version.split()[0]} language reference", _reference_topics, reference.stat().st_size,
-             (reference,)),
-        Part("docstrings of the standard library", functools.partial(_docstrings, modules), total, modules),
-    ]
+    return [Part.of_files(f"Python {sys.version.split()[0]} language reference", _reference_topics, (reference,)),
+            Part.of_files("docstrings of the standard library", functools.partial(_docstrings, modules), modules)]
 
 
-@register("python_source")
-def _python_source(argument: str) -> list[Part]:
+@register("python_source", takes_argument=False)
+def _python_source(_: str) -> list[Part]:
     """The source code of the standard library, one document per module."""
-    check_no_argument("python_source", argument)
     modules = _library_modules()
-    total = sum(path.stat().st_size for path in modules)
-    return [Part("source of the standard library", functools.partial(_sources, modules), total, modules)]
+    return [Part.of_files("source of the standard library", functools.partial(_sources, modules), modules)]
 
 
-@register("sudoku")
-def _sudoku(argument: str) -> list[Part]:
+@register("sudoku", takes_argument=False)
+def _sudoku(_: str) -> list[Part]:
     """4 × 4 sudokus as `PUZZLE=SOLUTION`: 33 characters, row by row, with `.` for an empty cell.
 
     Each of the 288 grids has 64 puzzles with a unique solution and is a group: no held-out grid occurs in training.
     """
-    check_no_argument("sudoku", argument)
     return [Part("4 × 4 sudokus", _sudoku_documents, 288 * _PUZZLES_PER_GRID * 33)]
 
 
@@ -61,8 +53,7 @@ def _library_modules() -> tuple[pathlib.Path, ...]:
 
 
 def _reference_topics() -> Iterator[Document]:
-    topics = importlib.import_module("pydoc_data.topics").topics
-    for _, text in sorted(topics.items()):
+    for _, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
         yield Document(text)
 
 
@@ -81,26 +72,17 @@ def _docstrings(modules: tuple[pathlib.Path, ...]) -> Iterator[Document]:
             tree = ast.parse(source.text)
         except (SyntaxError, ValueError):
             continue
-        module = ast.get_docstring(tree)
-        entries = [module] if module else []
-        entries += ["\n\n".join(_docstrings_below(statement)) for statement in tree.body]
+        entries = [ast.get_docstring(tree), *("\n\n".join(_docstrings_in(statement)) for statement in tree.body)]
         yield from (Document(text) for text in entries if text)
 
 
-def _docstrings_below(node: ast.AST) -> Iterator[str]:
-    for each in _in_order(node):
-        if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(each)
-            if docstring:
-                yield docstring
-
-
-def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements in the order of the source (ast.walk goes level by level)."""
-    yield node
+def _docstrings_in(node: ast.AST) -> Iterator[str]:
+    """Docstrings of classes and functions in the order of the source (ast.walk goes level by level)."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        yield ast.get_docstring(node)
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
-            yield from _in_order(child)
+            yield from _docstrings_in(child)
 
 
 def _sudoku_documents() -> Iterator[Document]:

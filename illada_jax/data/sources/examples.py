@@ -8,12 +8,13 @@ invalid record becomes a `RejectedExample` with its position and the reason; non
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from illada_jax.data.sources import synthetic
 from illada_jax.data.sources.files import find_files, open_input
+from illada_jax.data.sources.registry import Part
 from illada_jax.data.tokenizers.chat import check_messages
 from illada_jax.errors import InputError
 
@@ -63,33 +64,13 @@ class RejectedExample:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class ExamplePart:
-    """A share of a source of examples, the unit of parallel reading.
-
-    Attributes:
-      name: the name in messages.
-      read: yields the examples, the same ones in the same order each time; can be pickled.
-      files: the files that the examples depend on.
-    """
-
-    name: str
-    read: Callable[[], Iterator[Example | RejectedExample]]
-    files: tuple[pathlib.Path, ...] = ()
-
-
-def parts(spec: str) -> list[ExamplePart]:
-    """The parts of a source of examples, in order.
-
-    Raises:
-      InputError: the kind is unknown, or its argument is invalid.
-    """
+def parts(spec: str) -> list[Part]:
+    """The parts of a source, which read Example | RejectedExample. Raises InputError if it is unknown or invalid."""
     kind, _, argument = spec.partition(":")
     if kind == "tasks":
-        read = functools.partial(_read_task, *synthetic.parse(argument))
-        return [ExamplePart(spec, read)]
+        return [Part.of_files(spec, functools.partial(_read_task, *synthetic.parse(argument)), ())]
     if kind == "chat":
-        return [ExamplePart(str(path), functools.partial(_read_file, path), (path,))
+        return [Part.of_files(str(path), functools.partial(_read_file, path), (path,))
                 for path in find_files("chat", argument)]
     raise InputError(f"source {spec!r}: fine-tuning (config.sft.format) reads chat:PATH and tasks:NAME:COUNT")
 
@@ -100,8 +81,7 @@ def _read_task(name: str, count: int, seed: int) -> Iterator[Example]:
 
 
 def _read_file(path: pathlib.Path) -> Iterator[Example | RejectedExample]:
-    records = _parquet_records(path) if path.suffix in _PARQUET else _json_records(path)
-    for where, record in records:
+    for where, record in (_parquet_records if path.suffix in _PARQUET else _json_records)(path):
         yield record if isinstance(record, RejectedExample) else to_example(where, record)
 
 
@@ -154,12 +134,10 @@ def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: Parquet needs pyarrow: pip install 'illada_jax[parquet]'") from error
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
+            records = (record for batch in file.iter_batches(batch_size=1024) for record in batch.to_pylist())
+            for number, record in enumerate(records, start=1):
+                yield f"{path}, row {number}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import zstandard
@@ -18,7 +18,7 @@ from illada_jax.errors import InputError
 
 _TEXT_DOCUMENT_BYTES = 16 * 1024
 _JSONL_PART_BYTES = 64 * 2**20
-_COMPRESSED = (".gz", ".zst")
+_COMPRESSED = {".gz": gzip.open, ".zst": zstandard.open}
 
 
 @register("text")
@@ -28,10 +28,8 @@ def _text(argument: str) -> list[Part]:
     A file longer than 16 KiB becomes several documents, cut at blank lines if it has any, so that a single book can be
     split into training and held-out text. Concatenated, the documents are the file.
     """
-    return [
-        Part(str(path), functools.partial(_read_text, path), path.stat().st_size, (path,))
-        for path in find_files("text", argument)
-    ]
+    return [Part.of_files(str(path), functools.partial(_read_text, path), (path,))
+            for path in find_files("text", argument)]
 
 
 @register("jsonl")
@@ -69,18 +67,10 @@ def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def open_input(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, decompressed according to its suffix.
-
-    Raises:
-      InputError: the file cannot be opened, read or decompressed, also while it is read.
-    """
+    """Opens a file, decompressed according to its suffix. Raises InputError if it fails, also while it is read."""
     try:
-        if path.suffix == ".zst":
-            with io.BufferedReader(zstandard.open(path, "rb")) as file:
-                yield file
-        else:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                yield file
+        with io.BufferedReader(_COMPRESSED.get(path.suffix, open)(path, "rb")) as file:
+            yield file
     except (OSError, EOFError, zstandard.ZstdError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -111,26 +101,26 @@ def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int) -> Iterat
             if position >= stop and path.suffix not in _COMPRESSED:
                 return
             if line.strip():
-                line_number = functools.partial(_line_number, path, position)
-                yield Document(_text_field(line, path, position, field, line_number))
+                yield Document(_text_field(line, path, position, field))
             position += len(line)
 
 
-def _text_field(line: bytes, path: pathlib.Path, position: int, field: str, line_number: Callable[[], int]) -> str:
+def _text_field(line: bytes, path: pathlib.Path, position: int, field: str) -> str:
     text = _decode(line, path, position)
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for too long numbers; RecursionError for nesting
-        raise InputError(f"{path}, line {line_number()}: not JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        keys = f"its keys: {', '.join(record)}" if isinstance(record, dict) else "not an object"
-        raise InputError(f"{path}, line {line_number()}: no text in the field {field!r} ({keys})")
-    try:
         record[field].encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}, line {line_number()}: the text has a lone surrogate, which is not valid "
-                         "Unicode") from error
-    return record[field]
+        return record[field]
+    except UnicodeEncodeError:
+        problem = "the text has a lone surrogate, which is not valid Unicode"
+    except (AttributeError, KeyError, TypeError):
+        keys = f"its keys: {', '.join(record)}" if isinstance(record, dict) else "not an object"
+        problem = f"no text in the field {field!r} ({keys})"
+    except (ValueError, RecursionError) as error:  # ValueError also for too long numbers; RecursionError for nesting
+        problem = f"not JSON: {getattr(error, 'msg', error)}"
+    with open_input(path) as file:
+        line_number = 1 + file.read(position).count(b"\n")
+    raise InputError(f"{path}, line {line_number}: {problem}")
 
 
 def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
@@ -139,8 +129,3 @@ def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02X})") from error
 
-
-def _line_number(path: pathlib.Path, position: int) -> int:
-    """The number of the line that begins at a byte; counted only to report an error."""
-    with open_input(path) as file:
-        return 1 + file.read(position).count(b"\n")

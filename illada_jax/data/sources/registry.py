@@ -9,6 +9,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from illada_jax.errors import InputError
 
@@ -42,58 +43,39 @@ class Part:
 
     Attributes:
       name: the name in messages and progress bars.
-      read: yields the documents, the same ones in the same order each time; can be pickled.
+      read: yields the documents or examples, the same ones in the same order each time; can be pickled.
       num_bytes: the approximate size.
-      files: the files that the documents depend on.
+      files: the files that they depend on.
     """
 
     name: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[], Iterator[Any]]
     num_bytes: int
     files: tuple[pathlib.Path, ...] = ()
 
+    @classmethod
+    def of_files(cls, name: str, read: Callable[[], Iterator[Any]], files: tuple[pathlib.Path, ...]) -> "Part":
+        """A part that is as large as its files."""
+        return cls(name, read, sum(path.stat().st_size for path in files), files)
 
-_KINDS: dict[str, Callable[[str], list[Part]]] = {}
+
+ListParts = Callable[[str], list[Part]]
+_KINDS: dict[str, tuple[ListParts, bool]] = {}
 
 
-def register(kind: str) -> Callable[[Callable[[str], list[Part]]], Callable[[str], list[Part]]]:
+def register(kind: str, takes_argument: bool = True) -> Callable[[ListParts], ListParts]:
     """Decorates the function that lists the parts of sources of one kind."""
-
-    def decorate(function: Callable[[str], list[Part]]) -> Callable[[str], list[Part]]:
-        _KINDS[kind] = function
-        return function
-
-    return decorate
+    return lambda function: _KINDS.setdefault(kind, (function, takes_argument))[0]
 
 
 def parts(spec: str) -> list[Part]:
-    """The parts of a source, in order.
-
-    Args:
-      spec: `KIND` or `KIND:ARGUMENT`.
-
-    Raises:
-      InputError: the kind is unknown, or its argument is invalid.
-    """
+    """The parts of a source, in order. Raises InputError if its kind is unknown or its argument invalid."""
     kind, _, argument = spec.partition(":")
     if kind == "prepared":
         raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
         raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
-    return _KINDS[kind](argument)
-
-
-def documents(spec: str) -> Iterator[Document]:
-    """All documents of a source, in order.
-
-    Raises:
-      InputError: the source is unknown or cannot be read; the message names the file and the position in it.
-    """
-    for part in parts(spec):
-        yield from part.read()
-
-
-def check_no_argument(kind: str, argument: str) -> None:
-    """Raises InputError if a source of a kind without arguments has one."""
-    if argument:
-        raise InputError(f"source {kind}:{argument}: {kind!r} takes no argument")
+    list_parts, takes_argument = _KINDS[kind]
+    if argument and not takes_argument:
+        raise InputError(f"source {spec!r}: {kind!r} takes no argument")
+    return list_parts(argument)

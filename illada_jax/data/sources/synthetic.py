@@ -16,11 +16,7 @@ _MAX_DRAWS = 100  # per example, before a task counts as exhausted
 
 
 def parse(argument: str) -> tuple[str, int, int]:
-    """The task, the number of examples and the seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`.
-
-    Raises:
-      InputError: the task is unknown, or COUNT or SEED is not a number.
-    """
+    """The task, number of examples and seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`; an InputError if wrong."""
     name, _, numbers = argument.partition(":")
     count, _, seed = numbers.partition(":")
     if name not in TASKS:
@@ -116,11 +112,4 @@ def _story(draw: random.Random) -> tuple[str, str]:
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "reverse": _reverse,
-    "sort": _sort,
-    "last": _last,
-    "addition": _addition,
-    "count": _count,
-    "down": _down,
-    "story": _story,
-}
+    task.__name__.removeprefix("_"): task for task in (_reverse, _sort, _last, _addition, _count, _down, _story)}

@@ -4,10 +4,9 @@ Begin with `tokenizer`, the interface; `loading` reads any kind of tokenizer, `c
 """
 
 from illada_jax.data.tokenizers.bytes import ByteTokenizer
-from illada_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from illada_jax.data.tokenizers.loading import load_tokenizer, tokenizer_from_files
-from illada_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from illada_jax.data.tokenizers.sentencepiece import train_sentencepiece
 from illada_jax.data.tokenizers.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer
 
-__all__ = ["CHAT_FILES", "SPECIAL_NAMES", "ByteTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer",
-           "Tokenizer", "load_tokenizer", "tokenizer_from_files", "train_sentencepiece"]
+__all__ = ["CHAT_FILES", "SPECIAL_NAMES", "ByteTokenizer", "Tokenizer", "load_tokenizer", "tokenizer_from_files",
+           "train_sentencepiece"]

@@ -1,4 +1,5 @@
 """A tokenizer whose tokens are UTF-8 bytes."""
+# ruff: noqa: D102
 
 from collections.abc import Iterable
 
@@ -14,20 +15,16 @@ class ByteTokenizer(Tokenizer):
         super().__init__(self._OFFSET + 256, {name: i for i, name in enumerate(SPECIAL_NAMES)})
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
         return [byte + self._OFFSET for byte in text.encode()]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
         return bytes(i - self._OFFSET for i in ids if self._OFFSET <= i < self.vocab_size).decode(errors="replace")
 
     def id_to_piece(self, token_id: int) -> str:
-        """See Tokenizer."""
         if token_id < self._OFFSET:
-            return f"<{SPECIAL_NAMES[token_id]}>"
+            return super().id_to_piece(token_id)
         byte = token_id - self._OFFSET
         return chr(byte) if 0x20 <= byte < 0x7F else f"<0x{byte:02X}>"
 
     def vocabulary_files(self) -> dict[str, bytes]:
-        """See Tokenizer."""
         return self._special_ids_file("bytes")

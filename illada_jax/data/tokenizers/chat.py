@@ -9,10 +9,10 @@ rendering.
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from illada_jax.data.tokenizers.templates import check_limits, render
+from illada_jax.data.tokenizers.templates import reason_to_refuse, render
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
 
@@ -29,7 +29,6 @@ DEFAULT_TEMPLATE = (
 
 Message = Mapping[str, str]
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
-_PROBE = {"system": "PROBE-S", "user": "PROBE-U", "assistant": "PROBE-A"}
 
 
 class Conversation(NamedTuple):
@@ -71,7 +70,25 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     Raises:
       InputError: a message is invalid, or the template is broken or refuses the conversation.
     """
-    return _encode(tokenizer, check_messages(messages), add_generation_prompt)
+    messages = check_messages(messages)
+    template = tokenizer.chat_template or DEFAULT_TEMPLATE
+    chat = chat_format(tokenizer)
+    if messages[0]["role"] == "system" and not chat.has_system:
+        messages = _merge_system(messages)
+    special_tokens = tokenizer.special_tokens
+    specials = _specials(tuple(special_tokens))
+    contents, originals = _protect([message["content"] for message in messages], specials, template)
+    protected = []
+    for message, content in zip(messages, contents, strict=True):
+        if message["role"] == "assistant" and not chat.writes_end:
+            content = (content.strip() if chat.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
+        protected.append({"role": message["role"], "content": content})
+    text = render(template, protected, add_generation_prompt, _variables(tokenizer))
+    ids: list[int] = []
+    for piece in specials.pattern.split(text):
+        special_id = special_tokens.get(piece)
+        ids += tokenizer.encode(piece.translate(originals)) if special_id is None else [special_id]
+    return ids
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
@@ -86,7 +103,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
     messages = check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"the last message has the role {messages[-1]['role']!r}: there is no answer to learn")
-    ids = _encode(tokenizer, messages, False)
+    ids = encode_chat(tokenizer, messages, False)
     end_id = chat_format(tokenizer).end_id
     is_answer = [False] * len(ids)
     end = 0
@@ -99,14 +116,9 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The behaviour of a tokenizer's template.
-
-    Raises:
-      InputError: the template is broken, exceeds the limits of `templates.check_limits`, or drops answers.
-    """
-    template = tokenizer.chat_template or DEFAULT_TEMPLATE
-    specials = _specials(tuple(tokenizer.special_tokens.items()))
-    return _probe(template, specials, tuple(_variables(tokenizer).items()), tokenizer.eos_id)
+    """The behaviour of a tokenizer's template. Raises InputError if that is broken, exceeds limits or drops answers."""
+    return _probe(tokenizer.chat_template or DEFAULT_TEMPLATE, tuple(tokenizer.special_tokens.items()),
+                  tuple(_variables(tokenizer).items()), tokenizer.eos_id)
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
@@ -133,26 +145,6 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     return checked
 
 
-def _encode(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    template = tokenizer.chat_template or DEFAULT_TEMPLATE
-    chat = chat_format(tokenizer)
-    if messages[0]["role"] == "system" and not chat.has_system:
-        messages = _merge_system(messages)
-    specials = _specials(tuple(tokenizer.special_tokens.items()))
-    protection = _Protection(specials, template, messages)
-    protected = []
-    for message in messages:
-        content = protection.protect(message["content"])
-        if message["role"] == "assistant" and not chat.writes_end:
-            content = (content.strip() if chat.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
-        protected.append({"role": message["role"], "content": content})
-    text = render(template, protected, add_generation_prompt, _variables(tokenizer))
-    ids: list[int] = []
-    for piece, special_id in specials.split(text):
-        ids += tokenizer.encode(protection.restore(piece)) if special_id is None else [special_id]
-    return ids
-
-
 def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     if len(messages) < 2 or messages[1]["role"] != "user":
         raise InputError("message 1: the chat template has no system role; a user message must follow it")
@@ -164,95 +156,81 @@ def _answer_start(tokenizer: Tokenizer, before: list[dict[str, str]], ids: list[
     """The index, in the ids of the whole conversation, at which the answer to `before` begins."""
     # A generation prompt may open a thought that finished turns do not show; then the turn's header is learnt too.
     for add_generation_prompt in (True, False):
-        prefix = _encode(tokenizer, before, add_generation_prompt) if before else []
+        prefix = encode_chat(tokenizer, before, add_generation_prompt) if before else []
         if ids[: len(prefix)] == prefix:
             return len(prefix)
     raise InputError("the chat template renders earlier turns differently when more turns follow, so answers cannot be "
                      "separated from prompts")
 
 
-class _Specials:
-    """The texts of a tokenizer's special tokens, to be found in other texts."""
+class _Specials(NamedTuple):
+    """The special tokens of a tokenizer, to be found in texts.
 
-    def __init__(self, ids: Mapping[str, int]):
-        texts = sorted(ids, key=len, reverse=True)
-        self.pattern = re.compile("(" + "|".join(map(re.escape, texts)) + ")")
-        self._ids = ids
-        self._longest = len(texts[0])
-        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
-        self._endings = {text[n:] for text in texts for n in range(1, len(text))}
+    Attributes:
+      pattern: matches each of them, as a group.
+      beginnings, endings: all parts of tokens that leave at least one character to complete them.
+    """
 
-    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """Yields the pieces of a text, each with its id if it is a special token, else None."""
-        for piece in self.pattern.split(text):
-            if piece:
-                yield piece, self._ids.get(piece)
-
-    def begins_at_end(self, text: str) -> bool:
-        """True if the text ends with the beginning of a special token."""
-        return any(text[-n:] in self._beginnings for n in range(1, self._longest))
-
-    def ends_at_begin(self, text: str) -> bool:
-        """True if the text begins with the end of a special token."""
-        return any(text[:n] in self._endings for n in range(1, self._longest))
+    pattern: re.Pattern[str]
+    beginnings: tuple[str, ...]
+    endings: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=16)
-def _specials(ids: tuple[tuple[str, int], ...]) -> _Specials:
-    return _Specials(dict(ids))
+def _specials(tokens: tuple[str, ...]) -> _Specials:
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    cuts = [(token, n) for token in longest_first for n in range(1, len(token))]
+    return _Specials(re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
+                     tuple({token[:n] for token, n in cuts}), tuple({token[n:] for token, n in cuts}))
 
 
-class _Protection:
-    """Replaces the special tokens in contents by private-use characters, and restores them."""
-
-    def __init__(self, specials: _Specials, template: str, messages: list[dict[str, str]]):
-        contents = [message["content"] for message in messages]
-        used = set(template).union(*contents)
-        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        tokens = {token for content in contents for token in specials.pattern.findall(content)}
-        self._specials = specials
-        self._edge = next(free)
-        self._placeholders = {token: next(free) for token in sorted(tokens)}
-        self._originals = str.maketrans({self._edge: "", **{c: token for token, c in self._placeholders.items()}})
-
-    def protect(self, content: str) -> str:
-        content = self._specials.pattern.sub(lambda match: self._placeholders[match.group()], content)
+def _protect(contents: list[str], specials: _Specials, template: str) -> tuple[list[str], dict[int, str]]:
+    """The contents with placeholders for special tokens, and the table by which `str.translate` restores them."""
+    used = set(template).union(*contents)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    edge = next(free)
+    tokens = {token for content in contents for token in specials.pattern.findall(content)}
+    placeholders = {token: next(free) for token in sorted(tokens)}
+    protected = []
+    for content in contents:
+        content = specials.pattern.sub(lambda match: placeholders[match.group()], content)
         # Half a token at the edge of a content must not be completed by the text that the template writes beside it.
         bare = content.strip()
-        before = self._edge if self._specials.ends_at_begin(bare) else ""
-        after = self._edge if self._specials.begins_at_end(bare) else ""
-        return content.replace(bare, before + bare + after) if before or after else content
-
-    def restore(self, text: str) -> str:
-        return text.translate(self._originals)
+        before = edge if bare.startswith(specials.endings) else ""
+        after = edge if bare.endswith(specials.beginnings) else ""
+        protected.append(content.replace(bare, before + bare + after))
+    return protected, str.maketrans({edge: "", **{c: token for token, c in placeholders.items()}})
 
 
 @functools.lru_cache(maxsize=16)
-def _probe(template: str, specials: _Specials, variables: tuple[tuple[str, str], ...], eos_id: int) -> ChatFormat:
-    if template != DEFAULT_TEMPLATE:
-        check_limits(template, dict(variables))
-    turns = [{"role": role, "content": _PROBE[role]} for role in ("user", "assistant")]
-    rendered = render(template, turns, False, dict(variables))
-    _, found, after = rendered.partition(_PROBE["assistant"])
+def _probe(template: str, special_tokens: tuple[tuple[str, int], ...], variables: tuple[tuple[str, str], ...],
+           eos_id: int) -> ChatFormat:
+    reason = "" if template == DEFAULT_TEMPLATE else reason_to_refuse(template, variables)
+    if reason:
+        raise InputError(f"the chat template {reason}")
+    ids = dict(special_tokens)
+
+    def rendered(*contents: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in contents]
+        return render(template, messages, False, dict(variables))
+
+    user, assistant = ("user", "PROBE-U"), ("assistant", "PROBE-A")
+    _, found, after = rendered(user, assistant).partition("PROBE-A")
     if not found:
         raise InputError("the chat template does not render the content of assistant messages")
-    ends = [special_id for _, special_id in specials.split(after) if special_id is not None]
-    system = [{"role": "system", "content": _PROBE["system"]}, *turns]
+    ends = [ids[token] for token in _specials(tuple(ids)).pattern.findall(after)]
     try:
-        has_system = _PROBE["system"] in render(template, system, False, dict(variables))
+        has_system = "PROBE-S" in rendered(("system", "PROBE-S"), user, assistant)
     except InputError:
         has_system = False
-    padded = [turns[0], {"role": "assistant", "content": _PROBE["assistant"] + "\t"}]
-    trims = _PROBE["assistant"] + "\t" not in render(template, padded, False, dict(variables))
+    trims = "PROBE-A\t" not in rendered(user, ("assistant", "PROBE-A\t"))
     return ChatFormat(ends[0] if ends else eos_id, bool(ends), has_system, trims)
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:
     """The variables that name special tokens: those of `tokenizer_config.json`, else those of the tokenizer."""
     named = json.loads(tokenizer.chat_files.get("tokenizer_config.json", b"{}"))
-    ours = {f"{name}_token": tokenizer.id_to_piece(special_id) for name, special_id in tokenizer.special_ids.items()}
     if not named:
-        return ours
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()
-             if key.endswith("_token")}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+        return {f"{name}_token": tokenizer.id_to_piece(id_) for name, id_ in tokenizer.special_ids.items()}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}

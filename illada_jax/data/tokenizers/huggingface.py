@@ -1,4 +1,5 @@
 """Hugging Face tokenizers (`tokenizer.json`)."""
+# ruff: noqa: D102
 
 import json
 import re
@@ -34,12 +35,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: bytes, tokenizer_config: bytes | None = None,
                  special_ids: Mapping[str, int] | None = None):
-        """Loads a tokenizer.
-
-        Args:
-          tokenizer_json: content of `tokenizer.json`.
-          tokenizer_config: content of `tokenizer_config.json`, which may name bos, eos, pad and mask.
-          special_ids: ids by name, which override those of the files.
+        """Loads a tokenizer from the contents of `tokenizer.json` and `tokenizer_config.json`.
 
         Raises:
           InputError: the file is not a tokenizer, or an id is too large.
@@ -59,8 +55,6 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in _NAMES:
             found.setdefault(name, 1 + max(used | set(found.values())))
         found |= special_ids or {}
-        if max(found.values()) >= MAX_VOCAB_SIZE:
-            raise InputError(f"special ids {found}: must be less than {MAX_VOCAB_SIZE}")
         super().__init__(1 + max(used | set(found.values())), found)
         self.unused_ids = tuple(sorted(set(range(self.vocab_size)) - used - set(found.values())))
         for token in added:
@@ -74,38 +68,30 @@ class HuggingFaceTokenizer(Tokenizer):
         self._json = tokenizer_json
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids
         if self._special_set.isdisjoint(ids):
             return ids
         # A model whose ordinary vocabulary holds a special piece can still match it: cut the text inside the match.
-        first = next(n for n, i in enumerate(ids) if i in self._special_set)
-        start, stop = encoding.offsets[first]
+        token_id, (start, stop) = next(pair for pair in zip(ids, encoding.offsets, strict=True)
+                                       if pair[0] in self._special_set)
         if stop - start < 2:
             raise InputError(f"the tokenizer encodes the text {text[start:stop]!r} as the special token "
-                             f"{self.id_to_piece(ids[first])!r}, so it cannot encode every text")
+                             f"{self.id_to_piece(token_id)!r}, so it cannot encode every text")
         return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
         return self._tokenizer.decode([i for i in ids if i not in self._special_set], skip_special_tokens=False)
 
     def id_to_piece(self, token_id: int) -> str:
-        """See Tokenizer."""
         piece = self._tokenizer.id_to_token(token_id)
-        if piece is None:
-            names = [name for name, special_id in self.special_ids.items() if special_id == token_id]
-            return f"<{names[0] if names else token_id}>"
-        return piece
+        return super().id_to_piece(token_id) if piece is None else piece
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """See Tokenizer."""
         return {**super().special_tokens, **self._special_tokens}
 
     def vocabulary_files(self) -> dict[str, bytes]:
-        """See Tokenizer."""
         return {HUGGING_FACE_FILE: self._json, **self._special_ids_file("huggingface")}
 
 
@@ -117,10 +103,9 @@ def _find_special_ids(table: tokenizers.Tokenizer, added: list[dict[str, Any]],
         token = names.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         token_id = table.token_to_id(token) if token and isinstance(token, str) else None
-        if token_id is None:
-            token_id = next((id_by_name[c] for c in candidates if c in id_by_name), None)
-        if token_id is not None:
-            found[name] = token_id
+        ids = [found_id for found_id in (token_id, *map(id_by_name.get, candidates)) if found_id is not None]
+        if ids:
+            found[name] = ids[0]
     return found
 
 

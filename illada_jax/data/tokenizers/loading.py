@@ -18,13 +18,9 @@ from illada_jax.errors import InputError
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Loads a tokenizer from a path.
+    """Loads a directory written by `Tokenizer.save`, a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
-    Args:
-      path: a directory written by `Tokenizer.save`, a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
-
-    Raises:
-      InputError: there is no tokenizer, or it is broken; the message names the path.
+    Raises InputError if there is no tokenizer or it is broken.
     """
     path = pathlib.Path(path)
     try:
@@ -41,13 +37,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer with these files: the inverse of `Tokenizer.files`.
+    """The tokenizer with these contents by file name, the inverse of `Tokenizer.files`; other files are ignored.
 
-    Args:
-      files: contents by name; files that belong to no tokenizer are ignored.
-
-    Raises:
-      InputError: no tokenizer is among the files, or it is broken.
+    Raises InputError if no tokenizer is among the files or it is broken.
     """
     chat_files = {name: files[name] for name in CHAT_FILES if name in files}
     read_chat_template(chat_files)  # raises if it cannot be parsed

@@ -1,6 +1,8 @@
 """SentencePiece models, made lossless, and their training."""
+# ruff: noqa: D102
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -29,11 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, model: bytes, special_ids: Mapping[str, int] | None = None):
-        """Loads a model.
-
-        Args:
-          model: a serialised ModelProto.
-          special_ids: all special ids by name; default: those that the model declares.
+        """Loads a serialised ModelProto.
 
         Raises:
           InputError: the model cannot be parsed or lacks byte fallback.
@@ -60,32 +58,26 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """See Tokenizer."""
         pieces = range(self._processor.get_piece_size())
         controls = {self._processor.id_to_piece(i): i for i in pieces if self._processor.is_control(i)}
         return {**controls, **super().special_tokens}
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
         if _SPACE not in text:
             return self._processor.encode(text)
         ids = self._processor.encode(text.split(_SPACE))
         return [i for n, part in enumerate(ids) for i in (self._space_ids + part if n else part)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
         table = self._bytes_of_id
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
 
     def id_to_piece(self, token_id: int) -> str:
-        """See Tokenizer."""
-        for name, special_id in self.special_ids.items():
-            if token_id == special_id:
-                return f"<{name}>"
+        if token_id in self.special_ids.values():
+            return super().id_to_piece(token_id)
         return self._processor.id_to_piece(token_id)
 
     def vocabulary_files(self) -> dict[str, bytes]:
-        """See Tokenizer."""
         return {SENTENCEPIECE_FILE: self._model, **self._special_ids_file("sentencepiece")}
 
 
@@ -97,8 +89,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
       vocab_size: number of ids, special ids and the 256 byte pieces included. A small corpus may yield fewer.
 
     Raises:
-      ConfigError: vocab_size is too small for special ids and bytes.
-      InputError: the texts are empty, or training fails.
+      InputError: vocab_size is too small, the texts are empty, or training fails.
     """
     if vocab_size < _MIN_TRAINED_VOCAB_SIZE:
         raise ConfigError(f"config.data.tokenizer_vocab_size = {vocab_size}: must be at least "
@@ -141,16 +132,11 @@ def _bytes_of_piece(processor: sentencepiece.SentencePieceProcessor, token_id: i
 
 def _special_ids_of_model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
     """The special ids that a model declares; those that it lacks are numbered after its vocabulary."""
-    ids = {"bos": processor.bos_id(), "pad": processor.pad_id(), "eos": processor.eos_id(), "mask": -1}
-    for i in range(processor.get_piece_size()):
-        if processor.is_control(i) and _MASK_NAME.fullmatch(processor.id_to_piece(i)):
-            ids["mask"] = i
-    free = processor.get_piece_size()
-    for name, token_id in ids.items():
-        if token_id < 0:
-            ids[name] = free
-            free += 1
-    return ids
+    num_pieces = processor.get_piece_size()
+    masks = [i for i in range(num_pieces) if processor.is_control(i) and _MASK_NAME.fullmatch(processor.id_to_piece(i))]
+    ids = {"bos": processor.bos_id(), "pad": processor.pad_id(), "eos": processor.eos_id(), "mask": [-1, *masks][-1]}
+    free = itertools.count(num_pieces)
+    return {name: next(free) if token_id < 0 else token_id for name, token_id in ids.items()}
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:

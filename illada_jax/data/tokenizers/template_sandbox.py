@@ -23,11 +23,7 @@ _MAX_CHARACTERS = 1_000_000  # of a conversation of a few words
 
 
 def compile_template(template: str) -> jinja2.Template:
-    """The template, ready to be rendered in the sandbox.
-
-    Raises:
-      jinja2.TemplateSyntaxError: the template is broken.
-    """
+    """The template, ready to be rendered in the sandbox. Raises jinja2.TemplateSyntaxError if it is broken."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
@@ -88,23 +84,15 @@ def _limit_resources() -> None:
 
 def _reason_to_refuse(template: str, renderings: list[dict[str, Any]]) -> str:
     """The limit that a template exceeds, or an empty string. Other errors are reported by the process that renders."""
-    try:
-        compiled = compile_template(template)
-        longest = max(_rendered_length(compiled, variables) for variables in renderings)
-    except MemoryError:
-        return f"needs more than {_MAX_MEMORY_GIB} GiB of memory"
-    except Exception:  # a broken template
-        return ""
+    longest = 0
+    for variables in renderings:
+        try:
+            longest = max(longest, len(compile_template(template).render(variables)))
+        except MemoryError:
+            return f"needs more than {_MAX_MEMORY_GIB} GiB of memory"
+        except Exception:  # the template is broken, or refuses the conversation
+            continue
     return f"writes {longest:,} characters for a conversation of a few words" if longest > _MAX_CHARACTERS else ""
-
-
-def _rendered_length(compiled: jinja2.Template, variables: dict[str, Any]) -> int:
-    try:
-        return len(compiled.render(variables))
-    except MemoryError:
-        raise
-    except Exception:  # the template refuses the conversation or fails
-        return 0
 
 
 if __name__ == "__main__":

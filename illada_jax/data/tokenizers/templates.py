@@ -1,8 +1,8 @@
 """Rendering of chat templates, which are programs from strangers.
 
 Jinja's sandbox gives a template the conversation and the names of special tokens: no files, no modules, no internals of
-Python. It bounds neither time nor memory. `check_limits` catches crude bombs (endless loops, huge strings) in a child
-process; a template that behaves on short conversations can still hang the process that renders a longer one.
+Python. It bounds neither time nor memory. `reason_to_refuse` catches crude bombs (endless loops, huge strings); a
+template that behaves on short conversations can still hang the process that renders a longer one.
 """
 
 import functools
@@ -26,7 +26,7 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
            variables: Mapping[str, str]) -> str:
     """The text of a conversation.
 
-    Rendering is sandboxed but not bounded: pass a stranger's template to `check_limits` first.
+    Rendering is sandboxed but not bounded: pass a stranger's template to `reason_to_refuse` first.
 
     Raises:
       InputError: the template is broken, refuses the conversation, or fails.
@@ -42,20 +42,12 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
         raise InputError(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from error
 
 
-def check_limits(template: str, variables: Mapping[str, str]) -> None:
-    """Renders short conversations in a child process with limits of time and memory, once per template.
-
-    Raises:
-      InputError: the template exceeds a limit, or cannot be tried.
-    """
-    reason = _reason_to_refuse(template, tuple(variables.items()))
-    if reason:
-        raise InputError(f"the chat template {reason}")
-
-
 @functools.lru_cache(maxsize=16)
-def _reason_to_refuse(template: str, variables: tuple[tuple[str, str], ...]) -> str:
-    """The reason to refuse a template, or an empty string. Cached, so that a refused template is not tried again."""
+def reason_to_refuse(template: str, variables: tuple[tuple[str, str], ...]) -> str:
+    """The limit of time or memory that a template exceeds on short conversations, or an empty string.
+
+    It is tried in a child process. Cached, so that a refused template is not tried again.
+    """
     renderings = [{"messages": messages, "add_generation_prompt": add_generation_prompt, **dict(variables)}
                   for messages in _CONVERSATIONS for add_generation_prompt in (False, True)]
     # -P keeps the modules beside the script from hiding installed packages of the same name.

@@ -24,7 +24,8 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       vocab_size: number of ids, special ids included.
-      mask_id, eos_id, bos_id, pad_id: the special ids.
+      special_ids: the special ids by name, in the order of SPECIAL_NAMES.
+      mask_id, eos_id, bos_id, pad_id: the same.
       unused_ids: ids below vocab_size without a token; a decoder must not write them.
       chat_files: contents of its CHAT_FILES by name. They define how conversations look, not what ids mean.
     """
@@ -32,19 +33,13 @@ class Tokenizer(abc.ABC):
     def __init__(self, vocab_size: int, special_ids: Mapping[str, int]):
         for name in SPECIAL_NAMES:
             if not 0 <= special_ids[name] < min(vocab_size, MAX_VOCAB_SIZE):
-                raise InputError(f"tokenizer: {name} id {special_ids[name]} is outside the vocabulary of {vocab_size}")
+                raise InputError(f"tokenizer: {name} id {special_ids[name]} is outside the vocabulary of "
+                                 f"{min(vocab_size, MAX_VOCAB_SIZE)}")
         self.vocab_size = vocab_size
-        self.mask_id = special_ids["mask"]
-        self.eos_id = special_ids["eos"]
-        self.bos_id = special_ids["bos"]
-        self.pad_id = special_ids["pad"]
+        self.special_ids = {name: special_ids[name] for name in SPECIAL_NAMES}
+        self.bos_id, self.pad_id, self.eos_id, self.mask_id = self.special_ids.values()
         self.unused_ids: tuple[int, ...] = ()
         self.chat_files: dict[str, bytes] = {}
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """The special ids by name."""
-        return {"bos": self.bos_id, "pad": self.pad_id, "eos": self.eos_id, "mask": self.mask_id}
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -54,9 +49,10 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special ids yield no text; bytes that are not UTF-8 become U+FFFD."""
 
-    @abc.abstractmethod
     def id_to_piece(self, token_id: int) -> str:
-        """The name of a token, for display."""
+        """The name of a token, for display; here of a special or unused id."""
+        return next((f"<{name}>" for name, special_id in self.special_ids.items() if special_id == token_id),
+                    f"<{token_id}>")
 
     @abc.abstractmethod
     def vocabulary_files(self) -> dict[str, bytes]:
@@ -73,11 +69,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of conversations, or None; `data/tokenizers/chat.py` renders it.
-
-        Raises:
-          InputError: see `read_chat_template`.
-        """
+        """The Jinja template of conversations, or None; see `read_chat_template`."""
         return read_chat_template(self.chat_files)
 
     @functools.cached_property
@@ -99,11 +91,7 @@ class Tokenizer(abc.ABC):
 
 
 def read_chat_template(files: Mapping[str, bytes]) -> str | None:
-    """The chat template in the files of a tokenizer, or None.
-
-    Raises:
-      InputError: one of CHAT_FILES cannot be parsed.
-    """
+    """The chat template in the files of a tokenizer, or None. Raises InputError if one of CHAT_FILES is malformed."""
     try:
         template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
         if "chat_template.jinja" in files:
