@@ -35,7 +35,7 @@ EVERY = 250  # steps between evaluations behind the fork
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """What a run has written into its metrics, whatever is whole of it."""
-    return read_lines(epath.Path(workdir), -1, sys.maxsize)
+    return read_lines(epath.Path(workdir))
 
 
 def reported_at(workdir: pathlib.Path) -> int | None:
