@@ -64,24 +64,19 @@ def main(argv: list[str]) -> None:
         return
     if CONFIG.value is None:
         raise InputError("--config is required, for example --config=experiments/pretrain_8b.py")
-    chips.parse(TOPOLOGY.value)
     try:
         config = from_config_dict(CONFIG.value)
     except OSError as error:
         raise InputError(f"--config: {' '.join(str(error).split())}") from error
-    options = _options(mode=MODE.value, canvas=CANVAS.value, quantize=QUANTIZE.value)
-    plan = make_plan(config, chips.get_topology(TOPOLOGY.value, NUM_SLICES.value), options)
+    topology = chips.get_topology(TOPOLOGY.value, NUM_SLICES.value)
+    plan = make_plan(config, topology, _options(mode=MODE.value, canvas=CANVAS.value, quantize=QUANTIZE.value))
     print(as_text(plan))
     if JSON.value:
         _write(JSON.value, json.dumps(plan, indent=1) + "\n")
 
 
 def compare(path: pathlib.Path) -> None:
-    """Makes the missing plans of a file of cases and prints all; the outputs are written after each plan.
-
-    Raises:
-      InputError: the file is not a list of cases, or the JSON file does not hold compared plans.
-    """
+    """Makes the missing plans of a file of cases and prints all; the outputs are written after each plan."""
     cases = {}
     for case in read_cases(path):
         config = load_config(case["config"], case.get("set", {}))
@@ -95,19 +90,13 @@ def compare(path: pathlib.Path) -> None:
         if key not in results:
             plan = _plan_case(identity["case"], config, options)
             results[key] = {**identity, "date": time.strftime("%Y-%m-%d"), **plan}
-            _write_compared(cases, results)
-    _write_compared(cases, results)
-    print(as_markdown([results[key] for key in cases]))
-
-
-def _write_compared(cases: dict[str, Any], results: dict[str, Any]) -> None:
-    """Writes the output files with the results so far."""
-    made = [results[key] for key in cases if key in results]
-    missing = [identity["name"] for key, (identity, *_) in cases.items() if key not in results]
-    if JSON.value:
-        _write(JSON.value, json.dumps(made, indent=1) + "\n")
-    if MARKDOWN.value:
-        _write(MARKDOWN.value, _head(made, missing) + as_markdown(made))
+        made = [results[key] for key in cases if key in results]
+        missing = [identity["name"] for key, (identity, *_) in cases.items() if key not in results]
+        if JSON.value:
+            _write(JSON.value, json.dumps(made, indent=1) + "\n")
+        if MARKDOWN.value:
+            _write(MARKDOWN.value, _head(made, missing) + as_markdown(made))
+    print(as_markdown(made))
 
 
 def _key(result: dict[str, Any]) -> str:
@@ -142,7 +131,7 @@ def read_cases(path: pathlib.Path) -> list[dict[str, Any]]:
         raise InputError(f"--compare={path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"--compare={path}: not JSON ({error})") from error
-    for index, case in enumerate(cases if isinstance(cases, list) else [None]):
+    for index, case in enumerate(cases if isinstance(cases, list) and cases else [None]):
         if not isinstance(case, dict) or not _REQUIRED <= case.keys() <= _REQUIRED | _OPTIONAL:
             raise InputError(f"{path}, case {index}: must be an object with name, config and topology, and may have "
                              f"{', '.join(sorted(_OPTIONAL))}")
@@ -154,11 +143,7 @@ def read_cases(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def load_config(name: str, changes: dict[str, Any]) -> Config:
-    """The config of an experiment file, `FILE` or `FILE:VARIANT`, with fields changed as by flags.
-
-    Raises:
-      InputError: there is no such file or field.
-    """
+    """The config `FILE` or `FILE:VARIANT`, with fields changed. Raises InputError if there is no such file or field."""
     path, _, variant = name.partition(":")
     try:
         get_config = runpy.run_path(path)["get_config"]

@@ -4,11 +4,11 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
-from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, InputError, StorageError
+from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, InputError
 
 if TYPE_CHECKING:
     from illada_jax import api
@@ -21,54 +21,51 @@ _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
-    """Parses flags, runs `main(argv)` and exits.
+    """Parses flags, runs `main(argv)` and exits. Arguments that are not flags are an error unless `positional`.
 
     The exit code is 0 on success, the number that `main` returns, or one of the EXIT_ codes: an InputError, an unknown
     flag or an invalid config override is one line on stderr and EXIT_BAD_INPUT.
-
-    Args:
-      main: the command; argv[0] is its name.
-      positional: the command takes positional arguments.
     """
 
     def run_main(argv: list[str]) -> int | None:
-        try:
-            if len(argv) > 1 and not positional:
-                raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
-            code = main(argv)
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:
-            return _discard_stdout()
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except InputError as error:
-            return _fail(error)
-        except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
-                raise
-            return _fail(StorageError(f"{error.filename or 'a file'}: {error.strerror}"))
+        if len(argv) > 1 and not positional:
+            raise InputError(f"unexpected argument {argv[1]!r}: options are given as --name=value, see --help")
+        code = main(argv)
+        sys.stdout.flush()
+        return code
 
     try:
         app.run(run_main, flags_parser=_parse)
+    except BrokenPipeError:
+        # The reader has closed the pipe, as `| head` does: further output is discarded.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except InputError as error:
-        sys.exit(_fail(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
-class ModelFlags(NamedTuple):
-    """The flags of every command that loads a model.
+class ModelFlags:
+    """The flags of every command that loads a model, added to the calling command."""
 
-    Attributes:
-      checkpoint, dtype, quantize, mesh: see their help texts in `model_flags`.
-      special_ids: integer flags by name of the special token.
-    """
-
-    checkpoint: flags.Flag
-    dtype: flags.Flag
-    quantize: flags.Flag
-    mesh: flags.Flag
-    special_ids: dict[str, flags.Flag]
+    def __init__(self):
+        self.checkpoint = _shared(
+            flags.DEFINE_string, "checkpoint", None,
+            "a workdir, one checkpoint in it, a Hugging Face directory or Hub id, demo or demo-chat")
+        self.dtype = _shared(flags.DEFINE_enum, "dtype", "float32", ["float32", "bfloat16"],
+                             "dtype of params and compute")
+        self.quantize = quantize_flag()
+        self.mesh = _shared(flags.DEFINE_string, "mesh", "",
+                            "devices of this host to shard the model over, such as fsdp=4,tensor=2; default: the first")
+        self.special_ids = special_id_flags()
 
     def load(self, default: str = "") -> "api.LanguageModel":
         """Loads the model named by the flags, or else `default`. Raises InputError if there is neither."""
@@ -88,28 +85,16 @@ class ModelFlags(NamedTuple):
         return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids))
 
 
-def model_flags() -> ModelFlags:
-    """Adds the flags of ModelFlags to the calling command."""
-    checkpoint = _shared("checkpoint", lambda name: flags.DEFINE_string(
-        name, None, "a workdir, one checkpoint in it, a Hugging Face directory or Hub id, demo or demo-chat"))
-    dtype = _shared("dtype", lambda name: flags.DEFINE_enum(
-        name, "float32", ["float32", "bfloat16"], "dtype of params and compute"))
-    mesh = _shared("mesh", lambda name: flags.DEFINE_string(
-        name, "", "devices of this host to shard the model over, such as fsdp=4,tensor=2; default: the first"))
-    return ModelFlags(checkpoint, dtype, quantize_flag(), mesh, special_id_flags())
-
-
 def quantize_flag() -> flags.Flag:
     """Adds --quantize to the calling command."""
-    return _shared("quantize", lambda name: flags.DEFINE_enum(
-        name, "none", ["none", "int8"], "round the matrices to eight bits"))
+    return _shared(flags.DEFINE_enum, "quantize", "none", ["none", "int8"], "round the matrices to eight bits")
 
 
 def special_id_flags() -> dict[str, flags.Flag]:
     """Adds --mask_id, --bos_id, … of a Hugging Face directory to the calling command."""
-    return {token: _shared(f"{token}_id", lambda name, token=token: flags.DEFINE_integer(
-        name, None, f"id of {token.upper()} in a Hugging Face directory; overrides its config and tokenizer"))
-        for token in ("mask", "bos", "eos", "pad", "eot")}
+    text = "id of {} in a Hugging Face directory; overrides its config and tokenizer"
+    return {token: _shared(flags.DEFINE_integer, f"{token}_id", None, text.format(token.upper()))
+            for token in ("mask", "bos", "eos", "pad", "eot")}
 
 
 def given_ids(special_ids: dict[str, flags.Flag]) -> dict[str, int]:
@@ -119,16 +104,16 @@ def given_ids(special_ids: dict[str, flags.Flag]) -> dict[str, int]:
 
 def processes_flag() -> flags.Flag:
     """Adds --processes to the calling command."""
-    return _shared("processes", lambda name: flags.DEFINE_string(
-        name, "", "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,INDEX_OF_THIS_ONE"))
+    return _shared(flags.DEFINE_string, "processes", "",
+                   "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,INDEX_OF_THIS_ONE")
 
 
-def _shared(name: str, define: Callable[[str], object]) -> flags.Flag:
+def _shared(define: Callable[..., object], name: str, *arguments: Any) -> flags.Flag:
     """A flag that several commands have, defined once even if one process imports several of them."""
     if name in flags.FLAGS:
         flags.declare_key_flag(name)
     else:
-        define(name)
+        define(name, *arguments)
     return flags.FLAGS[name]
 
 
@@ -142,10 +127,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except SystemExit:  # absl has shown the help, and exits with 1
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            sys.exit(_discard_stdout())
+        sys.stdout.flush()
         sys.exit(0)
     except flags.Error as error:
         # The error of the config file itself is more helpful than that it cannot be parsed.
@@ -165,14 +147,3 @@ def _parse(argv: list[str]) -> list[str]:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
-
-
-def _discard_stdout() -> int:
-    """Discards further output after its reader has closed the pipe, as `| head` does; returns the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_BROKEN_PIPE
-
-
-def _fail(error: InputError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return EXIT_BAD_INPUT

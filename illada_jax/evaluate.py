@@ -33,7 +33,7 @@ from illada_jax.files import write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import digest
 
-MODEL = cli.model_flags()
+MODEL = cli.ModelFlags()
 PROCESSES = cli.processes_flag()
 TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval or of --include_path")
 PRESET = flags.DEFINE_string("preset", "", "setup of a published number, see --list_presets")

@@ -41,7 +41,7 @@ from illada_jax import api, cli, tracing
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
 from illada_jax.files import write_atomically
 
-MODEL = cli.model_flags()
+MODEL = cli.ModelFlags()
 SETTINGS = [
     flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
     flags.DEFINE_enum("over_budget", None, ["cut", "error"], "cut a budget that exceeds the context, or fail"),

@@ -42,17 +42,12 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--figure={output}: there is no directory {output.parent}")
     if len(argv) < 2:
         raise InputError("name at least one workdir, for example: python -m illada_jax.plot workdirs/quickstart")
-    runs = {workdir: read_run(epath.Path(workdir)) for workdir in argv[1:]}
+    runs = {workdir: read_lines(epath.Path(workdir)) for workdir in argv[1:]}
+    for workdir, lines in runs.items():
+        if not lines:
+            raise InputError(f"{workdir}: contains no metrics.jsonl of a run")
     draw(runs, output)
     print(f"wrote {output}")
-
-
-def read_run(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of metrics of a run, in order of their steps. Raises InputError if there are none."""
-    lines = read_lines(workdir)
-    if not lines:
-        raise InputError(f"{workdir}: contains no metrics.jsonl of a run")
-    return lines
 
 
 def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -73,11 +68,7 @@ def accuracy_over_p(lines: Sequence[dict[str, Any]]) -> tuple[list[float], list[
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: pathlib.Path) -> None:
-    """Plots the runs into the file `output`.
-
-    Raises:
-      InputError: matplotlib is missing, or the file cannot be written.
-    """
+    """Plots the runs into a file. Raises InputError if matplotlib is missing, or the file cannot be written."""
     try:
         import matplotlib
     except ImportError as error:
@@ -85,9 +76,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: list[tuple[str, str, dict[str, tuple[list, list]]]] = []
-    for name, label in PANELS.items():
-        panels.append(("steps", label, {run: series(lines, name) for run, lines in runs.items()}))
+    panels = [("steps", label, {run: series(lines, name) for run, lines in runs.items()})
+              for name, label in PANELS.items()]
     panels.insert(2, ("masking probability", "accuracy on masked tokens",
                       {run: accuracy_over_p(lines) for run, lines in runs.items()}))
     panels = [panel for panel in panels if any(x for x, _ in panel[2].values())]

@@ -100,7 +100,7 @@ def test_ids_by_flag(tmp_path):
 
 
 @pytest.mark.parametrize("source, options, message", [
-    ("workdir", {"special_ids": {"mask": 3}}, "special_ids = {'mask': 3}: does not apply to this source"),
+    ("workdir", {"special_ids": {"mask": 3}}, "is not a Hugging Face directory; its tokenizer defines its ids"),
     ("workdir", {"mesh": "fsdp=2"}, "mesh = 'fsdp=2': does not apply"),
     ("workdir", {"quantize": "int8", "dtype": "float16"}, "dtype = 'float16': a workdir holds"),
     ("workdir", {"quantize": "int8", "family": "llada"}, "family = 'llada': does not apply"),

@@ -61,16 +61,16 @@ def write_checkpoint(directory: pathlib.Path, layers: int, tiny: bool, shard_byt
     if tiny:
         model = dataclasses.replace(model, vocab_size=264, d_model=64, head_dim=2, d_ff=224)
     mappings, bfloat16 = list(tensor_mappings(ILLADA, model)), np.dtype(ml_dtypes.bfloat16)
-    tensors = {mapping.name: TensorInfo(None, mapping.shape, bfloat16) for mapping in mappings}
+    tensors = {mapping.name: TensorInfo(mapping.shape, bfloat16) for mapping in mappings}
     rng = np.random.default_rng(0)
 
     def draw(mapping):
         x = rng.standard_normal(mapping.shape, np.float32)
         x *= model.d_model**-0.5 if len(mapping.shape) > 1 else 0.1
-        return mapping.name, (x + (len(mapping.shape) == 1)).astype(bfloat16)
+        return (x + (len(mapping.shape) == 1)).astype(bfloat16)
 
     directory.mkdir()
-    write_tensors(directory, tensors, map(draw, mappings), shard_bytes, lambda _: None)
+    write_tensors(directory, tensors, map(draw, mappings), shard_bytes)
     tokenizer = ByteTokenizer()
     assert tokenizer.vocab_size == NUM_IDS
     tokenizer.save(directory)

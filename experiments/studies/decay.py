@@ -34,7 +34,7 @@ EVERY = 250  # steps between evaluations after the fork
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics."""
-    return read_lines(epath.Path(workdir), -1, sys.maxsize)
+    return read_lines(epath.Path(workdir))
 
 
 def reported_at(workdir: pathlib.Path) -> int | None:

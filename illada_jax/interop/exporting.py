@@ -1,23 +1,22 @@
 """Exports a model as a Hugging Face directory in the layout of a family, param by param."""
 
 import contextlib
+import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from illada_jax import config as config_lib
-from illada_jax.config import Config
-from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError
 from illada_jax.files import new_directory, remove_leftovers
 from illada_jax.interop.families import Family, write_model_config
 from illada_jax.interop.hf_model import CONFIG, DECODE_KEY, GENERATION_CONFIG
 from illada_jax.interop.layout import TensorMapping, tensor_mappings
-from illada_jax.interop.tensors import TensorInfo, write_tensors
+from illada_jax.interop.tensors import PROGRESS, TensorInfo, write_tensors
 from illada_jax.training.saved_model import SavedModel
 
 _PIECE_BYTES = 1 << 24  # checked for finite values at a time
@@ -35,46 +34,34 @@ python -m illada_jax.generate --checkpoint=DIRECTORY --prompt="..."
 
 
 def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype: np.dtype, shard_bytes: int) -> None:
-    """Writes a Hugging Face directory: weights, config, tokenizer, the sampler's settings.
+    """Writes a Hugging Face directory in the layout of `family`, of a model whose matrices are not Int8.
 
-    One param and one tensor are in memory at a time.
-
-    Args:
-      saved: the model.
-      target: a directory that does not exist yet, or is empty.
-      family: the family whose names and keys are written.
-      dtype: dtype of the tensors: float32, bfloat16 or float16.
-      shard_bytes: size of a file of weights.
+    It has weights, in float32, bfloat16 or float16 and in files of `shard_bytes`, the config, the tokenizer and the
+    sampler's settings. One param and one tensor are in memory at a time.
 
     Raises:
-      InputError: the family cannot express the model, its weights are Int8 or overflow in `dtype`, or the target
-        is not empty.
+      InputError: the family cannot express the model, its weights overflow in `dtype`, or the target is not empty.
     """
-    if saved.quantized:
-        raise InputError(f"{saved.directory}: its weights have eight bits; export the model they were made from")
-    ids = {f"{name}_token_id": id_ for name, id_ in saved.tokenizer.special_ids.items()}
+    tokenizer = saved.tokenizer
+    ids = {f"{name}_token_id": id_ for name, id_ in tokenizer.special_ids.items()}
     config = write_model_config(family, saved.config.model) | ids | {"torch_dtype": dtype.name}
+    stop_ids = list(dict.fromkeys([tokenizer.eos_id, *saved.config.decode.stop_ids]))
+    generation = ids | {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+                        DECODE_KEY: config_lib.to_dict(saved.config.decode)}
     mappings = list(tensor_mappings(family, saved.config.model))
-    infos = {mapping.name: TensorInfo(None, mapping.shape, dtype) for mapping in mappings}
-    size = sum(info.nbytes for info in infos.values())
-    with (target_directory(target) as directory,
-          tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=None) as progress):
-        write_tensors(directory, infos, _tensors(saved, mappings, dtype), shard_bytes, progress.update)
-        for name, content in saved.tokenizer.files().items():
-            (directory / name).write_bytes(content)
-        _write_json(directory / GENERATION_CONFIG, ids | _generation_config(saved.config, saved.tokenizer))
+    tensors = tqdm(_tensors(saved, mappings, dtype), total=len(mappings), **PROGRESS)
+    with target_directory(target) as directory:
+        write_tensors(directory, {each.name: TensorInfo(each.shape, dtype) for each in mappings}, tensors, shard_bytes)
+        tokenizer.save(directory)
+        _write_json(directory / GENERATION_CONFIG, generation)
         (directory / "README.md").write_text(
-            _README.format(family=family.model_type, mask=saved.tokenizer.mask_id, key=DECODE_KEY))
+            _README.format(family=family.model_type, mask=tokenizer.mask_id, key=DECODE_KEY))
         _write_json(directory / CONFIG, config)
 
 
 @contextlib.contextmanager
 def target_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty directory that becomes `target` when the block ends, see `files.new_directory`.
-
-    Raises:
-      InputError: the target exists and is not empty, or cannot be written.
-    """
+    """`files.new_directory`, but raises InputError if the target exists and is not empty, or cannot be written."""
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target}: already exists and is not empty; choose another target")
@@ -86,32 +73,23 @@ def target_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
-def _tensors(saved: SavedModel, mappings: Sequence[TensorMapping],
-             dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) for each mapping; the mappings of a param follow each other."""
-    path, param = "", None
-    for mapping in mappings:
-        if mapping.path != path:
-            path, param = mapping.path, None  # frees the previous param before the next one is read
-            param = saved.read_param(path)
-        layer = param if mapping.layer is None else param[mapping.layer]
-        with np.errstate(over="ignore"):
-            tensor = mapping.to_tensor(layer).astype(dtype, copy=False)
-        if not _is_finite(tensor):
-            raise InputError(f"{saved.directory}: {path} has values that are not finite in {dtype.name}")
-        yield mapping.name, tensor
+def _tensors(saved: SavedModel, mappings: Iterable[TensorMapping], dtype: np.dtype) -> Iterator[np.ndarray]:
+    for path, of_param in itertools.groupby(mappings, key=lambda mapping: mapping.path):
+        param = saved.read_param(path)
+        for mapping in of_param:
+            layer = param if mapping.layer is None else param[mapping.layer]
+            with np.errstate(over="ignore"):
+                tensor = mapping.to_tensor(layer).astype(dtype, copy=False)
+            if not _is_finite(tensor):
+                raise InputError(f"{saved.directory}: {path} has values that are not finite in {dtype.name}")
+            yield tensor
+        del param, layer, tensor  # before the next one is read
 
 
 def _is_finite(tensor: np.ndarray) -> bool:
     """True if all values are finite. Checked in pieces: all at once would need half the memory of a bfloat16 tensor."""
     pieces = np.array_split(tensor, -(-tensor.nbytes // _PIECE_BYTES))
     return all(np.isfinite(piece).all() for piece in pieces)
-
-
-def _generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    stop_ids = list(dict.fromkeys([tokenizer.eos_id, *config.decode.stop_ids]))
-    return {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids,
-            DECODE_KEY: config_lib.to_dict(config.decode)}
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -15,27 +15,16 @@ from illada_jax.errors import ConfigError, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The checkpoint layout of one family of models.
+    """The checkpoint layout of one family of models."""
 
-    Attributes:
-      model_type: its name in config.json.
-      architecture: the class of its modelling file.
-      tensors: the name of each param's tensor, by path; `{}` stands for the layer.
-      keys: the keys of config.json that may hold each field of ModelConfig; the first is written.
-      supported: keys that must have one of these values if they are present; the first is written, unless it is None.
-      special_ids: defaults for ids that neither config nor tokenizer define.
-      eot_id: id of the end of a turn; -1 if there is none.
-      decode: the sampler that the models were published with.
-    """
-
-    model_type: str
-    architecture: str
-    tensors: Mapping[str, str]
-    keys: Mapping[str, tuple[str, ...]]
-    supported: Mapping[str, tuple[Any, ...]]
-    special_ids: Mapping[str, int]
-    eot_id: int
-    decode: DecodeConfig
+    model_type: str  # its name in config.json
+    architecture: str  # the class of its modelling file
+    tensors: Mapping[str, str]  # the name of each param's tensor, by path; `{}` stands for the layer
+    keys: Mapping[str, tuple[str, ...]]  # of config.json that may hold each field of ModelConfig; the first is written
+    supported: Mapping[str, tuple[Any, ...]]  # values of further keys; the first is written, unless it is None
+    special_ids: Mapping[str, int]  # defaults for ids that neither config nor tokenizer define
+    eot_id: int  # the end of a turn; -1 if there is none
+    decode: DecodeConfig  # the sampler that the models were published with
 
 
 LLADA = Family(
@@ -139,11 +128,7 @@ _SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d
 
 
 def find_family(values: Mapping[str, Any]) -> Family:
-    """The family of a config.json.
-
-    Raises:
-      InputError: the model_type is unknown, or a key requires an unsupported feature; names it.
-    """
+    """The family of a config.json. Raises InputError for an unknown model_type or a key for an unsupported feature."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"model_type = {model_type!r}: must be one of {', '.join(map(repr, FAMILIES))}")
@@ -155,15 +140,9 @@ def find_family(values: Mapping[str, Any]) -> Family:
 
 
 def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool) -> ModelConfig:
-    """The model that a config.json describes.
+    """The model that a config.json describes; its head is tied if the config says so, or else if the weights have none.
 
-    Args:
-      family: its family, from `find_family`.
-      values: the content of config.json.
-      has_head: True if the weights contain a separate head; decides `tied_head` if the config does not define it.
-
-    Raises:
-      InputError: a key is missing or invalid, or requires unsupported rotary positions; names it.
+    Raises InputError if a key is missing or invalid, or requires unsupported rotary positions.
     """
     given = {field: next((values[key] for key in keys if values.get(key) is not None), None)
              for field, keys in family.keys.items()}
@@ -173,9 +152,8 @@ def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool)
     for field, value in given.items():
         if value is None:
             raise InputError(f"{family.keys[field][0]}: missing")
-    for field in _SIZES:
-        if not isinstance(given[field], int) or given[field] < 1:
-            raise InputError(f"{family.keys[field][0]} = {given[field]!r}: must be a whole number above 0")
+        if field in _SIZES and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{family.keys[field][0]} = {value!r}: must be a whole number above 0")
     if given["d_model"] % given["num_heads"]:
         raise InputError(f"{family.keys['d_model'][0]} = {given['d_model']}: must be divisible by "
                          f"{family.keys['num_heads'][0]} = {given['num_heads']}")

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
@@ -30,13 +29,8 @@ _EOT_TOKENS = ("<|eot_id|>", "<|eot|>")
 class HFModel:
     """A Hugging Face directory as a LazyModel.
 
-    Attributes:
-      family: its family.
-      config: its model, and the sampler that the family was published with; defaults for the rest.
-      tokenizer: its tokenizer, with the special ids of the config.
-      tensors: its tensors.
-      step: 0, as the training step is unknown.
-      quantized: False, as its matrices are not Int8.
+    Its config has the model, in the narrower of float32 and bfloat16 that holds every tensor exactly, and the sampler
+    that the family was published with; the training step is unknown.
     """
 
     family: Family
@@ -46,19 +40,9 @@ class HFModel:
     step: int = 0
     quantized: bool = False
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The narrower of float32 and bfloat16 that holds every tensor exactly."""
-        return _exact_dtype(self.tensors)
-
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
-        """Returns the params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
+        """See LazyModel."""
         return import_params(self.tensors, self.family, self.config.model, dtype, mesh, quantized)
-
-
-def _exact_dtype(tensors: TensorDirectory) -> np.dtype:
-    dtypes = {tensor.dtype for tensor in tensors.tensors.values()}
-    return dtypes.pop() if {dtype.name for dtype in dtypes} == {"bfloat16"} else np.dtype(np.float32)
 
 
 def is_hf_directory(directory: pathlib.Path) -> bool:
@@ -69,14 +53,10 @@ def is_hf_directory(directory: pathlib.Path) -> bool:
 
 
 def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None = None) -> HFModel:
-    """Reads everything but the weights.
+    """Reads everything but the weights: config.json, the headers of safetensors, a tokenizer.
 
-    Args:
-      directory: holds config.json, safetensors and a tokenizer.
-      special_ids: ids (mask, bos, eos, pad, eot) that override those of config, tokenizer and family.
-
-    Raises:
-      InputError: a file is missing, broken or not supported; names the file and the problem.
+    `special_ids` (mask, bos, eos, pad, eot) override those of config, tokenizer and family. Raises InputError if a file
+    is missing, broken or not supported.
     """
     values = _read_json(directory / CONFIG)
     with _naming(directory / CONFIG):
@@ -84,7 +64,8 @@ def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None
     tensors = TensorDirectory(directory)
     with _naming(directory / CONFIG):
         model = read_model_config(family, values, family.tensors["head"] in tensors.tensors)
-    model = dataclasses.replace(model, dtype=_exact_dtype(tensors).name)
+    dtypes = {tensor.dtype.name for tensor in tensors.tensors.values()}
+    model = dataclasses.replace(model, dtype="bfloat16" if dtypes == {"bfloat16"} else "float32")
     generation = _read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).exists() else {}
     tokenizer, stop_ids, eot_id = _read_tokenizer(directory, family, model, (values, generation), special_ids or {})
     config = Config(model=model, data=DataConfig(length=model.max_length),
@@ -103,12 +84,11 @@ def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig,
         if name not in (*SPECIAL_NAMES, "eot"):
             raise InputError(f"special_ids: unknown name {name!r}; known: {', '.join(SPECIAL_NAMES)}, eot")
     # A tokenizer of ours defines all of its ids; one of Hugging Face's may lack some (LLaDA's: MASK).
-    by_tokenizer = named.special_ids if "special_ids.json" in files else named.named_ids
+    by_tokenizer = named.special_ids if "special_ids.json" in files else getattr(named, "named_ids", named.special_ids)
     configured = {name: [id_ for values in configs for id_ in _ids(values, name)] for name in SPECIAL_NAMES}
-    ids = {}
-    for name in SPECIAL_NAMES:
-        candidates = (overrides.get(name), *configured[name], by_tokenizer.get(name), family.special_ids[name])
-        ids[name] = next(id_ for id_ in candidates if id_ is not None)
+    first = {name: ids[0] for name, ids in configured.items() if ids}
+    merged = {**family.special_ids, **by_tokenizer, **first, **overrides}
+    ids = {name: merged[name] for name in SPECIAL_NAMES}
     # Several ids may end a text; the first is EOS. An override replaces them all.
     stop_ids = [] if "eos" in overrides else configured["eos"]
     for name, id_ in (*ids.items(), *(("eos", id_) for id_ in stop_ids), ("eot", overrides.get("eot", 0))):

@@ -1,7 +1,4 @@
-"""The map between our params (stacked layers, [in, out]) and the tensors of a family (one per layer, [out, in]).
-
-A param is named by its path, such as `layers/attention/q`.
-"""
+"""The map between our params (stacked layers, [in, out]) and the tensors of a family (one per layer, [out, in])."""
 
 import dataclasses
 import functools
@@ -20,21 +17,13 @@ from illada_jax.model.int8 import INPUT_AXES
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of a checkpoint and the part of a param that it holds.
+    """One tensor of a checkpoint and the part of a param that it holds."""
 
-    Attributes:
-      name: name of the tensor.
-      path: path of the param.
-      layer: index into the stacked param; None if the param is not stacked.
-      param_shape: shape of the param, without the layer axis.
-      shape: shape of the tensor: `param_shape`, or [out, in] for a matrix.
-    """
-
-    name: str
-    path: str
-    layer: int | None
-    param_shape: tuple[int, ...]
-    shape: tuple[int, ...]
+    name: str  # of the tensor
+    path: str  # of the param, such as `layers/attention/q`
+    layer: int | None  # index into the stacked param; None if the param is not stacked
+    param_shape: tuple[int, ...]  # without the layer axis
+    shape: tuple[int, ...]  # of the tensor: `param_shape`, or [out, in] for a matrix
 
     @property
     def input_axes(self) -> int:
@@ -42,13 +31,18 @@ class TensorMapping:
         return INPUT_AXES.get(self.path, 0)
 
     def tensor_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slice of the tensor that corresponds to a slice of the param."""
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, self.param_shape, strict=True))
+        """The slice of the tensor that corresponds to a slice of the param.
+
+        Of the inputs and of the outputs of a matrix only the first axis may be cut: heads are sharded, head_dim is not.
+        """
         if not self.input_axes:
             return index
-        inputs, outputs = (_flat(index[part], self.param_shape[part])
-                           for part in (slice(self.input_axes), slice(self.input_axes, None)))
-        return outputs, inputs
+        parts = []
+        for axis, size in zip((self.input_axes, 0), self.shape, strict=True):
+            start, stop, _ = index[axis].indices(self.param_shape[axis])
+            width = size // self.param_shape[axis]
+            parts.append(slice(start * width, stop * width))
+        return tuple(parts)
 
     def to_param(self, tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         """The slice of the param, from the slice of the tensor at `tensor_index(index)`."""
@@ -60,27 +54,13 @@ class TensorMapping:
         return param.reshape(self.shape[::-1]).T if self.input_axes else param
 
 
-def _flat(index: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:
-    """A slice of the flattened axes. Only the first axis may be cut: heads are sharded, head_dim never is."""
-    rest = math.prod(sizes[1:])
-    if any((part.start, part.stop) != (0, size) for part, size in zip(index[1:], sizes[1:], strict=True)):
-        raise ValueError(f"an inner axis is sharded: {index} of {sizes}")
-    return slice(index[0].start * rest, index[0].stop * rest)
-
-
 def tensor_mappings(family: Family, config: ModelConfig) -> Iterator[TensorMapping]:
     """The tensors of a checkpoint of `family` with this model, in the order of the params."""
-    for path, shape in param_shapes(config).items():
+    params = jax.eval_shape(functools.partial(model.init_params, config), jax.random.key(0))
+    for path, param in traverse_util.flatten_dict(params, sep="/").items():
         stacked = path.startswith("layers/")
-        param_shape = shape[1:] if stacked else shape
+        shape = param.shape[1:] if stacked else param.shape
         inputs = INPUT_AXES.get(path, 0)
-        matrix = math.prod(param_shape[inputs:]), math.prod(param_shape[:inputs])
-        for layer in range(shape[0]) if stacked else (None,):
-            yield TensorMapping(family.tensors[path].format(layer), path, layer, param_shape,
-                                matrix if inputs else param_shape)
-
-
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the params by path; allocates nothing."""
-    shapes = jax.eval_shape(functools.partial(model.init_params, config), jax.random.key(0))
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
+        matrix = math.prod(shape[inputs:]), math.prod(shape[:inputs])
+        for layer in range(param.shape[0]) if stacked else (None,):
+            yield TensorMapping(family.tensors[path].format(layer), path, layer, shape, matrix if inputs else shape)

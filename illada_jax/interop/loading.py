@@ -24,19 +24,7 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None,
                quantize: Quantize = "none", special_ids: Mapping[str, int] | None = None) -> LoadedModel:
-    """Loads a model for decoding and scoring.
-
-    Args:
-      path: a workdir (its newest checkpoint), one checkpoint in it, a Hugging Face directory, a Hub id such as
-        `GSAI-ML/LLaDA-8B-Instruct`, or one of DEMOS if no directory has that name.
-      dtype: dtype of params and compute.
-      mesh: devices that the params are sharded over; None uses the first device.
-      quantize: `int8` rounds the matrices to eight bits as they are read.
-      special_ids: ids by name (mask, bos, eos, pad, eot) that override those of a Hugging Face directory.
-
-    Raises:
-      InputError: there is no model, or it is corrupt or not supported; the message says what is wrong.
-    """
+    """Loads a model for decoding and scoring. For arguments and errors see `illada_jax.load`."""
     for name, value, allowed in (("dtype", dtype, ("float32", "bfloat16")), ("quantize", quantize, ("none", "int8"))):
         if value not in allowed:
             raise InputError(f"{name} = {value!r}: must be {' or '.join(map(repr, allowed))}")
@@ -47,8 +35,8 @@ def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "
 
 
 def open_model(path: str | epath.Path, special_ids: Mapping[str, int] | None = None) -> LazyModel:
-    """Opens a model without reading its params. For arguments and errors see `load_model`."""
-    directory = find_hf_directory(path)
+    """Opens a model without reading its params. For arguments and errors see `illada_jax.load`."""
+    directory = _find_hf_directory(path)
     if directory is not None:
         return open_hf_model(directory, special_ids)
     if special_ids:
@@ -56,7 +44,7 @@ def open_model(path: str | epath.Path, special_ids: Mapping[str, int] | None = N
     return open_saved_model(path)
 
 
-def find_hf_directory(path: str | epath.Path) -> pathlib.Path | None:
+def _find_hf_directory(path: str | epath.Path) -> pathlib.Path | None:
     """The Hugging Face directory that `path` is or names (a Hub id is downloaded if necessary); None for others."""
     directory = pathlib.Path(path)
     if directory.is_dir():

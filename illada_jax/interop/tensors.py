@@ -1,9 +1,11 @@
 """Directories of safetensors files, read slice by slice and written tensor by tensor."""
 
 import dataclasses
+import itertools
 import json
+import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -14,38 +16,29 @@ from illada_jax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PROGRESS = {"desc": "weights", "unit": "tensor", "delay": 1, "leave": False, "disable": None}  # for tqdm
 _LISTED = 5  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """The metadata of a tensor.
+    """The metadata of a tensor, of float32, float16 or bfloat16; `file` is None if it has not been written yet."""
 
-    Attributes:
-      file: the file that holds it; None if it has not been written yet.
-      shape: its shape.
-      dtype: float32, float16 or bfloat16.
-    """
-
-    file: pathlib.Path | None
     shape: tuple[int, ...]
     dtype: np.dtype
+    file: pathlib.Path | None = None
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorDirectory:
-    """The tensors of a directory: `model.safetensors`, or several files and their index.
-
-    Attributes:
-      tensors: their metadata, by name.
-    """
+    """The tensors of a directory: `model.safetensors`, or several files and their index."""
 
     def __init__(self, directory: pathlib.Path):
-        """Reads the headers of all files.
+        """Reads the headers of all files; `tensors` is the metadata by name.
 
         Raises:
           InputError: a file is missing, truncated or not in the index, or a tensor is in two files, in none, or not a
@@ -53,20 +46,40 @@ class TensorDirectory:
         """
         self._directory = directory
         self.tensors: dict[str, TensorInfo] = {}
-        index = _read_index(directory)
-        for file in _files(directory, index):
-            for name, tensor in _read_header(file):
-                if name in self.tensors:
-                    raise InputError(f"{directory}: the tensor {name} is in two files, {self.tensors[name].file.name} "
-                                     f"and {file.name}")
-                self.tensors[name] = tensor
-        if index is None:
-            return
-        for name in index.keys() - self.tensors.keys():
-            raise InputError(f"{directory / index[name]}: the tensor {name}, which {INDEX} expects there, is missing")
-        for name, tensor in self.tensors.items():
-            if index.get(name) != tensor.file.name:
-                raise InputError(f"{tensor.file}: holds the tensor {name}, which {INDEX} does not expect there")
+        files = sorted(directory.glob("*.safetensors"))
+        index = _read_index(directory, {file.name for file in files})
+        if not files:
+            pickled = sorted(directory.glob("*.bin"))
+            reason = f", only {pickled[0].name}, a pickle; save the model as safetensors first" if pickled else ""
+            raise InputError(f"{directory}: contains no safetensors{reason}")
+        for file in files:
+            self._add(file)
+        found = {name: tensor.file.name for name, tensor in self.tensors.items()}
+        for name in sorted(index.keys() | found.keys()) if index is not None else ():
+            if found.get(name) != index.get(name):
+                raise InputError(f"{directory}: the tensor {name} is in {found.get(name, 'no file')}; by {INDEX} it "
+                                 f"must be in {index.get(name, 'no file')}")
+
+    def _add(self, path: pathlib.Path) -> None:
+        """Adds the metadata of the tensors of a file."""
+        try:
+            with safe_open(path, framework="np") as file:
+                parts = {name: file.get_slice(name) for name in file.offset_keys()}
+                described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        except OSError as error:  # a dangling link, for example
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except SafetensorError as error:
+            with open(path, "rb") as stream:
+                pointer = stream.read(12) == b"version http"
+            reason = "a git-lfs pointer, not the file itself" if pointer else f"truncated or corrupt ({error})"
+            raise InputError(f"{path}: {reason}; download it again") from error
+        for name, (shape, dtype) in described.items():
+            if name in self.tensors:
+                raise InputError(f"{self._directory}: the tensor {name} is in two files, "
+                                 f"{self.tensors[name].file.name} and {path.name}")
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: the tensor {name} has the dtype {dtype}; must be one of {', '.join(DTYPES)}")
+            self.tensors[name] = TensorInfo(shape, DTYPES[dtype], path)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises InputError if the tensors are not exactly these, in these shapes; names the difference."""
@@ -75,10 +88,10 @@ class TensorDirectory:
             if names:
                 some = ", ".join(sorted(names)[:_LISTED]) + (", …" if len(names) > _LISTED else "")
                 raise InputError(f"{self._directory}: {len(names)} {problem} tensor{'s' * (len(names) > 1)}: {some}")
-        for name, shape in expected.items():
-            if self.tensors[name].shape != shape:
-                raise InputError(f"{self.tensors[name].file}: the tensor {name} has the shape "
-                                 f"{list(self.tensors[name].shape)}; by config.json it must be {list(shape)}")
+        for name, tensor in self.tensors.items():
+            if tensor.shape != expected[name]:
+                raise InputError(f"{tensor.file}: the tensor {name} has the shape {list(tensor.shape)}; by config.json "
+                                 f"it must be {list(expected[name])}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a tensor, and nothing else, from disk."""
@@ -87,87 +100,42 @@ class TensorDirectory:
             return file.get_slice(name)[index]
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+def _read_index(directory: pathlib.Path, files: set[str]) -> dict[str, str] | None:
+    """The file, one of `files`, of each tensor; None if there is no index."""
     path = directory / INDEX
     if not path.exists():
         return None
     try:
         index = json.loads(path.read_bytes())["weight_map"]
-        files = set(index.values())
+        missing = set(index.values()) - files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: must be JSON with a weight_map from tensors to files") from error
-    for file in files:
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise InputError(f"{path}: {file!r} is not the name of a file beside it")
+    if missing:
+        raise InputError(f"{path}: names {min(missing, key=str)!r}, which is not a file beside it")
     return index
 
 
-def _files(directory: pathlib.Path, index: dict[str, str] | None) -> list[pathlib.Path]:
-    found = sorted(directory.glob("*.safetensors"))
-    if index is None:
-        if found:
-            return found
-        pickled = sorted(directory.glob("*.bin"))
-        reason = f", only {pickled[0].name}, a pickle; save the model as safetensors first" if pickled else ""
-        raise InputError(f"{directory}: contains no safetensors{reason}")
-    named = sorted(directory / file for file in set(index.values()))
-    for file in named:
-        if file not in found:
-            raise InputError(f"{file}: missing; {INDEX} names it")
-    for file in found:
-        if file not in named:
-            raise InputError(f"{file}: {INDEX} does not name it; remove one of the two")
-    return named
+def write_tensors(directory: pathlib.Path, tensors: dict[str, TensorInfo], arrays: Iterable[np.ndarray],
+                  shard_bytes: int) -> None:
+    """Writes tensors, and `arrays` as their values, into files of at most `shard_bytes`, and an index if necessary.
 
-
-def _read_header(path: pathlib.Path) -> Iterator[tuple[str, TensorInfo]]:
-    try:
-        with safe_open(path, framework="np") as file:
-            parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
-            described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts]
-    except OSError as error:  # a dangling link, for example
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            pointer = file.read(12) == b"version http"
-        reason = "a git-lfs pointer, not the file itself" if pointer else f"truncated or corrupt ({error})"
-        raise InputError(f"{path}: {reason}; download it again") from error
-    for name, dtype, shape in described:
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: the tensor {name} has the dtype {dtype}; must be one of {', '.join(DTYPES)}")
-        yield name, TensorInfo(path, shape, DTYPES[dtype])
-
-
-def write_tensors(directory: pathlib.Path, tensors: dict[str, TensorInfo], values: Iterable[tuple[str, np.ndarray]],
-                  shard_bytes: int, progress: Callable[[int], Any]) -> None:
-    """Writes tensors one after another into files of about `shard_bytes`, and an index if there are several files.
-
-    The `safetensors` package needs all tensors of a file in memory; this holds one at a time.
-
-    Args:
-      directory: an existing directory.
-      tensors: their metadata, in the order of writing.
-      values: (name, array) in the same order.
-      shard_bytes: maximum size of a file, unless a single tensor is larger.
-      progress: called with the size in bytes of each tensor after it is written.
+    A tensor that is larger has a file of its own. The `safetensors` package needs all tensors of a file in memory; this
+    holds one at a time.
     """
     shards: list[dict[str, TensorInfo]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
-    weight_map, values = {}, iter(values)
+    weight_map: dict[str, str] = {}
+    arrays = iter(arrays)
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         with open(directory / file, "wb") as stream:
             stream.write(_header(shard))
-            for expected, tensor in shard.items():
-                name, array = next(values)
-                if (name, array.shape, array.dtype) != (expected, tensor.shape, tensor.dtype):
-                    raise ValueError(f"{expected} {tensor} was expected, not {name} {array.dtype}{array.shape}")
+            for array in itertools.islice(arrays, len(shard)):
                 stream.write(np.ascontiguousarray(array).view(np.uint8).data)
-                weight_map[name] = file
-                progress(tensor.nbytes)
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -24,13 +24,7 @@ def replicated_params(module: Module, params: Any) -> list[str]:
 
     An activation may have the same number of elements, or even the same shape. Therefore origins decide: copies of
     parameters depend on parameters only; gradients (and sums of them) have the stack's own shape and element size.
-
-    Args:
-      module: the program, some of whose parameters are `params`.
-      params: the params as ShapeDtypeStructs with their shardings.
-
-    Returns:
-      A line for each buffer.
+    `params` are ShapeDtypeStructs with shardings.
     """
     sharded = {jax.tree_util.keystr(path, simple=True, separator="/"): x
                for path, x in jax.tree_util.tree_leaves_with_path(params)

@@ -5,7 +5,6 @@ Interconnect figures there count both directions; here they are one direction, s
 bfloat16.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -21,25 +20,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU chip.
+    """One TPU chip. Bandwidths are in bytes per second."""
 
-    Attributes:
-      flops: peak bfloat16 operations per second.
-      hbm_bytes: size of HBM.
-      hbm_bandwidth: bytes per second.
-      ici_bandwidth: bytes per second that a chip can send to its neighbours, all links together.
-      dcn_bandwidth: bytes per second that a chip can send to other slices.
-      flops_per_cycle: operations of its matrix units per cycle; `flops` divided by it is the clock.
-      devices: JAX devices per chip.
-    """
-
-    flops: float
+    flops: float  # peak bfloat16 operations per second
     hbm_bytes: float
     hbm_bandwidth: float
-    ici_bandwidth: float
-    dcn_bandwidth: float
-    flops_per_cycle: float
-    devices: int = 1
+    ici_bandwidth: float  # to its neighbours, all links together
+    dcn_bandwidth: float  # to other slices
+    flops_per_cycle: int  # of its matrix units: 2 · units · width²
+    slices: tuple[str, ...]  # shapes that can be compiled for, in chips
+    devices: int = 1  # of JAX per chip
 
     @property
     def clock(self) -> float:
@@ -47,35 +37,19 @@ class Chip:
         return self.flops / self.flops_per_cycle
 
 
-def _matrix_units(count: int, width: int) -> float:
-    return 2.0 * count * width * width
-
-
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 25e9 / 8, _matrix_units(4, 128)),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 50e9 / 8, _matrix_units(8, 128)),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, _matrix_units(4, 256)),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, _matrix_units(8, 256), devices=2),
-}
-# Shapes, in chips.
-TOPOLOGIES = {
-    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 25e9 / 8, 2 * 4 * 128**2, _SQUARES),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 50e9 / 8, 2 * 8 * 128**2, (*_CUBES, "8x8x16", "8x16x16")),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, 2 * 4 * 256**2, _SQUARES),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 100e9 / 8, 2 * 8 * 256**2, _CUBES, devices=2),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """The devices of one or several slices, which need not exist.
-
-    Attributes:
-      name: such as `v5p:4x4x4`.
-      num_slices: slices, connected by the data centre network.
-      chip: the kind of chip.
-      devices: JAX devices to compile for.
-    """
+    """The JAX devices of one or several slices called `name`, such as `v5p:4x4x4`, which need not exist."""
 
     name: str
     num_slices: int
@@ -95,30 +69,22 @@ class Topology:
 
 def versions() -> dict[str, str]:
     """Versions of the installed compilers, by package."""
-    found = {}
-    for name in ("jax", "libtpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {name: metadata.version(name) for name in ("jax", "libtpu") if importlib.util.find_spec(name)}
 
 
 def parse(name: str) -> tuple[str, str]:
     """(chip, shape) of a topology's name. Raises InputError that lists the known names."""
     kind, _, shape = name.partition(":")
-    if kind not in TOPOLOGIES:
-        raise InputError(f"--topology={name}: unknown; known chips: {', '.join(TOPOLOGIES)}, for example v5p:4x4x4")
-    if shape not in TOPOLOGIES[kind]:
+    if kind not in CHIPS:
+        raise InputError(f"--topology={name}: unknown; known chips: {', '.join(CHIPS)}, for example v5p:4x4x4")
+    if shape not in CHIPS[kind].slices:
         raise InputError(f"--topology={name}: unknown; known for {kind}: "
-                         f"{', '.join(f'{kind}:{known}' for known in TOPOLOGIES[kind])}")
+                         f"{', '.join(f'{kind}:{known}' for known in CHIPS[kind].slices)}")
     return kind, shape
 
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of `num_slices` slices called `name`, from libtpu alone; no TPU is needed.
-
-    Raises:
-      InputError: the name is unknown, or libtpu is not installed.
-    """
+    """The devices of slices, from libtpu alone. Raises InputError if the name is unknown or libtpu is not installed."""
     kind, shape = parse(name)
     if num_slices < 1:
         raise InputError(f"--num_slices={num_slices}: must be 1 or more")

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -97,22 +97,17 @@ class Origin(enum.IntEnum):
 
 
 class Module:
-    """A compiled program.
-
-    Attributes:
-      computations: instructions of each computation, by name.
-      entry: name of the computation that is run.
-    """
+    """A compiled program."""
 
     def __init__(self, text: str):
         """Parses the text of a compiled program (`compiled.as_text()`)."""
-        self.computations: dict[str, list[Instruction]] = {}
-        self.entry = ""
-        current: list[Instruction] = []
+        self.computations: dict[str, dict[str, Instruction]] = {}  # instructions in order, by name
+        self.entry = ""  # the computation that is run
+        current: dict[str, Instruction] = {}
         for line in text.split("\n"):
             header = _COMPUTATION.match(line)
             if header:
-                current = self.computations.setdefault(header.group(2), [])
+                current = self.computations.setdefault(header.group(2), {})
                 if header.group(1):
                     self.entry = header.group(2)
                 continue
@@ -121,65 +116,56 @@ class Module:
                 name, shapes, opcode, rest = found.groups()
                 parsed = tuple(Shape(dtype, tuple(int(d) for d in dims.split(",") if d), "S(1)" in (layout or ""))
                                for dtype, dims, layout in _SHAPE.findall(shapes))
-                current.append(Instruction(name, opcode, parsed, rest, line.lstrip().startswith("ROOT ")))
+                current[name] = Instruction(name, opcode, parsed, rest, line.lstrip().startswith("ROOT "))
 
     def trip_count(self, loop: Instruction, default: int) -> int:
         """Iterations of a while loop that counts up to a constant; `default` if its bound is computed."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known.group(1))
         condition = self.computations[loop.attribute("condition")]
-        by_name = {instruction.name: instruction for instruction in condition}
-        root = next(instruction for instruction in condition if instruction.is_root)
+        root = next(instruction for instruction in condition.values() if instruction.is_root)
         if root.opcode == "compare" and root.attribute("direction") == "LT":
             for operand in root.operands:
-                bound = by_name[operand]
+                bound = condition[operand]
                 while bound.opcode in ("copy", "bitcast"):
-                    bound = by_name[bound.operands[0]]
+                    bound = condition[bound.operands[0]]
                 if bound.opcode == "constant":
                     return bound.number
         return default
 
-    def executed(self, default_trip_count: int = 1) -> list[tuple[Instruction, str, int]]:
-        """(instruction, its computation, number of executions) for all instructions outside fusions.
+    def executed(self, name: str, default_trip_count: int = 1,
+                 times: int = 1) -> Iterator[tuple[Instruction, str, int]]:
+        """Yields (instruction, its computation, number of executions) of `times` runs of the computation `name`.
 
-        Args:
-          default_trip_count: iterations of loops whose bound is computed.
+        Instructions inside fusions are left out. Loops whose bound is computed have `default_trip_count` iterations.
         """
-        found: list[tuple[Instruction, str, int]] = []
-
-        def visit(name: str, times: int) -> None:
-            for instruction in self.computations[name]:
-                found.append((instruction, name, times))
-                if instruction.opcode == "while":
-                    visit(instruction.attribute("body"), times * self.trip_count(instruction, default_trip_count))
-                elif instruction.opcode in ("call", "conditional", "async-start"):
-                    # Only the first branch counts: in decoding it is the one that computes the whole canvas.
-                    for called in instruction.called[:1]:
-                        visit(called, times)
-
-        visit(self.entry, 1)
-        return found
+        for instruction in self.computations[name].values():
+            yield instruction, name, times
+            if instruction.opcode == "while":
+                iterations = times * self.trip_count(instruction, default_trip_count)
+                yield from self.executed(instruction.attribute("body"), default_trip_count, iterations)
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                # Only the first branch counts: in decoding it is the one that computes the whole canvas.
+                for called in instruction.called[:1]:
+                    yield from self.executed(called, default_trip_count, times)
 
     def buffers(self) -> list[tuple[str, Instruction, Shape]]:
         """(computation, instruction, array) for every array outside fusions, arguments included."""
-        fused = {called for instructions in self.computations.values() for i in instructions if i.opcode == "fusion"
-                 for called in i.called}
+        fused = {called for instructions in self.computations.values() for i in instructions.values()
+                 if i.opcode == "fusion" for called in i.called}
         return [(name, i, shape) for name, instructions in self.computations.items() if name not in fused
-                for i in instructions for shape in i.shapes]
+                for i in instructions.values() for shape in i.shapes]
 
     def origins(self, chosen: Callable[[Instruction], bool]) -> dict[tuple[str, str], Origin]:
-        """The origin of each executed instruction's result, by (computation, instruction).
+        """The origin of each executed instruction's result, by (computation, instruction), through tuples and loops.
 
-        Results are followed through tuples and loops.
-
-        Args:
-          chosen: True for the parameters of the program whose origin is Origin.CHOSEN.
+        Parameters of the program have the origin CHOSEN if `chosen` is true of them, else OTHER.
         """
         found: dict[tuple[str, str], Origin] = {}
 
         def visit(name: str, arguments: list[_Origins]) -> _Origins:
             values: dict[str, _Origins] = {}
-            for i in self.computations[name]:
+            for i in self.computations[name].values():
                 operands = [values[operand] for operand in i.operands if operand in values]
                 value: _Origins = max(map(_most, operands), default=Origin.CONSTANT)
                 if i.opcode == "parameter":
@@ -203,7 +189,7 @@ class Module:
             return root
 
         inputs = {i.number: Origin.CHOSEN if chosen(i) else Origin.OTHER
-                  for i in self.computations[self.entry] if i.opcode == "parameter"}
+                  for i in self.computations[self.entry].values() if i.opcode == "parameter"}
         visit(self.entry, [inputs[number] for number in sorted(inputs)])
         return found
 
@@ -223,23 +209,14 @@ def _join(one: _Origins, other: _Origins) -> _Origins:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one device in one run of a program.
+    """The work of one device in one run of a program."""
 
-    Attributes:
-      cycles: the compiler's estimate, without kernels and collectives.
-      hbm_bytes: bytes read from and written to HBM, kernels included.
-      ici_bytes: bytes sent within the slice, by the best algorithm of each collective.
-      dcn_bytes: bytes sent to other slices.
-      collectives: result bytes by kind.
-      kernels: number of calls of each Pallas kernel, by name.
-    """
-
-    cycles: float
-    hbm_bytes: float
-    ici_bytes: float
-    dcn_bytes: float
-    collectives: dict[str, float]
-    kernels: dict[str, int]
+    cycles: float  # the compiler's estimate, without kernels and collectives
+    hbm_bytes: float  # read from and written to HBM, kernels included
+    ici_bytes: float  # sent within the slice, by the best algorithm of each collective
+    dcn_bytes: float  # sent to other slices
+    collectives: dict[str, float]  # result bytes by kind
+    kernels: dict[str, int]  # calls of each Pallas kernel
 
 
 def work(module: Module, num_devices: int, num_slices: int = 1, default_trip_count: int = 1) -> Work:
@@ -247,11 +224,10 @@ def work(module: Module, num_devices: int, num_slices: int = 1, default_trip_cou
     cycles = hbm = ici = dcn = 0.0
     collectives: collections.Counter[str] = collections.Counter()
     kernels: collections.Counter[str] = collections.Counter()
-    by_computation = {name: {i.name: i for i in instructions} for name, instructions in module.computations.items()}
-    for instruction, computation, times in module.executed(default_trip_count):
+    for instruction, computation, times in module.executed(module.entry, default_trip_count):
         cycles += times * instruction.cycles
         if instruction.opcode not in FREE:
-            hbm += times * _memory_traffic(module, instruction, by_computation[computation])
+            hbm += times * _memory_traffic(module, instruction, module.computations[computation])
         if 'custom_call_target="tpu_custom_call"' in instruction.text:
             kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
         for kind, size, text in _collectives(module, instruction):
@@ -282,7 +258,7 @@ def _collectives(module: Module, instruction: Instruction) -> list[tuple[str, fl
         return [(kind, sum(shape.size for shape in shapes), instruction.text)]
     if instruction.opcode != "fusion":
         return []
-    return [found for called in instruction.called for inner in module.computations[called]
+    return [found for called in instruction.called for inner in module.computations[called].values()
             if inner.opcode != "fusion" for found in _collectives(module, inner)]
 
 
@@ -316,15 +292,14 @@ def _memory_traffic(module: Module, instruction: Instruction, siblings: dict[str
         return 2 * read.get(instruction.operands[1], 0.0)
     if instruction.opcode == "fusion":
         inside = module.computations[instruction.called[0]]
-        parameters = {i.number: i.name for i in inside if i.opcode == "parameter"}
+        parameters = {i.number: i.name for i in inside.values() if i.opcode == "parameter"}
         for index, operand in enumerate(instruction.operands):
-            users = [i for i in inside if parameters.get(index) in i.operands]
+            users = [i for i in inside.values() if parameters.get(index) in i.operands]
             if operand in read and users and all(
                     i.opcode == "dynamic-slice" or (i.opcode == "dynamic-update-slice"
                                                     and i.operands[0] == parameters[index]) for i in users):
                 read[operand] = sum(i.size for i in users if i.opcode == "dynamic-slice")
-        updates = [i for i in inside if i.opcode == "dynamic-update-slice"]
+        updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
         if updates:
-            sizes = {i.name: i.size for i in inside}
-            written = sum(sizes.get(i.operands[1], 0.0) for i in updates)
+            written = sum(inside[i.operands[1]].size for i in updates)
     return written + sum(read.values())

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from illada_jax import model
 from illada_jax.config import Config
+from illada_jax.errors import ConfigError
 from illada_jax.parallel.sharding import sharding_report
 from illada_jax.planning import checks, hlo, programs, roofline
 from illada_jax.planning.chips import Topology, versions
@@ -18,23 +19,12 @@ from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.saved_model import abstract_params
 from illada_jax.training.step import abstract_state
 
-Mode = Literal["train", "decode", "score"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of a plan, besides config and topology.
+    """Options of a plan, besides config and topology: see the flags of the `aot` command."""
 
-    Attributes:
-      mode: the program.
-      canvas: columns of decoding and scoring; 0 uses the context length.
-      quantize: weights of decoding and scoring, `none` (the compute dtype) or `int8`.
-      kernel_efficiency: assumed share of the peak that attention kernels reach; the compiler has no estimate.
-      price: per chip and hour, in any currency; 0 omits the cost.
-      search: also find the largest batch that fits.
-    """
-
-    mode: Mode = "train"
+    mode: Literal["train", "decode", "score"] = "train"
     canvas: int = 0
     quantize: Literal["none", "int8"] = "none"
     kernel_efficiency: float = 0.7
@@ -65,30 +55,26 @@ def make_plan(config: Config, topology: Topology, options: Options) -> dict[str,
 def _plan_training(config: Config, mesh: Mesh, topology: Topology,
                    options: Options) -> tuple[dict[str, Any], list[str]]:
     """(figures, assumptions) of the training step."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     params = abstract_state(config, make_optimizer(config), mesh).params
-    compiled = _compile(programs.lower_train(config, mesh), topology, _training_advice(config, shards))
-    module = hlo.Module(compiled.text)
+    rows = config.data.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
+    text, memory = _compile(programs.lower_train(config, mesh), topology, _training_advice(config, rows))
+    module = hlo.Module(text)
     chunks = config.data.length // (config.train.logits_chunk or config.data.length)
     work = hlo.work(module, mesh.size, topology.num_slices, default_trip_count=chunks)
     bounds = roofline.step_bounds(config, mesh, topology, work, options.kernel_efficiency)
-    at_peak = dataclasses.replace(bounds, kernels=bounds.kernels_at_peak)
-    rows = config.data.batch_size // config.train.microbatches // shards
-    days = config.train.steps * bounds.best / 86_400
+    days = config.train.steps * bounds["best"] / 86_400
     plan = {
         "batch_size": config.data.batch_size, "length": config.data.length, "rows_per_device": rows,
         "microbatches": config.train.microbatches, "tokens_per_step": config.data.batch_size * config.data.length,
         "steps": config.train.steps,
-        **_memory(compiled, topology),
-        "bounds": {**dataclasses.asdict(bounds), "best": bounds.best, "without_overlap": bounds.without_overlap,
-                   "best_with_kernels_at_peak": at_peak.best},
-        "work": dataclasses.asdict(work),
-        "mfu_bound": bounds.mfu(bounds.best), "mfu_without_overlap": bounds.mfu(bounds.without_overlap),
+        **memory, "bounds": bounds, "work": dataclasses.asdict(work),
+        "mfu_bound": bounds["compute"] / bounds["best"],
+        "mfu_without_overlap": bounds["compute"] / bounds["without_overlap"],
         "days": days,
         "whole_logits": checks.whole_logits(module, config, rows, mesh.shape["tensor"]),
         "replicated_params": checks.replicated_params(module, params),
         "sharding": sharding_report(params, model.param_axes(config.model)),
-        "mfu_bound_with_kernels_at_peak": bounds.mfu(at_peak.best),
+        "mfu_bound_with_kernels_at_peak": bounds["compute"] / bounds["best_with_kernels_at_peak"],
     }
     assumptions = [
         f"attention kernels reach {options.kernel_efficiency:.0%} of the peak (--kernel_efficiency); the compiler has "
@@ -104,7 +90,7 @@ def _plan_training(config: Config, mesh: Mesh, topology: Topology,
     if options.price:
         plan["cost"] = days * 24 * topology.num_chips * options.price
     if options.search:
-        plan["largest_rows_per_device"] = _largest_rows(config, mesh, topology, rows, compiled.total_bytes)
+        plan["largest_rows_per_device"] = _largest_rows(config, mesh, topology, rows, memory["total_bytes"])
     return plan, assumptions
 
 
@@ -112,49 +98,48 @@ def _plan_inference(config: Config, mesh: Mesh, topology: Topology,
                     options: Options) -> tuple[dict[str, Any], list[str]]:
     """(figures, assumptions) of the decoder or the scorer."""
     canvas = options.canvas or config.model.max_length
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.decode.batch_size % shards:
+        raise ConfigError(f"config.decode.batch_size = {config.decode.batch_size}: must be divisible by mesh.data × "
+                          f"mesh.fsdp = {shards}")
     params = abstract_params(config.model, jnp.dtype(config.model.dtype), mesh, options.quantize == "int8")
     if options.mode == "decode":
         lowered = programs.lower_decode(config, mesh, params, canvas)
     else:
         lowered = programs.lower_score(config, mesh, params, canvas, config.decode.block_length)
     quantize = "" if options.quantize == "int8" else "--quantize=int8, "
-    compiled = _compile(lowered, topology, f"{quantize}a smaller --config.decode.batch_size, a larger "
-                                           "--config.mesh.tensor, or a shorter --canvas")
+    _, memory = _compile(lowered, topology, f"{quantize}a smaller --config.decode.batch_size, a larger "
+                                            "--config.mesh.tensor, or a shorter --canvas")
     param_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
     bounds = {name: roofline.evaluation_bounds(config, mesh, topology, canvas, param_bytes, cached)
               for name, cached in (("canvas", False), ("block", True))}
     plan = {"rows": config.decode.batch_size, "canvas": canvas, "block_length": config.decode.block_length,
             "cache": config.decode.cache, "reveal": config.decode.reveal, "quantize": options.quantize,
-            "param_bytes": param_bytes, **_memory(compiled, topology),
-            "bounds": {name: {**dataclasses.asdict(b), "best": b.best} for name, b in bounds.items()}}
+            "param_bytes": param_bytes, **memory, "bounds": bounds}
     assumptions = [
         "decoding and scoring: an evaluation takes the longest of its FLOPs at the peak, its bytes (params once, the "
         "cache once) at the bandwidth of memory, and its partial sums over `tensor` at that of the links, by formula",
         "decoding and scoring: all rows are full, nothing but evaluations of the network takes time",
     ]
     if options.mode == "decode":
-        plan["rates"] = roofline.decode_rates(config, bounds["canvas"], bounds["block"])
+        plan["rates"] = roofline.decode_rates(config, bounds["canvas"]["best"], bounds["block"]["best"])
         assumptions.append("decoding: a threshold reveals 1, 2 or 4 tokens of each row per evaluation; how many it "
                            "really does depends on the model")
     else:
-        del plan["bounds"]["block"]
-        plan["rows_per_second"] = config.decode.batch_size / bounds["canvas"].best
+        del bounds["block"]
+        plan["rows_per_second"] = config.decode.batch_size / bounds["canvas"]["best"]
     return plan, assumptions
 
 
-def _compile(lowered: jax.stages.Lowered, topology: Topology, advice: str) -> programs.Compiled:
+def _compile(lowered: jax.stages.Lowered, topology: Topology, advice: str) -> tuple[str, dict[str, Any]]:
+    """The text of the compiled program, and figures of its memory."""
     try:
-        return programs.compile_lowered(lowered)
+        text, figures = programs.compile_lowered(lowered)
     except programs.DoesNotFit as error:
         raise programs.DoesNotFit(f"{topology.name}: {error}. What would help: {advice}") from error
-
-
-def _memory(compiled: programs.Compiled, topology: Topology) -> dict[str, Any]:
-    available, memory = topology.bytes_per_device, compiled.memory
-    return {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
-            "total_bytes": compiled.total_bytes, "peak_bytes": memory.peak_memory_in_bytes,
-            "available_bytes": available, "headroom_bytes": available - compiled.total_bytes,
-            "fits": compiled.total_bytes <= available, "compile_seconds": round(compiled.seconds, 1)}
+    headroom = topology.bytes_per_device - figures["total_bytes"]
+    return text, {**figures, "available_bytes": topology.bytes_per_device, "headroom_bytes": headroom,
+                  "fits": headroom >= 0}
 
 
 def _largest_rows(config: Config, mesh: Mesh, topology: Topology, rows: int, used: int) -> int:
@@ -163,7 +148,7 @@ def _largest_rows(config: Config, mesh: Mesh, topology: Topology, rows: int, use
         batch_size = rows * mesh.shape["data"] * mesh.shape["fsdp"] * config.train.microbatches
         larger = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
         try:
-            return programs.compile_lowered(programs.lower_train(larger, mesh)).total_bytes
+            return programs.compile_lowered(programs.lower_train(larger, mesh))[1]["total_bytes"]
         except programs.DoesNotFit:
             return math.inf
 
@@ -179,10 +164,9 @@ def _largest_rows(config: Config, mesh: Mesh, topology: Topology, rows: int, use
     return max(largest, least)
 
 
-def _training_advice(config: Config, shards: int) -> str:
+def _training_advice(config: Config, rows: int) -> str:
     """The changes that reduce the memory of a training step, cheapest first."""
     changes = []
-    rows = config.data.batch_size // config.train.microbatches // shards
     if rows > 1:
         changes.append(f"more --config.train.microbatches than {config.train.microbatches} ({rows} rows on a device)")
     if config.model.remat != "full":

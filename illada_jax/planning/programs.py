@@ -21,31 +21,14 @@ from illada_jax.decoding.loop import Carry, run_blocks
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
-from illada_jax.planning.chips import GIB, Topology
+from illada_jax.planning.chips import Topology
 from illada_jax.scoring.log_probs import token_log_probs
 from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.step import abstract_state, make_train_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A program compiled for one device.
-
-    Attributes:
-      text: the program.
-      memory: the compiler's statistics, in bytes; less is in use at the peak than is reserved, as there are gaps.
-      seconds: processor time of the compilation.
-    """
-
-    text: str
-    memory: Any
-    seconds: float
-
-    @property
-    def total_bytes(self) -> int:
-        """Memory that a device needs to run it; aliased outputs share the memory of arguments."""
-        return (self.memory.argument_size_in_bytes + self.memory.output_size_in_bytes
-                - self.memory.alias_size_in_bytes + self.memory.temp_size_in_bytes)
+# The compiler's two messages: "Used 20.25G of 15.75G hbm", "(20.25G) exceeds available HBM (15.75G)".
+_REFUSAL = re.compile(r"([\d.]+)([KMG])i?\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])i?(?: hbm|\))")
+_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0}  # in GiB
 
 
 class DoesNotFit(InputError):
@@ -81,12 +64,7 @@ def lower_train(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_decode(config: Config, mesh: Mesh, params: Any, canvas: int) -> jax.stages.Lowered:
-    """Lowers the decoder's loop over config.decode.batch_size rows of `canvas` columns; `params` are abstract.
-
-    Raises:
-      ConfigError: the rows or the model do not divide over the mesh.
-    """
-    _check_decode_rows(config, mesh)
+    """Lowers the decoder's loop over config.decode.batch_size rows of `canvas` columns; `params` are abstract."""
     mask = config.diffusion.mask_id
     others = [id_ for id_ in range(4) if id_ != mask][:3]
     ids = SpecialIds(mask, *others, vocab_size=config.model.vocab_size)
@@ -105,12 +83,7 @@ def lower_decode(config: Config, mesh: Mesh, params: Any, canvas: int) -> jax.st
 
 
 def lower_score(config: Config, mesh: Mesh, params: Any, canvas: int, queries: int) -> jax.stages.Lowered:
-    """Lowers one evaluation of the scorers: config.decode.batch_size rows, `queries` of their `canvas` columns queried.
-
-    Raises:
-      ConfigError: the rows or the model do not divide over the mesh.
-    """
-    _check_decode_rows(config, mesh)
+    """Lowers one evaluation of the scorers, of config.decode.batch_size rows: `queries` of `canvas` columns each."""
     shapes = ((canvas,), (), (), (queries,), (queries, 1))
     arrays = [_rows(mesh, jnp.int32, config.decode.batch_size, *shape) for shape in shapes]
     with use_mesh(mesh):
@@ -123,18 +96,12 @@ def _rows(mesh: Mesh, dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
-def _check_decode_rows(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if the rows of decoding, or the model, do not divide over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.decode.batch_size
-    if rows % shards:
-        raise ConfigError(f"config.decode.batch_size = {rows}: must be divisible by mesh.data × mesh.fsdp = {shards}")
-    check_divisible(dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=shards),
-                                        train=dataclasses.replace(config.train, microbatches=1)), mesh)
-
-
-def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered) -> tuple[str, dict[str, Any]]:
     """Compiles in one to two minutes and 2 GiB, for a model of any depth.
+
+    Returns:
+      The text of the program, and figures of one device: its memory in bytes, less of which is in use at the peak than
+      is reserved in total, as there are gaps, and the processor time of the compilation.
 
     Raises:
       DoesNotFit: the program needs more memory than a device has; says how much of each.
@@ -143,24 +110,16 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        refusal = _parse_refusal(" ".join(str(error).split()))
+        refusal = _REFUSAL.search(" ".join(str(error).split()))
         if refusal is None:
             raise
-        needed, available = refusal
+        needed, available = (float(refusal[i]) * _UNITS[refusal[i + 1]] for i in (1, 3))
         raise DoesNotFit(f"needs {needed:.1f} GiB on each device, which has {available:.2f} GiB: "
                          f"{needed - available:.1f} GiB too much") from error
-    return Compiled(compiled.as_text(), compiled.memory_analysis(), time.process_time() - started)
-
-
-# The compiler's messages when memory is short: after it has placed all buffers, or before.
-_REFUSALS = (r"Used ([\d.]+)([KMG])i? of ([\d.]+)([KMG])i? hbm",
-             r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
-
-
-def _parse_refusal(message: str) -> tuple[float, float] | None:
-    """(GiB needed, GiB available) if the compiler's message says that memory is short, else None."""
-    found = next(filter(None, (re.search(refusal, message) for refusal in _REFUSALS)), None)
-    if found is None:
-        return None
-    units = {"K": 2**10 / GIB, "M": 2**20 / GIB, "G": 1.0}
-    return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    memory = compiled.memory_analysis()
+    total = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+             + memory.temp_size_in_bytes)  # aliased outputs share the memory of arguments
+    return compiled.as_text(), {
+        "argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": total, "peak_bytes": memory.peak_memory_in_bytes,
+        "compile_seconds": round(time.process_time() - started, 1)}

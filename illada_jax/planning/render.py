@@ -93,11 +93,7 @@ _CHIP_COLUMNS = ("chip", "peak TFLOP/s (bf16)", "HBM GiB", "HBM GB/s", "links GB
 
 
 def as_markdown(cases: list[dict[str, Any]]) -> str:
-    """Tables of compared plans, the best first, of the chips, the arithmetic and every assumption.
-
-    Args:
-      cases: {"name": …, "plan": …} or {"name": …, "error": …}.
-    """
+    """Tables of cases, each with a name and a plan or an error, of the chips, the arithmetic and every assumption."""
     planned = [case for case in cases if "plan" in case]
     train, decode, score = ([case for case in planned if case["plan"]["mode"] == mode]
                             for mode in ("train", "decode", "score"))

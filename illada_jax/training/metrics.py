@@ -6,7 +6,6 @@ minute, before every checkpoint and at the end.
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -28,21 +27,15 @@ class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager."""
 
     def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
-        """Opens the files; lines after `start_step`, written before a restart, are dropped.
-
-        Args:
-          workdir: the working directory.
-          start_step: the step at which this process starts.
-          tensorboard: also write TensorBoard events.
-        """
+        """Opens the files and drops lines after `start_step`, at which this process starts: a restart repeats them."""
         self._file = None
         self._events = None
         if jax.process_index():
             return
         path = workdir / NAME
-        kept = [line for line, content in _lines(path) if content["step"] <= start_step] if start_step else []
+        kept = [_encode(line) for line in read_lines(workdir) if line["step"] <= start_step] if start_step else []
         remove_leftovers(path)
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        write_atomically(path, "".join(kept))
         self._workdir, self._local = workdir, workdir
         if is_remote(workdir):
             self._local = epath.Path(tempfile.mkdtemp())
@@ -69,18 +62,19 @@ class MetricWriter:
                 self._local.rmtree()
 
     def write(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Writes numbers and texts of a step.
-
-        Raises:
-          StorageError: they cannot be written.
-        """
+        """Writes numbers and texts of a step. Raises StorageError if they cannot be written."""
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
+            self._file.write(_encode({"step": step, **metrics}))
             self._file.flush()
             if self._events is not None:
-                self._write_events(step, metrics)
+                for name, value in metrics.items():
+                    if isinstance(value, str):
+                        self._events.add_text(name, f"```\n{value}\n```", step)
+                    else:
+                        self._events.add_scalar(name, value, step)
+                self._events.flush()
             if time.monotonic() - self._published > _PUBLISH_SECONDS:
                 self.publish()
         except OSError as error:
@@ -95,18 +89,25 @@ class MetricWriter:
             path.copy(self._workdir / path.name, overwrite=True)
         self._published = time.monotonic()
 
-    def _write_events(self, step: int, metrics: dict[str, float | str]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, str):
-                self._events.add_text(name, f"```\n{value}\n```", step)
-            else:
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+
+def _encode(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def read_lines(workdir: epath.Path, after: float = -math.inf, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` with after < step <= up_to, in order; empty if there is no file."""
-    return [content for _, content in _lines(workdir / NAME) if after < content["step"] <= up_to]
+def read_lines(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, in order; empty if there is no file.
+
+    Invalid lines are dropped: a killed process may leave half of one.
+    """
+    path, lines = workdir / NAME, []
+    for text in path.read_text().split("\n") if path.exists() else ():  # not splitlines: samples may hold U+2028
+        try:
+            line = json.loads(text)
+            if isinstance(line["step"], int):
+                lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return lines
 
 
 def curve_over_p(sums: LossSums) -> dict[str, float]:
@@ -140,16 +141,3 @@ def sums_of_curve(metrics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _middle(k: int) -> str:
     return f"{(k + 0.5) / NUM_BUCKETS:.2f}"
-
-
-def _lines(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """(text, parsed content) of each line. Invalid lines are dropped: a killed process may leave half of one."""
-    lines = []
-    for line in path.read_text().split("\n") if path.exists() else ():  # not splitlines: samples may hold U+2028
-        try:
-            content = json.loads(line)
-            if isinstance(content["step"], int):
-                lines.append((line, content))
-        except (ValueError, TypeError, KeyError):
-            continue
-    return lines

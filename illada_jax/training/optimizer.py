@@ -7,25 +7,13 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from illada_jax.config import Config
-
-# Input and output axes of the stacked matrices of the layers; the leading axis is the layer.
-MUON_DIMENSIONS = {
-    "q": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
-    "k": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
-    "v": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),
-    "o": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),
-    "gate": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
-    "up": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
-    "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
-}
+from illada_jax.model.int8 import INPUT_AXES
 
 
 def make_schedule(config: Config, peak: float) -> optax.Schedule:
-    """Warm-up from 0, (piecewise) constant, decay to the floor (iLLaDA and LLaDA papers, pre-training).
+    """Warm-up from 0 to `peak`, (piecewise) constant, decay to the floor (iLLaDA and LLaDA papers, pre-training).
 
-    Args:
-      config: the experiment; its `optimizer` section gives the shape.
-      peak: the first constant rate; all others keep their ratio to config.optimizer.learning_rate.
+    All rates keep their ratio to config.optimizer.learning_rate, which becomes `peak`.
     """
     c = config.optimizer
     scale = peak / c.learning_rate
@@ -47,11 +35,8 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
 def make_optimizer(config: Config, rate: float = 1.0) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on embedding, head and norms.
 
-    Weight decay acts on matrices, not on norms; with Muon on the matrices of the layers only.
-
-    Args:
-      config: the experiment.
-      rate: a factor of all learning rates.
+    Weight decay acts on matrices, not on norms; with Muon on the matrices of the layers only. `rate` is a factor of all
+    learning rates.
     """
     c = config.optimizer
     schedule = make_schedule(config, c.learning_rate * rate)
@@ -72,13 +57,17 @@ def make_optimizer(config: Config, rate: float = 1.0) -> optax.GradientTransform
     return optax.chain(clip, optimizer)
 
 
-def _name(path: Any) -> str:
-    return path[-1].key
-
-
 def _is_matrix(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) != "scale", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def _muon_dimensions(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_DIMENSIONS.get(_name(path)), params)
+    """Input and output axes of the stacked matrices of the layers, whose first axis is the layer; None for others."""
+    def dimensions(path: Any, x: jax.Array) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.startswith("layers/") or name not in INPUT_AXES:
+            return None
+        outputs = 1 + INPUT_AXES[name]
+        return MuonDimensionNumbers(tuple(range(1, outputs)), tuple(range(outputs, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -15,8 +15,8 @@ drawn anew:
    therefore delays the report instead of making it wrong. The test runs four times per window.
 """
 
+import dataclasses
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,49 +29,32 @@ _TESTS = 4  # per window; more tests would raise more false alarms
 
 
 class Trend(NamedTuple):
-    """The loss over a window.
+    """The loss over a window."""
+
+    steps: int  # of the window
+    loss: float  # its mean, nats per token
+    slope: float  # nats per token and step
+    stderr: float  # standard error of the slope
+    stopped: bool  # it has stopped falling
+
+
+@dataclasses.dataclass
+class PlateauWatch:
+    """Collects the sums of lines of metrics and reports the trend of the loss four times per window.
 
     Attributes:
-      steps: steps of the window.
-      loss: its mean, nats per token.
-      slope: nats per token and step.
-      stderr: standard error of the slope.
-      stopped: the loss has stopped falling.
+      window: steps that a trend is computed over; 0 disables trends.
+      tolerance: the share of the loss by which it may fall over a window and still count as flat.
+      changes: steps at which the learning rate changes to another constant; a window never contains one.
+      last: the last step at a constant rate.
     """
 
-    steps: int
-    loss: float
-    slope: float
-    stderr: float
-    stopped: bool
-
-
-class _Line(NamedTuple):
-    """Sums over the steps of one line of metrics, the last of which is `step`."""
-
-    step: int
-    masked_K: np.ndarray
-    ce_K: np.ndarray
-
-
-class PlateauWatch:
-    """Collects the sums of lines of metrics and reports the trend of the loss four times per window."""
-
-    def __init__(self, window: int, tolerance: float, changes: Iterable[int], last: int):
-        """Starts without lines.
-
-        Args:
-          window: steps that a trend is computed over; 0 disables trends.
-          tolerance: the share of the loss by which it may fall over a window and still count as flat.
-          changes: steps at which the learning rate changes to another constant; a window never contains one.
-          last: the last step at a constant rate.
-        """
-        self._window = window
-        self._tolerance = tolerance
-        self._changes = tuple(changes)
-        self._last = last
-        self._lines: deque[_Line] = deque()
-        self._tested = 0
+    window: int
+    tolerance: float
+    changes: tuple[int, ...]
+    last: int
+    _lines: deque[tuple[int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=deque)  # step, masked_K, ce_K
+    _tested: int = 0
 
     @classmethod
     def of(cls, config: Config) -> "PlateauWatch":
@@ -81,37 +64,30 @@ class PlateauWatch:
         return cls(train.plateau_window, train.plateau_tolerance, changes, config.decay_start)
 
     def add(self, step: int, masked_K: np.ndarray, ce_K: np.ndarray) -> Trend | None:
-        """Adds the sums of the steps since the last call, up to `step`.
-
-        Args:
-          step: steps taken so far; ascending.
-          masked_K: number of masked tokens by bucket of masking probability, see LossSums.
-          ce_K: Σ of their cross-entropies in nats.
+        """Adds the sums of the steps since the last call, up to `step`; see LossSums for masked_K and ce_K.
 
         Returns:
           A trend if a quarter of a window has passed since the last trend, and a window since the rate last changed.
         """
-        if not self._window or step > self._last:
+        if not self.window or step > self.last:
             return None
-        self._lines.append(_Line(step, masked_K, ce_K))
-        while self._lines[0].step <= step - self._window:
+        self._lines.append((step, masked_K, ce_K))
+        while self._lines[0][0] <= step - self.window:
             self._lines.popleft()
-        since = max((change for change in self._changes if change <= step), default=0)
-        quarter = step * _TESTS // self._window
-        if step - self._window < since or quarter == self._tested:
+        since = max((change for change in self.changes if change <= step), default=0)
+        quarter = step * _TESTS // self.window
+        if step - self.window < since or quarter == self._tested:
             return None
         self._tested = quarter
         return self._trend(step)
 
     def _trend(self, step: int) -> Trend | None:
-        ends = np.array([line.step for line in self._lines])
-        block = (ends - 1 - (step - self._window)) * BLOCKS // self._window
+        ends, masked_lines, ce_lines = map(np.stack, zip(*self._lines, strict=True))
+        block = (ends - 1 - (step - self.window)) * BLOCKS // self.window
         if len(np.unique(block)) < BLOCKS:
             return None  # lines from before a restart are missing
-        sums = [np.zeros((BLOCKS, len(self._lines[0].ce_K))) for _ in range(2)]
-        for total, parts in zip(sums, zip(*(line[1:] for line in self._lines), strict=True), strict=True):
-            np.add.at(total, block, np.stack(parts))
-        masked_NK, ce_NK = sums
+        masked_NK, ce_NK = (np.stack([lines[block == b].sum(axis=0) for b in range(BLOCKS)])
+                            for lines in (masked_lines, ce_lines))
         everywhere_K = (masked_NK > 0).all(axis=0)
         if not everywhere_K.any():
             return None
@@ -119,8 +95,8 @@ class PlateauWatch:
         steps_N = np.array([ends[block == b].mean() for b in range(BLOCKS)])
         slope, stderr = slope_and_stderr(steps_N, loss_N)
         loss = float(loss_N.mean())
-        stopped = (-slope + _T_99 * stderr) * self._window < self._tolerance * loss
-        return Trend(self._window, loss, slope, stderr, bool(stopped))
+        stopped = (-slope + _T_99 * stderr) * self.window < self.tolerance * loss
+        return Trend(self.window, loss, slope, stderr, bool(stopped))
 
 
 def advice(step: int, trend: Trend) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
-from jax.sharding import Mesh, PartitionSpec, Sharding
+from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
 from illada_jax import model
@@ -36,14 +36,7 @@ class CorruptCheckpointError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, as decoding and scoring need it.
-
-    Attributes:
-      config: the config it was trained with.
-      params: its params.
-      tokenizer: its tokenizer.
-      step: the training step; 0 for official weights.
-    """
+    """A model in memory, as decoding and scoring need it, and the training step: 0 for official weights."""
 
     config: Config
     params: Any
@@ -52,19 +45,12 @@ class LoadedModel:
 
 
 class LazyModel(Protocol):
-    """A model whose params have not been read yet: a SavedModel, or an HFModel (`interop/hf_model.py`).
-
-    Attributes:
-      config: the config it was trained with.
-      tokenizer: its tokenizer.
-      step: the training step.
-      quantized: True if its matrices are Int8.
-    """
+    """A model whose params have not been read yet: a SavedModel, or an HFModel (`interop/hf_model.py`)."""
 
     config: Config
     tokenizer: Tokenizer
     step: int
-    quantized: bool
+    quantized: bool  # its matrices are Int8
 
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
         """Returns the params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8."""
@@ -72,28 +58,15 @@ class LazyModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A checkpoint of this package as a LazyModel. Its params are the moving average if the run kept one.
+    """A checkpoint of this package as a LazyModel."""
 
-    Attributes:
-      directory: `WORKDIR/checkpoints/STEP`, absolute.
-      config: the config it was trained with.
-      step: the training step.
-      quantized: True if its matrices are Int8.
-      family: layout that the weights were imported from (`interop/families.py`); empty if they were trained here.
-      fingerprints: of the params, by path; see `parallel/fingerprints.py`.
-    """
-
-    directory: epath.Path
+    directory: epath.Path  # `WORKDIR/checkpoints/STEP`, absolute
+    item: str  # of the checkpoint that is its params: `ema`, their moving average, if the run kept one, else `params`
     config: Config
     step: int
     quantized: bool
-    family: str
-    fingerprints: Mapping[str, str]
-
-    @property
-    def _params(self) -> epath.Path:
-        average = self.directory / "ema"
-        return average if average.is_dir() else self.directory / "params"
+    family: str  # layout that the weights were imported from (`interop/families.py`); empty if they were trained here
+    fingerprints: Mapping[str, str]  # of the params, by path; see `parallel/fingerprints.py`
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -104,86 +77,66 @@ class SavedModel:
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
         """The saved dtype of the params (of those that are not Int8)."""
-        return jnp.dtype(ocp.PyTreeCheckpointHandler().metadata(self._params).tree["embedding"].dtype)
+        return jnp.dtype(ocp.PyTreeCheckpointHandler().metadata(self.directory / self.item).tree["embedding"].dtype)
 
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
-        """Returns the params in `dtype`, on the mesh or the first device; with `quantized`, matrices as Int8.
-
-        Raises:
-          InputError: the checkpoint is corrupt.
-        """
+        """See LazyModel. Raises InputError if the checkpoint is corrupt."""
+        targets = abstract_params(self.config.model, dtype, mesh, quantized or self.quantized)
         with _explain_corruption(self.directory):
-            if self.quantized:
-                with ocp.StandardCheckpointer() as checkpointer:
-                    params = checkpointer.restore(self._params, self._abstract(mesh))
-                self._check(params)
-                return jax.tree.map(lambda x: x if _is_int8(x) else x.astype(dtype), params, is_leaf=_is_int8)
-            shardings = traverse_util.flatten_dict(model_shardings(self.config.model, mesh, quantized), sep="/")
-            return traverse_util.unflatten_dict(
-                {path: self._restore_param(path, dtype, mesh, target) for path, target in shardings.items()}, sep="/")
+            params = {path: self._restore_param(path, mesh, target)
+                      for path, target in traverse_util.flatten_dict(targets, sep="/").items()}
+        return traverse_util.unflatten_dict(params, sep="/")
 
-    def _restore_param(self, path: str, dtype: jnp.dtype, mesh: Mesh | None, target: Sharding | Int8) -> Any:
+    def _restore_param(self, path: str, mesh: Mesh | None, target: Any) -> Any:
         # In the saved dtype, which the fingerprint covers; one at a time, as both dtypes of all may not fit in memory.
-        tree = self._abstract(mesh, path)
-        saved = self._read(path, tree, ocp.checkpoint_utils.construct_restore_args(tree))
-        self._check({path: saved})
+        saved = self._read(path, mesh, ocp.checkpoint_utils.construct_restore_args)
+        found = fingerprints({path: saved})
+        different = first_difference(found, {name: self.fingerprints[name] for name in found})
+        if different is not None:
+            raise CorruptCheckpointError(f"{different} differs from what was saved")
+        if isinstance(saved, Int8):
+            return saved
         if isinstance(target, Int8):
-            return jax.jit(functools.partial(quantize_matrix, path), out_shardings=target)(saved)
-        return saved.astype(dtype)
+            shardings = jax.tree.map(lambda x: x.sharding, target)
+            return jax.jit(functools.partial(quantize_matrix, path), out_shardings=shardings)(saved)
+        return saved.astype(target.dtype)
 
     def read_param(self, path: str) -> np.ndarray:
         """Returns one param by path, not Int8, as saved, in host memory. A jax.Array would hold a second copy."""
-        tree = self._abstract(None, path)
-        return self._read(path, tree, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        return self._read(path, None, lambda tree: jax.tree.map(lambda _: as_numpy, tree))
 
-    def _abstract(self, mesh: Mesh | None, path: str | None = None) -> Any:
-        """The tree of params as saved, or of one param, as ShapeDtypeStructs."""
-        tree = abstract_params(self.config.model, self.dtype, mesh, self.quantized)
-        if path is None:
-            return tree
-        return traverse_util.unflatten_dict({path: traverse_util.flatten_dict(tree, sep="/")[path]}, sep="/")
-
-    def _read(self, path: str, tree: Any, restore_args: Any) -> Any:
+    def _read(self, path: str, mesh: Mesh | None, restore_args: Callable[[Any], Any]) -> Any:
+        """One param as saved; `restore_args` are made from its ShapeDtypeStructs."""
+        params = abstract_params(self.config.model, self.dtype, mesh, self.quantized)
+        tree = traverse_util.unflatten_dict({path: traverse_util.flatten_dict(params, sep="/")[path]}, sep="/")
         # The handler itself: a Checkpointer warns that an item has no metadata of a checkpoint.
         restored = ocp.PyTreeCheckpointHandler().restore(
-            self._params, args=ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True))
+            self.directory / self.item, args=ocp.args.PyTreeRestore(tree, restore_args(tree), partial_restore=True))
         return traverse_util.flatten_dict(restored, sep="/")[path]
-
-    def _check(self, params: Any) -> None:
-        found = fingerprints(params)
-        different = first_difference(found, {path: self.fingerprints[path] for path in found})
-        if different is not None:
-            raise CorruptCheckpointError(f"{different} differs from what was saved")
-
-
-def _is_int8(node: Any) -> bool:
-    return isinstance(node, Int8)
 
 
 @functools.cache
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
-    """The params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with their shardings."""
-    def init() -> Any:
-        params = jax.tree.map(lambda x: x.astype(dtype), model.init_params(config, jax.random.key(0)))
-        return quantize_params(params) if quantized else params
+    """The params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with their shardings.
 
-    return jax.tree.map(lambda x, target: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target),
-                        jax.eval_shape(init), model_shardings(config, mesh, quantized))
-
-
-def model_shardings(config: ModelConfig, mesh: Mesh | None, quantized: bool = False) -> Any:
-    """The sharding of each param: by the rules on the mesh, or the first device.
+    They are sharded by the rules on the mesh, or lie on the first device.
 
     Raises:
       ConfigError: the mesh does not divide the model.
     """
-    axes = model.param_axes(config)
-    axes = quantized_axes(axes) if quantized else axes
+    def init() -> Any:
+        params = jax.tree.map(lambda x: x.astype(dtype), model.init_params(config, jax.random.key(0)))
+        return quantize_params(params) if quantized else params
+
+    params = jax.eval_shape(init)
     if mesh is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda _: first, axes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+        return jax.tree.map(lambda x: x.update(sharding=first), params)
     check_model_divisible(config, mesh)
-    return sharding.param_shardings(mesh, axes)
+    axes = model.param_axes(config)
+    shardings = sharding.param_shardings(mesh, quantized_axes(axes) if quantized else axes)
+    return jax.tree.map(lambda x, target: x.update(sharding=target), params, shardings)
 
 
 def open_saved_model(path: str | epath.Path) -> SavedModel:
@@ -208,12 +161,12 @@ def open_saved_model(path: str | epath.Path) -> SavedModel:
     if meta["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path}: format version {meta['format_version']}; this version reads {FORMAT_VERSION}")
     item = "ema" if (path / "ema").is_dir() else "params"
-    return SavedModel(path, config_lib.from_saved(meta["config"]), int(path.name), meta.get("quantized", False),
+    return SavedModel(path, item, config_lib.from_saved(meta["config"]), int(path.name), meta.get("quantized", False),
                       meta.get("family", ""), meta["fingerprints"][item])
 
 
 def save_model(workdir: epath.PathLike, loaded: LoadedModel, quantized: bool, family: str) -> None:
-    """Writes a workdir with one checkpoint, of params only. For the arguments see SavedModel."""
+    """Writes a workdir with one checkpoint, of params only. `quantized` and `family` are those of SavedModel."""
     workdir = absolute_path(epath.Path(workdir))
     tokenizer_files = encode_files(loaded.tokenizer.files())
     meta = with_checksum({"format_version": FORMAT_VERSION, "config": config_lib.to_dict(loaded.config),
@@ -238,13 +191,13 @@ def with_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str], **items
 
 def checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
     """The checksum of a checkpoint's `meta` (without the key `checksum`) and its encoded tokenizer files."""
-    return digest(json.dumps([meta, tokenizer_files], sort_keys=True))
+    rest = {key: value for key, value in meta.items() if key != "checksum"}
+    return digest(json.dumps([rest, tokenizer_files], sort_keys=True))
 
 
 def check_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> None:
     """Raises CorruptCheckpointError if `meta` or the tokenizer files differ from what `with_checksum` saw."""
-    rest = {key: value for key, value in meta.items() if key != "checksum"}
-    if meta.get("checksum") != checksum(rest, tokenizer_files):
+    if meta.get("checksum") != checksum(meta, tokenizer_files):
         raise CorruptCheckpointError("meta or tokenizer differs from what was saved")
 
 
