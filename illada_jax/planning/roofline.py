@@ -60,6 +60,9 @@ def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: in
     Rows are sharded over data and fsdp, params over fsdp and tensor.
 
     Args:
+      config: model and decoding settings.
+      mesh: the mesh.
+      topology: the chips.
       canvas: number of columns.
       param_bytes: bytes of the params on one device.
       cached: compute only the block and read keys and values of the whole canvas from a cache; else compute all
