@@ -57,16 +57,9 @@ def evaluation_bounds(config: Config, mesh: Mesh, topology: Topology, canvas: in
                       cached: bool) -> dict[str, float]:
     """Bounds on one evaluation of the network in decoding or scoring, in seconds, by formula.
 
-    Rows are sharded over data and fsdp, params over fsdp and tensor.
-
-    Args:
-      config: model and decoding settings.
-      mesh: the mesh.
-      topology: the chips.
-      canvas: number of columns.
-      param_bytes: bytes of the params on one device.
-      cached: compute only the block and read keys and values of the whole canvas from a cache; else compute all
-        columns. Either way the logits are those of a block of each row.
+    Rows of `canvas` columns are sharded over data and fsdp, params (`param_bytes` on a device) over fsdp and tensor. If
+    `cached`, a block is computed, and keys and values of the whole canvas are read from a cache; else all columns are
+    computed. Either way the logits are those of a block of each row.
 
     Returns:
       compute: FLOPs at the chip's peak (int8 weights are multiplied in bfloat16).

@@ -81,8 +81,8 @@ class SavedModel:
 
     def restore(self, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool = False) -> Any:
         """See LazyModel. Raises InputError if the checkpoint is corrupt."""
-        targets = abstract_params(self.config.model, dtype, mesh, quantized or self.quantized)
         with _explain_corruption(self.directory):
+            targets = abstract_params(self.config.model, dtype, mesh, quantized or self.quantized)
             params = {path: self._restore_param(path, mesh, target)
                       for path, target in traverse_util.flatten_dict(targets, sep="/").items()}
         return traverse_util.unflatten_dict(params, sep="/")
