@@ -21,7 +21,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus, Examples
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
-from illada_jax.decoding import Decoder, SpecialIds, check_settings
+from illada_jax.decoding import Decoder, SpecialIds
 from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.diffusion.token_losses import token_losses
@@ -84,8 +84,8 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
         if name not in EVALUATORS:
             raise ConfigError(f"config.eval: unknown evaluator {name!r}; known: {', '.join(EVALUATORS)}")
     if tokenizer is not None:
-        check_settings(config.decode, SpecialIds.of(tokenizer), config.model.max_length,
-                       model.make_init_cache(config.model))
+        Decoder(None, config.decode, SpecialIds.of(tokenizer), config.model.max_length,
+                model.make_init_cache(config.model))  # raises ConfigError
 
 
 def bits_per_byte(context: EvaluatorContext) -> Evaluator:
@@ -205,7 +205,7 @@ def infill(context: EvaluatorContext) -> Evaluator:
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step
-        results = context.decoder(settings, params).infill([with_gaps(p) for p in passages])
+        results = context.decoder(settings, params).generate([with_gaps(p) for p in passages], infill=True)
         hits = [result.tokens[column] == passage[column] for passage, result in zip(passages, results, strict=True)
                 for start in starts for column in range(start, start + width)]
         lines = [f"[{number}] {show(passage, result.tokens)}"
