@@ -167,7 +167,7 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
 def parse_settings(text: str) -> dict[str, Any]:
     """The settings of one `--beside`, by name. Raises InputError for an unknown key or an invalid value."""
     parts = [part.strip() for part in text.split(",")]
-    if not all("=" in part for part in parts):
+    if not all(part.find("=") > 0 for part in parts):
         raise InputError(f"--beside={text}: must be KEY=VALUE, or several separated by commas")
     values = flags.FlagValues()
     define_settings(values)

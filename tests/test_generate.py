@@ -278,6 +278,7 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
     (["--trace=t.html", "--beside=prompt=x"], "--beside=prompt=x: Unknown command line flag 'prompt'"),
     (["--trace=t.html", "--beside=random"], "--beside=random: must be KEY=VALUE"),
     (["--trace=t.html", "--beside="], "--beside=: must be KEY=VALUE"),
+    (["--trace=t.html", "--beside=seed=1,=3"], "--beside=seed=1,=3: must be KEY=VALUE"),
     (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: flag --temperature=warm: "),
     (["--trace=t.html", "--beside=temperature=-1"], "--beside=temperature=-1: config.decode.temperature = -1.0"),
     (["--trace=t.html", "--beside=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
