@@ -27,11 +27,15 @@ COMMANDS = {
 
 def usage() -> str:
     """The output of `illada --help`."""
-    lines = ["usage: illada COMMAND [--option=value …]   (illada COMMAND --help lists the options)", ""]
-    lines += [f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
-    examples = ['illada generate --prompt="The with statement" --watch', "illada generate --chat",
-                "illada train --config=experiments/quickstart.py", "illada help train"]
-    return "\n".join([*lines, "", "examples:", *(f"  {example}" for example in examples)])
+    commands = "".join(f"  {name:<10}{purpose}\n" for name, (_, purpose) in COMMANDS.items())
+    return f"""usage: illada COMMAND [--option=value …]   (illada COMMAND --help lists the options)
+
+{commands}
+examples:
+  illada generate --prompt="The with statement" --watch
+  illada generate --chat
+  illada train --config=experiments/quickstart.py
+  illada help train"""
 
 
 def main() -> int | None:

@@ -34,33 +34,20 @@ Prompt = str | Sequence[int]
 # Settings of the end of an answer; a gap has a given length.
 NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "end_of_thinking_boost",
                      "end_of_thinking_power", "end_of_thinking_ids")
-NORMALISATIONS = ("none", "tokens", "characters", "bytes")
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The result of one prompt.
+class Generation(Decoded):
+    """The result of one prompt: `decoding.Decoded` and its text.
+
+    With stop strings, `stopped_by` may be `stop_string`, and `tokens` reach to the end of the stop string. Canvas and
+    steps determine every state of the row, see `illada_jax.tracing`.
 
     Attributes:
       text: new text before the stop string; in infilling the whole text, gaps filled.
-      tokens: new ids before the stop id, or up to the end of the stop string; in infilling all ids.
-      nfe: network evaluations (number of function evaluations) of the row.
-      stopped_by: `eos`, `stop_id`, `stop_string`, `length` (the budget), `filled` (infilling) or `callback`.
-      reveal_step: the step that wrote each of the tokens; -1 for given ones.
-      log_probs: natural log-probability of each of the tokens when it was written; 0 for given ones.
-      canvas: ids of the final row: given tokens and all written ones, also those after the end of the answer.
-      canvas_step: the step that wrote each id of the canvas; -1 for ids that were given or never written. Canvas and
-        steps determine every state of the row, see `illada_jax.tracing`.
     """
 
     text: str
-    tokens: list[int]
-    nfe: int
-    stopped_by: str
-    reveal_step: list[int]
-    log_probs: list[float]
-    canvas: list[int]
-    canvas_step: list[int]
 
 
 def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None,
@@ -90,6 +77,7 @@ class LanguageModel:
       params: params of the network.
       tokenizer: its tokenizer.
       mesh: devices that params and batches are sharded over, or None.
+      logits_fn: the network as decoding and scoring take it, see `decoding.query.LogitsFn`.
     """
 
     def __init__(self, config: Config, params: Any, tokenizer: Any, mesh: Mesh | None = None):
@@ -97,16 +85,12 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self._logits_fn = make_logits_fn(config.model, params)
-
-    @property
-    def logits_fn(self) -> LogitsFn:
-        """The network as decoding and scoring take it, see `decoding.query.LogitsFn`."""
-        return self._logits_fn
+        self.logits_fn: LogitsFn = make_logits_fn(config.model, params)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Continues prompts; one result per prompt, in order. For the options see `as_completed`."""
-        return _in_order(self.as_completed(prompts, **options), len(prompts), progress)
+        finished = tqdm(self.as_completed(prompts, **options), total=len(prompts), unit="prompt", disable=not progress)
+        return [result for _, result in sorted(finished)]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answers a conversation, rendered by the tokenizer's chat template; stops at the end of the turn.
@@ -118,13 +102,13 @@ class LanguageModel:
         Raises:
           InputError: a message is invalid, the template rejects the conversation, or it exceeds the context.
         """
-        ids = self._chat_ids(messages)
+        ids = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
         stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), chat_format(self.tokenizer).end_id}
         return self.generate([ids], stop_ids=tuple(sorted(stop_ids)), **options)[0]
 
     def infill(self, texts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Fills gaps: `[[mask:8]]` in a text asks for eight tokens. For the options see `as_completed`."""
-        return _in_order(self.as_completed(texts, infill=True, **options), len(texts), progress)
+        return self.generate(texts, progress=progress, infill=True, **options)
 
     def as_completed(self, prompts: Sequence[Prompt], *, infill: bool = False, stop: Sequence[str] = (),
                      rows: Sequence[int] | None = None,
@@ -158,7 +142,7 @@ class LanguageModel:
         if ignored:
             raise InputError(f"config.decode.{ignored}: not allowed in infilling, where a gap has a given length")
         decode = self.decode_settings(settings)
-        decoder = Decoder(self._logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
+        decoder = Decoder(self.logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
         ids = [self._encode(index, source) for index, source in enumerate(sources)]
@@ -189,34 +173,31 @@ class LanguageModel:
         >>> likely.value > unlikely.value
         True
         """
-        if isinstance(candidates, str):
-            raise InputError("candidates: must be a list of candidates, not a text")
-        return self.scorer(**settings).score([self.encode_pair(context, candidate) for candidate in candidates])
+        return self.scorer(**settings).score(self._pairs(context, candidates))
 
     def choose(self, context: Prompt, candidates: Sequence[Prompt], *,
                normalise: Literal["none", "tokens", "characters", "bytes"] = "none", **settings: Any) -> int:
         """The index of the best candidate, for fewer evaluations than `score` (see `Scorer.choose`).
 
-        Args:
-          context: see `score`.
-          candidates: see `score`.
-          normalise: divisor of a score: none (lm-eval's acc), the candidate's tokens, its characters (acc_norm) or its
-            UTF-8 bytes (acc_bytes).
-          **settings: see `score`.
+        A score is divided by `normalise`: none (lm-eval's acc), the candidate's tokens, characters (acc_norm) or UTF-8
+        bytes (acc_bytes).
         """
-        if isinstance(candidates, str):
-            raise InputError("candidates: must be a list of candidates, not a text")
-        if normalise not in NORMALISATIONS:
-            raise InputError(f"normalise = {normalise!r}: must be one of {', '.join(map(repr, NORMALISATIONS))}")
-        pairs = [self.encode_pair(context, candidate) for candidate in candidates]
+        pairs = self._pairs(context, candidates)
         texts = [c if isinstance(c, str) else self.tokenizer.decode(c) for c in candidates]
         lengths = {"none": [1] * len(pairs), "tokens": [len(ids) for _, ids in pairs],
                    "characters": [len(text) for text in texts], "bytes": [len(text.encode()) for text in texts]}
+        if normalise not in lengths:
+            raise InputError(f"normalise = {normalise!r}: must be one of {', '.join(map(repr, lengths))}")
         return self.scorer(**settings).choose([pairs], [[max(1, length) for length in lengths[normalise]]])[0]
+
+    def _pairs(self, context: Prompt, candidates: Sequence[Prompt]) -> list[tuple[list[int], list[int]]]:
+        if isinstance(candidates, str):
+            raise InputError("candidates: must be a list of candidates, not a text")
+        return [self.encode_pair(context, candidate) for candidate in candidates]
 
     def scorer(self, **settings: Any) -> Scorer:
         """The `scoring.Scorer` of `score`, for many questions at once; takes fields of `scoring.ScoreConfig`."""
-        return Scorer(self._logits_fn, override(ScoreConfig(), "score", settings), SpecialIds.of(self.tokenizer),
+        return Scorer(self.logits_fn, override(ScoreConfig(), "score", settings), SpecialIds.of(self.tokenizer),
                       self.config.model.max_length, self.mesh)
 
     def encode_pair(self, context: Prompt, candidate: Prompt) -> tuple[list[int], list[int]]:
@@ -256,15 +237,13 @@ class LanguageModel:
             raise InputError(f"tokens: {tokens_BL.shape[1]} exceed the context of {self.config.model.max_length}")
         if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < self.config.model.vocab_size:
             raise InputError(f"tokens: ids must lie in [0, {self.config.model.vocab_size})")
-        return _all_logits(self._logits_fn, jnp.asarray(tokens_BL, jnp.int32))
+        return _all_logits(self.logits_fn, jnp.asarray(tokens_BL, jnp.int32))
 
     def has_room(self, messages: Sequence[Message], **settings: Any) -> bool:
         """True if the context has room for the conversation and a block of the answer."""
         block = self.decode_settings(settings).block_length
-        return len(self._chat_ids(messages)) + block <= self.config.model.max_length
-
-    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
+        ids = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
+        return len(ids) + block <= self.config.model.max_length
 
     def decode_settings(self, changes: dict[str, Any]) -> DecodeConfig:
         """`config.decode` with the overrides of `as_completed`. Raises InputError for an invalid one."""
@@ -280,19 +259,17 @@ class LanguageModel:
             source = [int(id_) for id_ in ids]
         if not source:
             raise InputError(f"prompt {index}: must not be empty; give text, or ids such as [tokenizer.bos_id]")
-        context = self.config.model.max_length
-        if isinstance(source, GappedText) and sum(source.lengths) > context:
+        if isinstance(source, list):
+            return source
+        gapped, context = isinstance(source, GappedText), self.config.model.max_length
+        if gapped and sum(source.lengths) > context:
             raise InputError(f"text {index}: its gaps of {sum(source.lengths)} tokens exceed the context of {context} "
                              "tokens")
-        text = "".join(source.pieces) if isinstance(source, GappedText) else source
         try:
-            if isinstance(text, str):
-                text.encode()
+            ("".join(source.pieces) if gapped else source).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"prompt {index}: invalid text: character {error.start} is a lone surrogate") from error
-        if isinstance(source, GappedText):
-            return source.tokens(self.tokenizer)
-        return self.tokenizer.encode(source) if isinstance(source, str) else source
+        return source.tokens(self.tokenizer) if gapped else self.tokenizer.encode(source)
 
     def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int]) -> Generation:
         decode = self.tokenizer.decode
@@ -307,16 +284,11 @@ class LanguageModel:
 
             count = bisect.bisect_left(range(count), True, key=contains_stop)
             text, stopped_by = text[: min(starts)], "stop_string"
-        return Generation(text, decoded.tokens[:count], decoded.nfe, stopped_by, decoded.reveal_step[:count],
-                          decoded.log_probs[:count], decoded.canvas, decoded.canvas_step)
+        shortened = {name: getattr(decoded, name)[:count] for name in ("tokens", "reveal_step", "log_probs")}
+        return Generation(**{**vars(decoded), **shortened, "stopped_by": stopped_by}, text=text)
 
 
 @jax.jit
 def _all_logits(logits_fn, tokens_BL: jax.Array) -> jax.Array:
     columns_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
     return logits_fn(tokens_BL, columns_BL, jnp.ones_like(tokens_BL), columns_BL, None)[0]
-
-
-def _in_order(finished: Iterator[tuple[int, Generation]], count: int, progress: bool) -> list[Generation]:
-    results = dict(tqdm(finished, total=count, unit="prompt", disable=not progress))
-    return [results[index] for index in range(count)]

@@ -438,11 +438,11 @@ class DecodeConfig:
       length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are there from the start).
       block_length: tokens of a block.
       steps_per_block: steps per block with reveal = schedule; block_length writes one token per step.
-      reveal: how many positions a step reveals, a name in `decoding/reveal.py`.
+      reveal: number of positions that a step reveals: `schedule`, `threshold`, `factor` or `entropy_bound`.
       threshold: of the reveal strategy of that name, in (0, 1].
       factor: of the reveal strategy of that name.
       entropy_bound: of the reveal strategy of that name, in nats.
-      confidence: order in which positions are revealed, a name in `decoding/confidence.py`.
+      confidence: order in which positions are revealed: by `low_confidence`, `margin`, `entropy` or `random`.
       temperature: of the Gumbel noise on the logits; 0 is greedy.
       top_p: nucleus sampling: sample from the most probable tokens with at least this total probability; 1 is off.
       cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none.

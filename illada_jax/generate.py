@@ -12,25 +12,22 @@
 
 Without --checkpoint a small model of the package is used. Settings default to those of the checkpoint's config. Several
 `--prompt` are decoded together. `--output=json` prints one line per prompt with its text, tokens, network evaluations
-(nfe) and seconds. `--input` reads lines such as {"prompt": "…"}. `--results` appends a line as each prompt finishes and
-resumes after an interruption.
+(nfe) and seconds. `--input` reads lines such as {"prompt": "…"}.
 
-`--watch` draws the text in the terminal while it is written, coloured by log-probability (plain lines if standard error
-is not a terminal). `--trace` shows how the texts were written: a page with all prompts side by side (.html), or a
-picture of a single one (.gif of the steps, .png of the order). `--beside` decodes the same prompts again with other
-settings, for the page. `--chat` is a conversation through the tokenizer's chat template, one line of standard input per
-turn; it ends with /exit or Ctrl-D.
+`--watch` colours by log-probability (plain lines if standard error is not a terminal). `--trace` writes a page with all
+prompts side by side (.html), or a picture of a single one (.gif of the steps, .png of the order). `--chat` uses the
+tokenizer's chat template; it ends with /exit or Ctrl-D.
 """
 
 import contextlib
-import difflib
-import functools
-import itertools
+import inspect
 import json
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -38,37 +35,30 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
+from illada_jax.config import DecodeConfig
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
 from illada_jax.files import write_atomically
 
 MODEL = cli.ModelFlags()
-SETTINGS = [
-    flags.DEFINE_integer("max_new_tokens", None, "budget of new tokens"),
-    flags.DEFINE_enum("over_budget", None, ["cut", "error"], "cut a budget that exceeds the context, or fail"),
-    flags.DEFINE_enum("length", None, ["variable", "fixed"], "append blocks until EOS, or mask all of the budget"),
-    flags.DEFINE_integer("block_length", None, "tokens per block"),
-    flags.DEFINE_integer("steps_per_block", None, "steps per block; block_length reveals one token per step"),
-    flags.DEFINE_string("reveal", None, "number of positions per step: schedule, threshold, factor, entropy_bound"),
-    flags.DEFINE_float("threshold", None, "lowest probability that --reveal=threshold reveals"),
-    flags.DEFINE_float("factor", None, "factor of --reveal=factor"),
-    flags.DEFINE_float("entropy_bound", None, "bound of --reveal=entropy_bound, in nats"),
-    flags.DEFINE_string("confidence", None, "order of revealing: low_confidence, margin, entropy, random"),
-    flags.DEFINE_float("temperature", None, "sampling temperature; 0 is greedy"),
-    flags.DEFINE_float("top_p", None, "nucleus sampling: total probability of the tokens to sample from"),
-    flags.DEFINE_float("cfg_scale", None, "classifier-free guidance; 0 is none"),
-    flags.DEFINE_float("end_of_thinking_boost", None, "boost of </think> at the end of the budget; 0 is off, "
-                       "the paper uses 100"),
-    flags.DEFINE_float("end_of_thinking_power", None, "growth of that boost, larger is later; the paper uses 3"),
-    flags.DEFINE_multi_integer("end_of_thinking_ids", None, "ids of another end-of-thinking string, in order"),
-    flags.DEFINE_multi_integer("suppressed_ids", None, "ids that are never chosen"),
-    flags.DEFINE_multi_integer("stop_ids", None, "ids that end an answer, besides EOS"),
-    flags.DEFINE_bool("logits_eos_inf", None, "never choose EOS"),
-    flags.DEFINE_bool("confidence_eos_eot_inf", None, "write EOS and EoT last"),
-    flags.DEFINE_enum("cache", None, ["none", "prefix", "dual"], "cache keys and values within a block (approximate)"),
-    flags.DEFINE_integer("cache_refresh", None, "steps between cache refreshes in a block; 0: at its start only"),
-    flags.DEFINE_integer("batch_size", None, "prompts decoded at the same time"),
-    flags.DEFINE_integer("seed", None, "seed of all random draws"),
-]
+
+
+def define_settings(values: flags.FlagValues) -> list[str]:
+    """Adds a flag for each field of DecodeConfig, with its docstring as help; returns their names."""
+    fields = re.findall(r"^  (\w+): (.+(?:\n    .+)*)", inspect.getdoc(DecodeConfig), re.MULTILINE)
+    help_of = {name: re.sub(r"\s+", " ", text) for name, text in fields}
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string,
+              tuple[int, ...]: flags.DEFINE_multi_integer}
+    hints = typing.get_type_hints(DecodeConfig)
+    del hints["eot_id"]  # belongs to the model, see `cli.ModelFlags`
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is typing.Literal:
+            flags.DEFINE_enum(name, None, typing.get_args(hint), help_of[name], flag_values=values)
+        else:
+            define[hint](name, None, help_of[name], flag_values=values)
+    return list(hints)
+
+
+SETTINGS = define_settings(flags.FLAGS)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
 RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists")
@@ -88,10 +78,7 @@ def main(argv: list[str]) -> int | None:
     """Loads the model and decodes all prompts."""
     del argv
     if CHAT.value:
-        try:
-            return chat()
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+        return chat()
     if SYSTEM.value:
         raise InputError("--system: requires --chat")
     if bool(PROMPT.value) == bool(INPUT.value):
@@ -108,20 +95,12 @@ def main(argv: list[str]) -> int | None:
     changes = {text: parse_settings(text) for text in BESIDE.value}
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = MODEL.load("demo")
-    settings = given_settings()
-    check_effect(lm, settings)
-    compared = [{**settings, **change} for change in changes.values()]
-    for text, change in changes.items():
-        check_compared(lm, text, change, settings)
-    try:
-        if RESULTS.value:
-            write_results(lm, prompts, done, settings)
-        else:
-            print_results(lm, prompts, settings, compared)
-    except KeyboardInterrupt:
-        saved = f": finished prompts are in {RESULTS.value}; run the same command to continue" if RESULTS.value else ""
-        print(f"interrupted{saved}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    settings = given_settings(flags.FLAGS)
+    check_effect(lm.decode_settings(settings), settings)
+    compared = [compared_settings(lm, text, change, settings) for text, change in changes.items()]
+    if RESULTS.value:
+        return write_results(lm, prompts, done, settings)
+    print_results(lm, prompts, settings, compared)
     return None
 
 
@@ -132,21 +111,27 @@ def print_results(lm: api.LanguageModel, prompts: list[str], settings: dict[str,
         printer = Printer()
         printer.finish(lm.generate(prompts, stop=STOP.value, on_block=printer, **settings)[0].text)
         return
-    start = time.monotonic()
-    results, seconds = {}, {}
     watcher = None
     if WATCH.value:
         watcher = tracing.Watcher(lm.tokenizer, lm.decode_settings(settings).block_length, INFILL.value)
-    finished = lm.as_completed(prompts, infill=INFILL.value, stop=STOP.value, on_block=watcher, **settings)
-    # A progress bar for several prompts at a terminal.
     with watcher or contextlib.nullcontext():
-        for index, result in tqdm(finished, total=len(prompts), unit="prompt", disable=len(prompts) == 1 or None):
-            results[index], seconds[index] = result, time.monotonic() - start
-    for index, prompt in enumerate(prompts):
-        result = results[index]
-        print(result.text if OUTPUT.value == "text" else json_line(index, prompt, result, seconds[index]))
+        finished = sorted(decode(lm, prompts, range(len(prompts)), settings, watcher))
+    for row, result, seconds in finished:
+        print(result.text if OUTPUT.value == "text" else json_line(row, prompts[row], result, seconds))
     if TRACE.value:
-        write_trace(lm, prompts, [results[index] for index in range(len(prompts))], settings, compared)
+        write_trace(lm, prompts, [result for _, result, _ in finished], settings, compared)
+
+
+def decode(lm: api.LanguageModel, prompts: list[str], rows: Sequence[int], settings: dict[str, Any],
+           on_block: tracing.Watcher | None = None) -> Iterator[tuple[int, api.Generation, float]]:
+    """Decodes the given rows of the prompts; yields (row, result, seconds since the start) as they finish."""
+    start = time.monotonic()
+    # Rows draw by their number, so that an interrupted run samples the same texts as an uninterrupted one.
+    finished = lm.as_completed([prompts[row] for row in rows], infill=INFILL.value, stop=STOP.value, rows=rows,
+                               on_block=on_block, **settings)
+    # A progress bar for several prompts at a terminal.
+    bar = tqdm(finished, total=len(rows), unit="prompt", disable=len(prompts) == 1 or None)
+    return ((rows[index], result, time.monotonic() - start) for index, result in bar)
 
 
 def check_trace(path: pathlib.Path, num_prompts: int) -> None:
@@ -167,8 +152,7 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
     path = pathlib.Path(TRACE.value)
     strategies = [settings, *compared]
     words = tracing.differences([lm.decode_settings(each) for each in strategies]) if compared else [""]
-    write = lm.infill if INFILL.value else functools.partial(lm.generate, stop=STOP.value)
-    by_strategy = [results, *(write(prompts, **each) for each in compared)]
+    by_strategy = [results, *(lm.generate(prompts, infill=INFILL.value, stop=STOP.value, **each) for each in compared)]
     traces = [tracing.make_trace(lm, by_strategy[number][row], title=prompt, strategy=words[number],
                                  infill=INFILL.value, row=row, **each)
               for row, prompt in enumerate(prompts) for number, each in enumerate(strategies)]
@@ -182,51 +166,48 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
 
 def parse_settings(text: str) -> dict[str, Any]:
     """The settings of one `--beside`, by name. Raises InputError for an unknown key or an invalid value."""
-    known = {flag.name: flags.FLAGS[flag.name] for flag in SETTINGS}
-    changes: dict[str, Any] = {}
-    for part in text.split(","):
-        key, equals, value = part.strip().partition("=")
-        if not equals or not key:
-            raise InputError(f"--beside={text}: must be KEY=VALUE, or several separated by commas")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(known)}"
-            raise InputError(f"--beside={text}: unknown setting {key}; {hint}")
-        if INFILL.value and key in api.NOT_FOR_INFILLING:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.find("=") > 0 for part in parts):
+        raise InputError(f"--beside={text}: must be KEY=VALUE, or several separated by commas")
+    values = flags.FlagValues()
+    define_settings(values)
+    try:
+        values(["--beside", *(f"--{part}" for part in parts)])
+    except flags.Error as error:
+        raise InputError(f"--beside={text}: {error}") from error
+    changes = given_settings(values)
+    for key in api.NOT_FOR_INFILLING:
+        if INFILL.value and key in changes:
             raise InputError(f"--beside={text}: {key} is not allowed with --infill")
-        try:
-            parsed = known[key].parser.parse(value)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"--beside={text}: {key}: {error}") from error
-        # Lists of ids repeat their key, as on the command line.
-        changes[key] = (*changes.get(key, ()), parsed) if isinstance(known[key], flags.MultiFlag) else parsed
     return changes
 
 
-def check_compared(lm: api.LanguageModel, text: str, change: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises InputError if the settings of a `--beside` are invalid, have no effect or change nothing."""
+def compared_settings(lm: api.LanguageModel, text: str, change: dict[str, Any],
+                      settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a `--beside`. Raises InputError if they are invalid, have no effect or change nothing."""
     merged = {**settings, **change}
     try:
-        same = lm.decode_settings(merged) == lm.decode_settings(settings)
-        check_effect(lm, merged, change)
+        decode = lm.decode_settings(merged)
+        check_effect(decode, change)
         lm.as_completed([], infill=INFILL.value, **merged)  # checks the rest, such as names of strategies
     except InputError as error:
         raise InputError(f"--beside={text}: {error}") from error
-    if same:
+    if decode == lm.decode_settings(settings):
         raise InputError(f"--beside={text}: changes nothing")
+    return merged
 
 
-def given_settings() -> dict[str, Any]:
+def given_settings(values: flags.FlagValues) -> dict[str, Any]:
     """The fields of DecodeConfig that flags set."""
-    return {flag.name: tuple(flag.value) if isinstance(flag.value, list) else flag.value
-            for flag in SETTINGS if flag.value is not None}
+    given = {name: values[name].value for name in SETTINGS}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items() if value is not None}
 
 
-def check_effect(lm: api.LanguageModel, settings: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Raises InputError for a setting without effect, among `names` or, by default, all given ones."""
-    decode = lm.decode_settings(settings)
+def check_effect(decode: DecodeConfig, names: Iterable[str]) -> None:
+    """Raises InputError if one of the named settings has no effect."""
     for name, (other, values) in tracing.NEEDS.items():
-        if name in (settings if names is None else names) and getattr(decode, other) not in values:
+        if name in names and getattr(decode, other) not in values:
             raise InputError(f"--{name}: has no effect with {other} = {getattr(decode, other)!r}; "
                              f"it requires --{other}={' or '.join(values)}")
 
@@ -261,13 +242,12 @@ def chat() -> None:
     if others or OUTPUT.value == "json":
         raise InputError(f"--chat: cannot be combined with --{(others or ['output=json'])[0]}")
     lm = MODEL.load("demo-chat")
-    settings = given_settings()
-    check_effect(lm, settings)
+    settings = given_settings(flags.FLAGS)
+    check_effect(lm.decode_settings(settings), settings)
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
     history: list[dict[str, str]] = []
-    for turn in itertools.count():
-        line = read_line()
-        if line is None or line.strip() == "/exit":
+    for turn, line in enumerate(iter(read_line, None)):
+        if line.strip() == "/exit":
             return
         if not line.strip():
             continue
@@ -291,21 +271,21 @@ def read_line() -> str | None:
         return None
 
 
-def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> None:
-    """Appends a line to the results as each prompt finishes; finished lines survive Ctrl-C."""
-    rows = [index for index in range(len(prompts)) if index not in done]
-    start = time.monotonic()
-    # Rows draw by line number, so that an interrupted run samples the same texts as an uninterrupted one.
-    finished = lm.as_completed([prompts[row] for row in rows], infill=INFILL.value, stop=STOP.value, rows=rows,
-                               **settings)
+def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], settings: dict[str, Any]) -> int | None:
+    """Appends a line to the results as each prompt finishes; finished lines survive Ctrl-C. Returns the exit code."""
+    finished = decode(lm, prompts, [row for row in range(len(prompts)) if row not in done], settings)
     try:
         with open(RESULTS.value, "a", encoding="utf-8") as file:
-            for index, result in tqdm(finished, total=len(rows), unit="prompt", disable=None):
-                line = json_line(rows[index], prompts[rows[index]], result, time.monotonic() - start)
-                file.write(line + "\n")
+            for row, result, seconds in finished:
+                file.write(json_line(row, prompts[row], result, seconds) + "\n")
                 file.flush()
+    except KeyboardInterrupt:
+        print(f"interrupted: finished prompts are in {RESULTS.value}; run the same command to continue",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
     except OSError as error:
         raise InputError(f"--results={RESULTS.value}: {error.strerror}") from error
+    return None
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -322,22 +302,20 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
-            prompts.append(json.loads(line)["prompt"])
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:  # also for long numbers and deep nesting
             raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
-        except (KeyError, TypeError) as error:
-            raise InputError(f'{path}, line {number}: must be an object with a "prompt"') from error
-        if not isinstance(prompts[-1], str) or not prompts[-1]:
-            raise InputError(f'{path}, line {number}: "prompt" must be a non-empty string')
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(f'{path}, line {number}: must be an object with a non-empty string "prompt"')
+        prompts.append(prompt)
     return prompts
 
 
 def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
     """Line numbers (from 0) of the prompts with a result; removes a line that an interruption cut off."""
-    if not path.exists():
-        return set()
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
         raise InputError(f"--results={path}: {error.strerror}") from error
     whole = text[: text.rfind("\n") + 1]

@@ -157,8 +157,7 @@ def test_watching_prints_the_same_text(run, lm, capsys):
 
 def test_every_setting_has_a_flag_and_reaches_the_decoder(run, lm):
     # --eot_id belongs to the model that is loaded (illada_jax/cli.py).
-    flags_ = {flag.name for flag in generate.SETTINGS} | {"eot_id"}
-    assert flags_ == {field.name for field in dataclasses.fields(DecodeConfig)}
+    assert {*generate.SETTINGS, "eot_id"} == {field.name for field in dataclasses.fields(DecodeConfig)}
     suppressed = [f"--suppressed_ids={i}" for i in range(TOKENIZER.vocab_size) if not 68 <= i < 72]
     written = json.loads(run("--prompt=abc", *suppressed, "--nologits_eos_inf", "--output=json")[1])["tokens"]
     assert set(written) <= {68, 69, 70, 71} and len(written) == 16
@@ -222,9 +221,10 @@ def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("content, message", [
     ('{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
-    ('{"text": "a"}\n', 'line 1: must be an object with a "prompt"'),
-    ('{"prompt": 3}\n', 'line 1: "prompt" must be a non-empty string'),
-    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: "prompt" must be a non-empty string'),
+    ('{"text": "a"}\n', 'line 1: must be an object with a non-empty string "prompt"'),
+    ('["a"]\n', 'line 1: must be an object with a non-empty string "prompt"'),
+    ('{"prompt": 3}\n', 'line 1: must be an object with a non-empty string "prompt"'),
+    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: must be an object with a non-empty string "prompt"'),
     ("", "the file is empty"),
 ])
 def test_bad_prompt_files(run, tmp_path, content, message):
@@ -274,11 +274,12 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--beside=confidence=random"], "--beside: requires --trace=….html"),
     (["--trace=t.gif", "--beside=confidence=random"], "--beside: requires --trace=….html"),
-    (["--trace=t.html", "--beside=confidnce=random"], "unknown setting confidnce; did you mean confidence?"),
-    (["--trace=t.html", "--beside=prompt=x"], "unknown setting prompt; must be one of max_new_tokens, "),
+    (["--trace=t.html", "--beside=confidnce=random"], "flag 'confidnce'. Did you mean: confidence ?"),
+    (["--trace=t.html", "--beside=prompt=x"], "--beside=prompt=x: Unknown command line flag 'prompt'"),
     (["--trace=t.html", "--beside=random"], "--beside=random: must be KEY=VALUE"),
     (["--trace=t.html", "--beside="], "--beside=: must be KEY=VALUE"),
-    (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: temperature: "),
+    (["--trace=t.html", "--beside=seed=1,=3"], "--beside=seed=1,=3: must be KEY=VALUE"),
+    (["--trace=t.html", "--beside=temperature=warm"], "--beside=temperature=warm: flag --temperature=warm: "),
     (["--trace=t.html", "--beside=temperature=-1"], "--beside=temperature=-1: config.decode.temperature = -1.0"),
     (["--trace=t.html", "--beside=confidence=x"], "must be one of 'low_confidence', 'margin', 'entropy', 'random'"),
     (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: has no effect with reveal = 'schedule'"),

@@ -8,7 +8,7 @@ the length of a reasoning, `gaps` parses texts with `[[mask:N]]`. A row's tokens
 May import the foundation, but not training: any function that returns logits can be decoded.
 """
 
-from illada_jax.decoding.decoder import Decoded, Decoder, check_settings
+from illada_jax.decoding.decoder import Decoded, Decoder
 from illada_jax.decoding.query import LogitsFn, SpecialIds, plain_logits_fn
 
-__all__ = ["Decoded", "Decoder", "LogitsFn", "SpecialIds", "check_settings", "plain_logits_fn"]
+__all__ = ["Decoded", "Decoder", "LogitsFn", "SpecialIds", "plain_logits_fn"]

@@ -54,12 +54,6 @@ def log_softmax(logits_BQV: jax.Array) -> jax.Array:
     return shifted_BQV - jnp.log1p(others_BQ1)
 
 
-def entropy(prediction: Prediction) -> jax.Array:
-    """Entropy of each position's distribution in nats, float32 [B, Q]."""
-    probs_BQV = jnp.exp(prediction.log_probs_BQV)
-    return -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * prediction.log_probs_BQV, 0.0), axis=-1)
-
-
 def chosen_log_prob(prediction: Prediction) -> jax.Array:
     """Log p of each position's token, float32 [B, Q]. As a confidence: LLaDA's `low_confidence` remasking."""
     return jnp.take_along_axis(prediction.log_probs_BQV, prediction.tokens_BQ[:, :, None], axis=-1)[:, :, 0]
@@ -74,8 +68,9 @@ def margin(prediction: Prediction) -> jax.Array:
 
 
 def negative_entropy(prediction: Prediction) -> jax.Array:
-    """Σ_v p_v log p_v; its exp is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
-    return -entropy(prediction)
+    """Σ_v p_v log p_v in nats; its exp is one over the perplexity. Dream's `entropy` (Dream 7B, 2025)."""
+    probs_BQV = jnp.exp(prediction.log_probs_BQV)
+    return jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * prediction.log_probs_BQV, 0.0), axis=-1)
 
 
 def random(prediction: Prediction) -> jax.Array:
@@ -83,8 +78,7 @@ def random(prediction: Prediction) -> jax.Array:
     return jnp.log(prediction.uniform_BQ)
 
 
-Confidence = Callable[[Prediction], jax.Array]
-CONFIDENCES: dict[str, Confidence] = {
+CONFIDENCES: dict[str, Callable[[Prediction], jax.Array]] = {
     "low_confidence": chosen_log_prob,
     "margin": margin,
     "entropy": negative_entropy,

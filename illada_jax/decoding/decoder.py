@@ -1,9 +1,12 @@
 """The host side of decoding: a queue of prompts, decoded by the compiled loop in a few shapes."""
 
 import collections
+import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,8 @@ from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES
 from illada_jax.decoding.loop import Carry, Rules, next_length, run_blocks
 from illada_jax.decoding.query import LogitsFn, SpecialIds
-from illada_jax.decoding.reveal import REVEALS, make_reveal
+from illada_jax.decoding.reveal import REVEALS
 from illada_jax.decoding.sampling import row_keys
-from illada_jax.decoding.thinking import ThinkingBoost
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.cache import Cache
 from illada_jax.parallel.hosts import fetch
@@ -34,7 +36,7 @@ class Decoded:
     """The result of one prompt.
 
     Attributes:
-      tokens: `generate`: new tokens before the stop id. `infill`: all tokens, gaps filled.
+      tokens: new tokens before the stop id; in infilling all tokens, gaps filled.
       nfe: network evaluations (number of function evaluations) of the row.
       stopped_by: `eos`, `stop_id`, `callback` (on_block returned true), `length` (the budget) or `filled` (infilling).
       reveal_step: the step that wrote each of the tokens; -1 for given ones.
@@ -55,8 +57,7 @@ class Decoded:
 OnBlock = Callable[[int, Decoded], bool | None]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A prompt in the queue or in a slot of the batch.
 
     Attributes:
@@ -84,18 +85,15 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
                slice_length: int = 0) -> Rules:
     """The settings of the compiled loop.
 
-    Args:
-      settings: the sampler.
-      ids: special ids.
-      infill: gaps are filled: MASK, EOS and PAD are never chosen, and no id stops a row.
-      init_cache: see `Decoder`.
-      slice_length: columns to evaluate between refreshes of a cache, if more than a block.
+    In infilling MASK, EOS and PAD are never chosen, and no id stops a row. Between refreshes of a cache, a block or, if
+    more, `slice_length` columns are evaluated.
 
     Raises:
       ConfigError: a strategy is unknown (the message lists the known ones), the network has no cache, an id lies
         outside the vocabulary, or no id is left to choose.
     """
-    for key, value, known in (("reveal", settings.reveal, REVEALS), ("confidence", settings.confidence, CONFIDENCES)):
+    for key, known in (("reveal", REVEALS), ("confidence", CONFIDENCES)):
+        value = getattr(settings, key)
         if value not in known:
             raise ConfigError(f"config.decode.{key} = {value!r}: must be one of {', '.join(map(repr, known))}")
     for key in ("suppressed_ids", "stop_ids", "end_of_thinking_ids"):
@@ -106,89 +104,72 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError(f"config.decode.eot_id = {settings.eot_id}: lies outside the vocabulary of {ids.vocab_size}")
     if settings.cache != "none" and init_cache is None:
         raise ConfigError(f"config.decode.cache = {settings.cache!r}: this network has no cache; set it to 'none'")
-    suppressed = {*settings.suppressed_ids, *ids.unused} | ({ids.eos} if settings.logits_eos_inf else set())
+    suppressed = {ids.mask, *settings.suppressed_ids, *ids.unused}
+    suppressed |= {ids.eos} if settings.logits_eos_inf else set()
     suppressed |= {ids.eos, ids.pad} if infill else set()
-    if len(suppressed | {ids.mask}) >= ids.vocab_size:
+    if len(suppressed) >= ids.vocab_size:
         raise ConfigError("config.decode.suppressed_ids: leaves no token to choose; suppress fewer ids")
     # LLaDA's public code suppresses EOS in its noisy logits only; without noise those are the logits themselves.
     last = {settings.eot_id} | ({ids.eos} if not settings.temperature else set())
-    boost = ThinkingBoost(settings.end_of_thinking_boost, settings.end_of_thinking_power,
-                          settings.end_of_thinking_ids or ids.end_of_thinking)
-    if settings.end_of_thinking_boost and not boost.ids:
-        raise ConfigError(f"config.decode.end_of_thinking_boost = {settings.end_of_thinking_boost!r}: needs "
-                          "config.decode.end_of_thinking_ids, as there is no tokenizer that encodes </think>")
+    boost = settings.end_of_thinking_boost
+    thinking_ids = settings.end_of_thinking_ids or ids.end_of_thinking
+    if boost and not thinking_ids:
+        raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
+                          "as there is no tokenizer that encodes </think>")
     return Rules(
-        block_length=settings.block_length,
-        reveal=make_reveal(settings),
-        confidence=CONFIDENCES[settings.confidence],
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        cfg_scale=settings.cfg_scale,
+        # Rows carry their budgets and keys: a change of these fields does not compile again.
+        settings=dataclasses.replace(settings, max_new_tokens=1, length="variable", batch_size=1, seed=0),
         mask_id=ids.mask,
         vocab_size=ids.vocab_size,
         suppressed_ids=tuple(sorted(suppressed)),
         last_ids=tuple(sorted(last - {-1})) if settings.confidence_eos_eot_inf else (),
         stop_ids=() if infill else (ids.eos, *settings.stop_ids),
-        boost=boost if settings.end_of_thinking_boost and not infill else None,
+        thinking_ids=thinking_ids if boost and not infill else (),
         init_cache=init_cache if settings.cache != "none" else None,
-        cache_refresh=settings.cache_refresh,
         slice_length=max(settings.block_length, slice_length),
     )
 
 
-def check_settings(settings: DecodeConfig, ids: SpecialIds, max_length: int, init_cache: InitCache | None) -> None:
-    """Checks settings as `Decoder` does; for the arguments see there.
+@dataclass(repr=False, eq=False)
+class Decoder:
+    """Decodes prompts of any length with one network. Nothing is compiled before the first prompt.
+
+    A result depends on its prompt, the seed and its row number; not on the other prompts, the batch size or their order
+    (in float32, except for near-ties).
+
+    Attributes:
+      logits_fn: the network, see `query.LogitsFn`. A Partial with other params does not compile again.
+      max_length: the context: columns of the longest canvas.
+      init_cache: the network's `(rows, length) -> empty cache`, always the same object; for settings.cache.
+      mesh: devices to shard the rows over; must hold the params of logits_fn.
+      buckets: canvas lengths to compile, ascending; by default `canvas_buckets(max_length)`.
 
     Raises:
       ConfigError: a block is longer than the context, or see `make_rules`.
     """
-    if settings.block_length > max_length:
-        raise ConfigError(f"config.decode.block_length = {settings.block_length}: must not exceed the context of "
-                          f"{max_length} tokens")
-    make_rules(settings, ids, init_cache=init_cache)
 
+    logits_fn: LogitsFn
+    settings: DecodeConfig
+    ids: SpecialIds
+    max_length: int
+    init_cache: InitCache | None = None
+    mesh: Mesh | None = None
+    buckets: Sequence[int] | None = None
 
-class Decoder:
-    """Decodes prompts of any length with one network.
-
-    A result depends on its prompt, the seed and its row number; not on the other prompts, the batch size or their order
-    (in float32, except for near-ties).
-    """
-
-    def __init__(self, logits_fn: LogitsFn, settings: DecodeConfig, ids: SpecialIds, max_length: int,
-                 init_cache: InitCache | None = None, mesh: Mesh | None = None, buckets: Sequence[int] | None = None):
-        """Prepares decoding; nothing is compiled yet.
-
-        Args:
-          logits_fn: the network, see `query.LogitsFn`. A Partial with other params does not compile again.
-          settings: the sampler.
-          ids: special ids.
-          max_length: the context: columns of the longest canvas.
-          init_cache: the network's `(rows, length) -> empty cache`, always the same object; for settings.cache.
-          mesh: devices to shard the rows over; must hold the params of logits_fn.
-          buckets: canvas lengths to compile, ascending; by default `canvas_buckets(max_length)`.
-
-        Raises:
-          ConfigError: see `check_settings`.
-        """
-        check_settings(settings, ids, max_length, init_cache)
-        self.logits_fn = logits_fn
-        self.settings = settings
-        self.ids = ids
-        self.max_length = max_length
-        self.init_cache = init_cache
-        self.mesh = mesh
+    def __post_init__(self):
+        block_length = self.settings.block_length
+        if block_length > self.max_length:
+            raise ConfigError(f"config.decode.block_length = {block_length}: must not exceed the context of "
+                              f"{self.max_length} tokens")
+        make_rules(self.settings, self.ids, init_cache=self.init_cache)
         # A canvas holds at least a block: the draws of a row must not depend on its canvas.
-        self.buckets = tuple(b for b in buckets or canvas_buckets(max_length) if b >= settings.block_length)
+        buckets = self.buckets or canvas_buckets(self.max_length)
+        self.buckets = [length for length in buckets if length >= block_length]
 
-    def generate(self, prompts: Sequence[Sequence[int]], rows: Sequence[int] | None = None,
+    def generate(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
                  on_block: OnBlock | None = None) -> list[Decoded]:
-        """Continues prompts; one result per prompt, in order. For the arguments see `as_completed`."""
-        return _in_order(self.as_completed(prompts, rows=rows, on_block=on_block), len(prompts))
-
-    def infill(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Decoded]:
-        """Fills gaps; one result per text, in order. For the arguments see `as_completed`."""
-        return _in_order(self.as_completed(texts, infill=True, rows=rows), len(texts))
+        """Like `as_completed`; one result per prompt, in order."""
+        return [result for _, result in sorted(self.as_completed(prompts, infill, rows, on_block))]
 
     def as_completed(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
                      on_block: OnBlock | None = None) -> Iterator[tuple[int, Decoded]]:
@@ -206,8 +187,7 @@ class Decoder:
           InputError: a prompt does not fit, has an id outside the vocabulary, or has MASK (to continue) or no MASK (to
             infill).
         """
-        make_request = self._infilling if infill else self._continuation
-        requests = [make_request(index, list(prompt)) for index, prompt in enumerate(prompts)]
+        requests = [self._request(index, list(prompt), infill) for index, prompt in enumerate(prompts)]
         row_numbers = range(len(requests)) if rows is None else rows
         if len(row_numbers) != len(requests):
             raise InputError(f"rows: {len(row_numbers)} row numbers for {len(requests)} prompts")
@@ -221,14 +201,24 @@ class Decoder:
             slice_length = next(length for length in self.buckets if length >= masks) if masks else 0
         return make_rules(self.settings, self.ids, infill, self.init_cache, slice_length)
 
-    def _continuation(self, index: int, prompt: list[int]) -> Request:
-        self._check_ids(index, prompt)
-        if self.ids.mask in prompt:
-            raise InputError(f"prompt {index}: contains MASK (id {self.ids.mask}) at position "
-                             f"{prompt.index(self.ids.mask)}; use infilling to fill gaps")
-        budget = self._budget(index, len(prompt))
-        canvas = prompt + [self.ids.mask] * budget if self.settings.length == "fixed" else prompt
-        return Request(index, canvas, len(prompt), len(prompt) + budget, "length")
+    def _request(self, index: int, tokens: list[int], infill: bool) -> Request:
+        mask = self.ids.mask
+        for id_ in tokens:
+            if not 0 <= id_ < self.ids.vocab_size:
+                raise InputError(f"prompt {index}: id {id_} lies outside the vocabulary of {self.ids.vocab_size}")
+        if infill:
+            if mask not in tokens:
+                raise InputError(f"text {index}: no gap to fill (no MASK, id {mask})")
+            if len(tokens) > self.max_length:
+                raise InputError(f"text {index}: its {len(tokens)} tokens exceed the context of {self.max_length} "
+                                 "tokens")
+            return Request(index, tokens, 0, len(tokens), "filled")
+        if mask in tokens:
+            raise InputError(f"prompt {index}: contains MASK (id {mask}) at position {tokens.index(mask)}; use "
+                             "infilling to fill gaps")
+        budget = self._budget(index, len(tokens))
+        canvas = tokens + [mask] * budget if self.settings.length == "fixed" else tokens
+        return Request(index, canvas, len(tokens), len(tokens) + budget, "length")
 
     def _budget(self, index: int, prompt_length: int) -> int:
         """New tokens that fit into the context, at most those asked for."""
@@ -248,19 +238,6 @@ class Decoder:
                         cut, self.max_length)
         return cut
 
-    def _infilling(self, index: int, text: list[int]) -> Request:
-        self._check_ids(index, text)
-        if self.ids.mask not in text:
-            raise InputError(f"text {index}: no gap to fill (no MASK, id {self.ids.mask})")
-        if len(text) > self.max_length:
-            raise InputError(f"text {index}: its {len(text)} tokens exceed the context of {self.max_length} tokens")
-        return Request(index, text, 0, len(text), "filled")
-
-    def _check_ids(self, index: int, tokens: list[int]) -> None:
-        for id_ in tokens:
-            if not 0 <= id_ < self.ids.vocab_size:
-                raise InputError(f"prompt {index}: id {id_} lies outside the vocabulary of {self.ids.vocab_size}")
-
     def _run(self, requests: list[Request], rules: Rules, row_numbers: Sequence[int],
              on_block: OnBlock | None) -> Iterator[tuple[int, Decoded]]:
         """Yields (index, result) as rows finish; a finished row frees its slot for the next request."""
@@ -269,111 +246,83 @@ class Decoder:
         keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(row_numbers)))
         pending = collections.deque(requests)
         slots: list[Request | None] = [None] * self._num_slots(len(requests))
-        carry = _empty_carry(len(slots), self.buckets[0], self.ids)
+        rows = [new_row(Request(-1, [], 0, 0, ""), keys[0], done=True)] * len(slots)
         while pending or any(slots):
             for slot, request in enumerate(slots):
                 if request is None and pending:
                     slots[slot] = pending.popleft()
-                    carry = _admit(carry, slot, slots[slot], keys[slots[slot].index], self.ids)
-            carry = _resize(carry, self._bucket(carry, rules), self.ids)
+                    rows[slot] = new_row(slots[slot], keys[slots[slot].index])
             # The host acts after every block if a request waits for a slot or the caller has a callback.
-            num_blocks = np.int32(1) if pending or on_block else UNLIMITED
-            carry = self._call(carry, num_blocks, rules)
+            rows = self._call(rows, np.int32(1) if pending or on_block else UNLIMITED, rules)
             for slot, request in enumerate(slots):
                 if request is None:
                     continue
-                cancelled = bool(on_block and on_block(request.index, self._decoded(carry, slot, request, rules)))
-                if carry.done_B[slot] or cancelled:
-                    carry.done_B[slot] = True
+                cancelled = bool(on_block and on_block(request.index, self._decoded(rows[slot], request, rules)))
+                if rows[slot].done_B[0] or cancelled:
+                    rows[slot] = rows[slot]._replace(done_B=np.array([True]))
                     slots[slot] = None
-                    yield request.index, self._decoded(carry, slot, request, rules, cancelled)
+                    yield request.index, self._decoded(rows[slot], request, rules, cancelled)
 
     def _num_slots(self, rows: int) -> int:
         """The smallest power of two that holds all rows, at most the batch size; a multiple of the mesh's shards."""
         shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-min(self.settings.batch_size, 1 << (rows - 1).bit_length()) // shards) * shards
 
-    def _call(self, carry: Carry, num_blocks: np.int32, rules: Rules) -> Carry:
-        """Runs the compiled loop: numpy in, numpy out."""
-        if self.mesh is None:
-            result = run_blocks(self.logits_fn, jax.device_put(carry), jax.device_put(num_blocks), rules=rules)
+    def _call(self, rows: list[Carry], num_blocks: np.int32, rules: Rules) -> list[Carry]:
+        """Runs the compiled loop over the rows, on the smallest canvas that holds the next block of each."""
+        needed = max(int(next_length(row.length_B, row.limit_B, rules.settings.block_length)[0])
+                     for row in rows if not row.done_B[0])
+        length = next(length for length in self.buckets if length >= needed)
+        resized = [_resize(row, length, self.ids.pad) for row in rows]
+        inputs = Carry(*map(np.concatenate, zip(*resized, strict=True))), num_blocks
+        shardings = None if self.mesh is None else (batch_sharding(self.mesh), replicated(self.mesh))
+        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
+            carry = run_blocks(self.logits_fn, *jax.device_put(inputs, shardings), rules=rules)
+        return [Carry(*row) for row in zip(*(np.split(x, len(rows)) for x in fetch(carry)), strict=True)]
+
+    def _decoded(self, row: Carry, request: Request, rules: Rules, cancelled: bool = False) -> Decoded:
+        length = int(row.length_B[0])
+        canvas, canvas_step, log_probs = (x_1L[0, :length].tolist()
+                                          for x_1L in (row.tokens_BL, row.reveal_step_BL, row.log_prob_BL))
+        ends = () if request.stopped_by == "filled" else (*rules.stop_ids, self.ids.mask)
+        start = request.start
+        end = next((column for column in range(start, length) if canvas[column] in ends), length)
+        if end < length and canvas[end] != self.ids.mask:
+            stopped_by = "eos" if canvas[end] == self.ids.eos else "stop_id"
         else:
-            with use_mesh(self.mesh):
-                result = run_blocks(self.logits_fn, jax.device_put(carry, batch_sharding(self.mesh)),
-                                    jax.device_put(num_blocks, replicated(self.mesh)), rules=rules)
-        return Carry(*map(np.array, fetch(result)))
-
-    def _bucket(self, carry: Carry, rules: Rules) -> int:
-        needed_B = next_length(carry.length_B, carry.limit_B, rules.block_length)
-        needed = int(needed_B[~carry.done_B].max())
-        return next(length for length in self.buckets if length >= needed)
-
-    def _tokens(self, carry: Carry, slot: int, request: Request, rules: Rules) -> list[int]:
-        tokens = carry.tokens_BL[slot, request.start : carry.length_B[slot]].tolist()
-        if request.stopped_by == "filled":
-            return tokens
-        ends = {*rules.stop_ids, self.ids.mask}
-        return list(itertools.takewhile(lambda id_: id_ not in ends, tokens))
-
-    def _decoded(self, carry: Carry, slot: int, request: Request, rules: Rules, cancelled: bool = False) -> Decoded:
-        start, tokens = request.start, self._tokens(carry, slot, request, rules)
-        end = start + len(tokens)
-        end_id = carry.tokens_BL[slot, end] if end < carry.length_B[slot] else self.ids.mask
-        if end_id == self.ids.mask:
             stopped_by = "callback" if cancelled else request.stopped_by
-        else:
-            stopped_by = "eos" if end_id == self.ids.eos else "stop_id"
         return Decoded(
-            tokens=tokens,
-            nfe=int(carry.steps_B[slot]) * (2 if rules.cfg_scale else 1),
+            tokens=canvas[start:end],
+            nfe=int(row.steps_B[0]) * (2 if rules.settings.cfg_scale else 1),
             stopped_by=stopped_by,
-            reveal_step=carry.reveal_step_BL[slot, start:end].tolist(),
-            log_probs=carry.log_prob_BL[slot, start:end].tolist(),
-            canvas=carry.tokens_BL[slot, : carry.length_B[slot]].tolist(),
-            canvas_step=carry.reveal_step_BL[slot, : carry.length_B[slot]].tolist(),
+            reveal_step=canvas_step[start:end],
+            log_probs=log_probs[start:end],
+            canvas=canvas,
+            canvas_step=canvas_step,
         )
 
 
-def _in_order(finished: Iterator[tuple[int, Decoded]], count: int) -> list[Decoded]:
-    results = dict(finished)
-    return [results[index] for index in range(count)]
-
-
-def _empty_carry(batch: int, length: int, ids: SpecialIds) -> Carry:
+def new_row(request: Request, key_2: np.ndarray, done: bool = False) -> Carry:
+    """The initial state of one row, on a canvas of its own length."""
+    length = len(request.tokens)
     return Carry(
-        tokens_BL=np.full((batch, length), ids.pad, np.int32),
-        length_B=np.zeros(batch, np.int32),
-        prompt_B=np.zeros(batch, np.int32),
-        limit_B=np.zeros(batch, np.int32),
-        done_B=np.ones(batch, bool),
-        keys_B2=np.zeros((batch, 2), np.uint32),
-        steps_B=np.zeros(batch, np.int32),
-        reveal_step_BL=np.full((batch, length), -1, np.int32),
-        log_prob_BL=np.zeros((batch, length), np.float32),
+        tokens_BL=np.array([request.tokens], np.int32),
+        length_B=np.int32([length]),
+        prompt_B=np.int32([request.start]),
+        limit_B=np.int32([request.limit]),
+        done_B=np.array([done]),
+        keys_B2=key_2[None],
+        steps_B=np.int32([0]),
+        reveal_step_BL=np.full((1, length), -1, np.int32),
+        log_prob_BL=np.zeros((1, length), np.float32),
     )
 
 
-def _admit(carry: Carry, slot: int, request: Request, key_2: np.ndarray, ids: SpecialIds) -> Carry:
-    """Puts a request into a free slot."""
-    length = len(request.tokens)
-    if length > carry.tokens_BL.shape[1]:
-        carry = _resize(carry, length, ids)
-    new = _empty_carry(1, carry.tokens_BL.shape[1], ids)
-    new.tokens_BL[0, :length] = request.tokens
-    new = new._replace(length_B=np.int32([length]), prompt_B=np.int32([request.start]),
-                       limit_B=np.int32([request.limit]), done_B=np.array([False]), keys_B2=key_2[None])
-    for batch, one in zip(carry, new, strict=True):
-        batch[slot] = one[0]
-    return carry
+def _resize(row: Carry, length: int, pad_id: int) -> Carry:
+    """Moves a row to a canvas of another length, which it must fit unless it is done."""
+    def resized(x_1L: np.ndarray, value: int) -> np.ndarray:
+        x_1L = x_1L[:, :length]
+        return np.pad(x_1L, ((0, 0), (0, length - x_1L.shape[1])), constant_values=value)
 
-
-def _resize(carry: Carry, length: int, ids: SpecialIds) -> Carry:
-    """Moves the rows to a canvas of another length, which all unfinished rows must fit."""
-    common = min(length, carry.tokens_BL.shape[1])
-    moved = _empty_carry(carry.tokens_BL.shape[0], length, ids)
-    for old, new in zip(carry, moved, strict=True):
-        if old.ndim == 2 and old is not carry.keys_B2:
-            new[:, :common] = old[:, :common]
-        else:
-            new[...] = old
-    return moved
+    return row._replace(tokens_BL=resized(row.tokens_BL, pad_id), reveal_step_BL=resized(row.reveal_step_BL, -1),
+                        log_prob_BL=resized(row.log_prob_BL, 0))

@@ -1,5 +1,6 @@
 """Text with gaps: `The cat [[mask:3]] the mat.` asks for three tokens between the two pieces."""
 
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -29,16 +30,12 @@ class GappedText(NamedTuple):
     def fill(self, tokenizer: Any, masked: list[int], filled: list[int]) -> str:
         """The text with its gaps filled; given pieces are kept character for character.
 
-        Args:
-          tokenizer: the tokenizer of both lists.
-          masked: the result of `tokens`.
-          filled: the same ids with tokens in place of MASK.
+        `masked` is the result of `tokens`, `filled` the same ids with tokens in place of MASK.
         """
-        written = [new for old, new in zip(masked, filled, strict=True) if old == tokenizer.mask_id]
+        written = (new for old, new in zip(masked, filled, strict=True) if old == tokenizer.mask_id)
         text = self.pieces[0]
         for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
-            text += tokenizer.decode(written[:length]) + piece
-            written = written[length:]
+            text += tokenizer.decode(list(itertools.islice(written, length))) + piece
         return text
 
 
@@ -51,14 +48,11 @@ def parse_gaps(text: str) -> GappedText:
     >>> parse_gaps("The cat [[mask:3]] the mat.")
     GappedText(pieces=['The cat ', ' the mat.'], lengths=[3])
     """
+    shown = repr(text if len(text) <= 60 else text[:57] + "...")
     parts = GAP.split(text)
     pieces, lengths = parts[0::2], [int(n) for n in parts[1::2]]
     if any("[[mask" in piece for piece in pieces) or 0 in lengths:
-        raise InputError(f"{_shown(text)}: malformed gap; write [[mask:N]] for a gap of N tokens, N at least 1")
+        raise InputError(f"{shown}: malformed gap; write [[mask:N]] for a gap of N tokens, N at least 1")
     if not lengths:
-        raise InputError(f"{_shown(text)}: no gap to fill; write [[mask:N]] for a gap of N tokens")
+        raise InputError(f"{shown}: no gap to fill; write [[mask:N]] for a gap of N tokens")
     return GappedText(pieces, lengths)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -18,55 +18,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from illada_jax.decoding.confidence import Confidence, chosen_log_prob, entropy
+from illada_jax.config import DecodeConfig
+from illada_jax.decoding.confidence import CONFIDENCES, chosen_log_prob, negative_entropy
 from illada_jax.decoding.query import CanvasSlice, LogitsFn, guided_logits
-from illada_jax.decoding.reveal import Reveal, reveal_mask
+from illada_jax.decoding.reveal import reveal_mask
 from illada_jax.decoding.sampling import mask_logits, predict
-from illada_jax.decoding.thinking import ThinkingBoost
-from illada_jax.model.cache import Cache, CacheMode
+from illada_jax.decoding.thinking import boost_end_of_thinking
+from illada_jax.model.cache import Cache
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings of the compiled loop, static under jit; see DecodeConfig for their meaning.
+    """Settings of the compiled loop, static under jit.
 
     Attributes:
-      block_length: Q.
-      reveal: number of positions that a step reveals.
-      confidence: order in which positions are revealed.
-      temperature: temperature of sampling; 0 is greedy.
-      top_p: nucleus mass of sampling.
-      cfg_scale: classifier-free guidance; 0 is none.
-      mask_id: id of MASK.
+      settings: the sampler; fields that only the host reads must not vary, or the loop compiles again.
       vocab_size: ids from here on are never chosen.
-      suppressed_ids: ids that are never chosen.
+      suppressed_ids: ids that are never chosen, MASK among them.
       last_ids: ids that are written last.
       stop_ids: a row is done after the first block that contains one of them.
-      boost: end-of-thinking boost, or None.
+      thinking_ids: the end-of-thinking string that is boosted; empty is no boost.
       init_cache: `(rows, canvas length) -> empty cache`; None evaluates the whole canvas at every step. Pass the same
         object for the same network, or the loop compiles again.
-      cache_refresh: steps between refreshes within a block; 0 refreshes at its start only.
       slice_length: columns that are evaluated between refreshes: the block; with a prefix cache also all later masks.
     """
 
-    block_length: int
-    reveal: Reveal
-    confidence: Confidence
-    temperature: float
-    top_p: float
-    cfg_scale: float
+    settings: DecodeConfig
     mask_id: int
     vocab_size: int
     suppressed_ids: tuple[int, ...]
     last_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
-    boost: ThinkingBoost | None
+    thinking_ids: tuple[int, ...]
     init_cache: Callable[[int, int], Cache] | None
-    cache_refresh: int
     slice_length: int
 
 
@@ -100,7 +87,7 @@ class Block(NamedTuple):
     """The active block of every row.
 
     Attributes:
-      columns_BQ: int32, distinct columns of the row, from left to right.
+      columns_BQ: int32, distinct columns, from left to right.
       open_BQ: bool, slots that hold a column to write; False in the unused slots of a short block and in finished rows.
       slice_BT: int32, columns that are evaluated between refreshes of a cache: those of the block, then, up to the
         slice length, those of the masks beyond it. An unused slot holds the canvas length.
@@ -118,19 +105,12 @@ def next_length(length_B, limit_B, block_length: int):
 
 @functools.partial(jax.jit, static_argnames=("rules",))
 def run_blocks(logits_fn: LogitsFn, carry: Carry, num_blocks: jax.Array, *, rules: Rules) -> Carry:
-    """Decodes until all rows are done, the canvas is full, or `num_blocks` (traced) blocks are written.
-
-    Raises:
-      AssertionError: the shapes of the carry do not match.
-    """
-    rows, canvas_length = carry.tokens_BL.shape
-    chex.assert_shape([carry.reveal_step_BL, carry.log_prob_BL], (rows, canvas_length))
-    chex.assert_shape([carry.length_B, carry.prompt_B, carry.limit_B, carry.done_B, carry.steps_B], (rows,))
-    chex.assert_shape(carry.keys_B2, (rows, 2))
+    """Decodes until all rows are done, the canvas is full, or `num_blocks` (traced) blocks are written."""
+    canvas_length = carry.tokens_BL.shape[1]
 
     def has_work(state):
         carry, blocks = state
-        fits_B = next_length(carry.length_B, carry.limit_B, rules.block_length) <= canvas_length
+        fits_B = next_length(carry.length_B, carry.limit_B, rules.settings.block_length) <= canvas_length
         return (blocks < num_blocks) & ~jnp.all(carry.done_B) & jnp.all(fits_B | carry.done_B)
 
     def one_block(state):
@@ -154,8 +134,12 @@ def decode_block(logits_fn: LogitsFn, carry: Carry, rules: Rules) -> Carry:
         logits_BQV, cache = block_logits(logits_fn, carry, block, cache, step, rules)
         return write(carry, block, logits_BQV, total_B, step, rules), cache, step + 1
 
-    state = (carry, empty_cache(carry, rules), jnp.int32(0))
-    carry, _, _ = jax.lax.while_loop(unfinished, one_step, state)
+    # There is nothing to cache where the slice is the whole canvas. Guidance evaluates two rows for each.
+    rows, canvas_length = carry.tokens_BL.shape
+    cache = None
+    if rules.init_cache is not None and rules.slice_length < canvas_length:
+        cache = rules.init_cache(2 * rows if rules.settings.cfg_scale else rows, canvas_length)
+    carry, _, _ = jax.lax.while_loop(unfinished, one_step, (carry, cache, jnp.int32(0)))
     return close_block(carry, block, rules)
 
 
@@ -163,14 +147,14 @@ def open_block(carry: Carry, rules: Rules) -> tuple[Carry, Block]:
     """Appends masks up to the row's limit, at most a block, and finds the first masked columns of each row."""
     columns_BL = jax.lax.broadcasted_iota(jnp.int32, carry.tokens_BL.shape, 1)
     grown_B = jnp.where(carry.done_B, carry.length_B,
-                        next_length(carry.length_B, carry.limit_B, rules.block_length))
+                        next_length(carry.length_B, carry.limit_B, rules.settings.block_length))
     new_BL = (columns_BL >= carry.length_B[:, None]) & (columns_BL < grown_B[:, None])
     tokens_BL = jnp.where(new_BL, rules.mask_id, carry.tokens_BL)
     masked_BL = (tokens_BL == rules.mask_id) & ~carry.done_B[:, None]
     masked_first_BL = jnp.argsort(~masked_BL, axis=1, stable=True).astype(jnp.int32)
     slice_BT = masked_first_BL[:, : rules.slice_length]
     slice_BT = jnp.where(jnp.take_along_axis(masked_BL, slice_BT, axis=1), slice_BT, carry.tokens_BL.shape[1])
-    columns_BQ = masked_first_BL[:, : rules.block_length]
+    columns_BQ = masked_first_BL[:, : rules.settings.block_length]
     open_BQ = jnp.take_along_axis(masked_BL, columns_BQ, axis=1)
     return carry._replace(tokens_BL=tokens_BL, length_B=grown_B), Block(columns_BQ, open_BQ, slice_BT)
 
@@ -180,21 +164,13 @@ def masked_slots(carry: Carry, block: Block, rules: Rules) -> jax.Array:
     return block.open_BQ & (jnp.take_along_axis(carry.tokens_BL, block.columns_BQ, axis=1) == rules.mask_id)
 
 
-def empty_cache(carry: Carry, rules: Rules) -> Cache | None:
-    """A cache of the rows, two each under guidance; None if the rules have none or the slice is the whole canvas."""
-    rows, canvas_length = carry.tokens_BL.shape
-    if rules.init_cache is None or rules.slice_length >= canvas_length:
-        return None
-    return rules.init_cache(2 * rows if rules.cfg_scale else rows, canvas_length)
-
-
 def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache | None, step: jax.Array,
                  rules: Rules) -> tuple[jax.Array, Cache | None]:
     """Logits of the active block, float32 [B, Q, V], and the cache.
 
     The whole canvas is evaluated, or, between refreshes of a cache, the block's slice of it.
     """
-    query = functools.partial(guided_logits, logits_fn, cfg_scale=rules.cfg_scale, mask_id=rules.mask_id)
+    query = functools.partial(guided_logits, logits_fn, cfg_scale=rules.settings.cfg_scale, mask_id=rules.mask_id)
 
     def from_canvas(cache):
         columns_BL = jax.lax.broadcasted_iota(jnp.int32, carry.tokens_BL.shape, 1)
@@ -212,20 +188,22 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
 
     if cache is None:
         return from_canvas(None)
-    refresh = step % rules.cache_refresh == 0 if rules.cache_refresh else step == 0
-    return jax.lax.cond(refresh, lambda cache: from_canvas(cache.replace(mode=CacheMode.WRITE)), from_slice, cache)
+    refresh = step % rules.settings.cache_refresh == 0 if rules.settings.cache_refresh else step == 0
+    return jax.lax.cond(refresh, lambda cache: from_canvas(cache.replace(writes=True)), from_slice, cache)
 
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,
           rules: Rules) -> Carry:
     """Predicts a token for every masked slot and writes the surest of them."""
     masked_BQ = masked_slots(carry, block, rules)
-    if rules.boost:
-        logits_BQV = rules.boost(logits_BQV, carry.tokens_BL, carry.prompt_B, carry.limit_B, block.columns_BQ,
-                                 masked_BQ)
-    logits_BQV = mask_logits(logits_BQV, (rules.mask_id, *rules.suppressed_ids), rules.vocab_size)
-    prediction = predict(logits_BQV, rules.temperature, rules.top_p, rules.last_ids, carry.keys_B2, carry.steps_B)
-    reveal_BQ = reveal_mask(rules.reveal, rules.confidence(prediction), masked_BQ, total_B, entropy(prediction), step)
+    settings = rules.settings
+    if rules.thinking_ids:
+        logits_BQV = boost_end_of_thinking(settings, rules.thinking_ids, logits_BQV, carry.tokens_BL, carry.prompt_B,
+                                           carry.limit_B, block.columns_BQ, masked_BQ)
+    logits_BQV = mask_logits(logits_BQV, rules.suppressed_ids, rules.vocab_size)
+    prediction = predict(logits_BQV, settings, rules.last_ids, carry.keys_B2, carry.steps_B)
+    confidence_BQ, entropy_BQ = CONFIDENCES[settings.confidence](prediction), -negative_entropy(prediction)
+    reveal_BQ = reveal_mask(settings, confidence_BQ, masked_BQ, total_B, entropy_BQ, step)
 
     def scatter(canvas_BL, new_BQ):
         old_BQ = jnp.take_along_axis(canvas_BL, block.columns_BQ, axis=1)

@@ -27,21 +27,17 @@ class LogitsFn(Protocol):
           positions_BT: int32 canvas column of each token; unused slots hold the canvas length.
           segments_BT: int32, 1 for tokens, 0 for padding and unused slots.
           query_columns_BQ: int32 indices into the slice.
-          cache: None, or keys and values of the canvas; `cache.mode` says how this call uses them.
+          cache: None, or keys and values of the canvas; `cache.writes` says how this call uses them.
 
         Returns:
-          (logits_BQV float32, the cache after the call in mode READ, or None).
+          (logits_BQV float32, the cache after the call, or None).
         """
 
 
 class CanvasSlice(NamedTuple):
     """Canvas columns that a query evaluates; the first three fields are those of `LogitsFn`.
 
-    Attributes:
-      tokens_BT: int32 ids.
-      positions_BT: int32 canvas columns.
-      segments_BT: int32, 1 for tokens, 0 for padding.
-      given_BT: bool, tokens that guidance hides: the prompt, or the text around gaps. May be True in padding.
+    given_BT is True in tokens that guidance hides: the prompt, or the text around gaps. It may be True in padding.
     """
 
     tokens_BT: jax.Array
@@ -52,21 +48,12 @@ class CanvasSlice(NamedTuple):
 
 def guided_logits(logits_fn: LogitsFn, canvas: CanvasSlice, query_columns_BQ: jax.Array, cache: Cache | None = None, *,
                   cfg_scale: float, mask_id: int) -> tuple[jax.Array, Cache | None]:
-    """The network's logits with classifier-free guidance.
+    """The network's logits with LLaDA's unsupervised classifier-free guidance: uncond + (w + 1)·(cond - uncond).
 
-    Guidance evaluates both passes as one batch of 2B rows. The two rows of a pair are neighbours, so that a mesh keeps
-    them on one device.
+    Both passes are one batch of 2B rows. The rows of a pair are neighbours, so that a mesh keeps them on one device.
 
-    Args:
-      logits_fn: the network.
-      canvas: the slice to evaluate.
-      query_columns_BQ: int32 indices into the slice.
-      cache: None, or a cache of B rows, 2B under guidance.
-      cfg_scale: w, see `classifier_free_guidance`; 0 is one unguided pass.
-      mask_id: the id that replaces given tokens in the unconditional pass.
-
-    Returns:
-      (logits_BQV float32, the cache after the call, or None).
+    w is `cfg_scale`; 0 is one unguided pass. In the unconditional pass, `mask_id` replaces given tokens. The queried
+    columns are indices into the slice. A cache has B rows, 2B under guidance, and is returned as the network leaves it.
 
     Raises:
       AssertionError: shapes do not match, or the network breaks its contract.
@@ -83,26 +70,9 @@ def guided_logits(logits_fn: LogitsFn, canvas: CanvasSlice, query_columns_BQ: ja
     chex.assert_type(logits, jnp.float32)
     if cfg_scale:
         cond_BQV, uncond_BQV = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
-        logits = classifier_free_guidance(cond_BQV, uncond_BQV, cfg_scale)
+        guided_BQV = uncond_BQV + (cfg_scale + 1) * (cond_BQV - uncond_BQV)
+        logits = jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)  # both may be -inf
     return logits, cache
-
-
-def classifier_free_guidance(cond_BQV: jax.Array, uncond_BQV: jax.Array, scale: float) -> jax.Array:
-    """Guided logits, uncond + (w + 1)·(cond - uncond) (LLaDA's unsupervised classifier-free guidance).
-
-    Args:
-      cond_BQV: float32 logits given the prompt.
-      uncond_BQV: float32 logits with the prompt masked.
-      scale: w.
-
-    Returns:
-      float32 [B, Q, V]; equal logits stay as they are, also where both are -inf.
-
-    >>> classifier_free_guidance(jnp.array([[[1.0, -jnp.inf]]]), jnp.array([[[0.0, -jnp.inf]]]), 1.0).tolist()
-    [[[2.0, -inf]]]
-    """
-    guided_BQV = uncond_BQV + (scale + 1) * (cond_BQV - uncond_BQV)
-    return jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)
 
 
 class SpecialIds(NamedTuple):

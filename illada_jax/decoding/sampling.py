@@ -1,20 +1,16 @@
 """Choice of a token for every position of the active block: logit masks, nucleus, temperature and Gumbel noise."""
 
-import enum
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import Prediction, argmax, log_softmax
 
-
-class Draw(enum.IntEnum):
-    """Purpose of a random key of the decoder. Seeds depend on the numbers: never renumber."""
-
-    TOKEN = 0
-    ORDER = 1
+# Purposes of random keys. Seeds depend on the numbers: never renumber.
+_TOKEN, _ORDER, _NUM_PURPOSES = 0, 1, 2
 
 
 def row_keys(seed: int, rows: jax.Array) -> jax.Array:
@@ -23,9 +19,9 @@ def row_keys(seed: int, rows: jax.Array) -> jax.Array:
     return jax.random.key_data(fold_in(jax.random.key(seed), rows))
 
 
-def step_keys(keys_B2: jax.Array, draw: Draw, steps_B: jax.Array) -> jax.Array:
-    """Typed keys [B] of (row, the row's step, draw)."""
-    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * len(Draw) + int(draw))
+def _step_keys(keys_B2: jax.Array, purpose: int, steps_B: jax.Array) -> jax.Array:
+    """Typed keys [B] of (row, the row's step, purpose)."""
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), steps_B * _NUM_PURPOSES + purpose)
 
 
 def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
@@ -49,17 +45,17 @@ def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits_BQV >= lowest_BQ1, logits_BQV, -jnp.inf)
 
 
-def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.Array) -> jax.Array:
+def choose(logits_BQV: jax.Array, settings: DecodeConfig, keys_B: jax.Array) -> jax.Array:
     """A token for each position, int32 [B, Q]: the argmax, or a sample of the nucleus of softmax(logits / temperature).
 
     A sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode, whose upper
     tail reaches down to probabilities of 1e-38. That of the default mode ends at 1e-7, which acts like a lower
     temperature; the published code draws in float64 for that reason.
     """
-    if temperature > 0:
-        logits_BQV = logits_BQV / temperature
-        if top_p < 1:
-            logits_BQV = nucleus(logits_BQV, top_p)
+    if settings.temperature > 0:
+        logits_BQV = logits_BQV / settings.temperature
+        if settings.top_p < 1:
+            logits_BQV = nucleus(logits_BQV, settings.top_p)
         shape_QV = logits_BQV.shape[1:]
         # Drawn flat: XLA's CPU compiler takes ten times as long for the same draw in more dimensions.
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (math.prod(shape_QV),), mode="high").reshape(shape_QV))
@@ -67,22 +63,17 @@ def choose(logits_BQV: jax.Array, temperature: float, top_p: float, keys_B: jax.
     return argmax(logits_BQV)
 
 
-def predict(logits_BQV: jax.Array, temperature: float, top_p: float, last_ids: tuple[int, ...], keys_B2: jax.Array,
-          steps_B: jax.Array) -> Prediction:
-    """Chooses a token for each position; see `Prediction`.
+def predict(logits_BQV: jax.Array, settings: DecodeConfig, last_ids: tuple[int, ...], keys_B2: jax.Array,
+            steps_B: jax.Array) -> Prediction:
+    """Chooses a token for each position, by temperature and nucleus; they do not apply to the log-probabilities.
 
-    Args:
-      logits_BQV: float32 logits, after `mask_logits`.
-      temperature: temperature of the choice; does not apply to the log-probabilities of the prediction.
-      top_p: nucleus mass of the choice.
-      last_ids: ids that may be chosen but have probability 0 in confidences, so that they are written last.
-      keys_B2: uint32 key data of the rows.
-      steps_B: int32 steps that the rows have taken.
+    `last_ids` may be chosen but have probability 0 in confidences, so that they are written last. The logits are those
+    after `mask_logits`, keys_B2 are the key data of the rows, and steps_B the steps that they have taken.
     """
     num_columns = logits_BQV.shape[1]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_columns,)))
     return Prediction(
-        tokens_BQ=choose(logits_BQV, temperature, top_p, step_keys(keys_B2, Draw.TOKEN, steps_B)),
+        tokens_BQ=choose(logits_BQV, settings, _step_keys(keys_B2, _TOKEN, steps_B)),
         log_probs_BQV=log_softmax(mask_logits(logits_BQV, last_ids)),
-        uniform_BQ=uniform(step_keys(keys_B2, Draw.ORDER, steps_B)),
+        uniform_BQ=uniform(_step_keys(keys_B2, _ORDER, steps_B)),
     )

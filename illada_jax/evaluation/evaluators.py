@@ -21,7 +21,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import Corpus, Examples
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
-from illada_jax.decoding import Decoded, Decoder, SpecialIds, check_settings
+from illada_jax.decoding import Decoded, Decoder, SpecialIds
 from illada_jax.diffusion.objective import objective
 from illada_jax.diffusion.process import corrupt_fixed_count
 from illada_jax.diffusion.token_losses import token_losses
@@ -73,8 +73,8 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
         if name not in EVALUATORS:
             raise ConfigError(f"config.eval: unknown evaluator {name!r}; known: {', '.join(EVALUATORS)}")
     if tokenizer is not None:
-        check_settings(config.decode, SpecialIds.of(tokenizer), config.model.max_length,
-                       model.make_init_cache(config.model))
+        Decoder(None, config.decode, SpecialIds.of(tokenizer), config.model.max_length,
+                model.make_init_cache(config.model))  # raises ConfigError
 
 
 def bits_per_byte(context: EvaluatorContext) -> Evaluator:
@@ -187,7 +187,7 @@ def infill(context: EvaluatorContext) -> Evaluator:
 
     def evaluate(params: Any, _: int) -> dict[str, float | str]:
         pairs = [(passage, result.tokens) for passage, result in zip(
-            passages, context.decoder(settings, params).infill(gapped), strict=True)]
+            passages, context.decoder(settings, params).generate(gapped, infill=True), strict=True)]
         hits = [filled[column] == passage[column] for passage, filled in pairs for column in hidden]
         lines = [f"[{number}] {show(*pair)}" for number, pair in enumerate(pairs, 1)]
         return {"eval/infill_accuracy": float(np.mean(hits)),

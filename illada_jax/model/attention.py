@@ -5,6 +5,7 @@ Every token attends to all tokens of its own segment, before and after it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,18 +17,14 @@ from jax.sharding import PartitionSpec
 
 from illada_jax.config import ModelConfig
 
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-
 # The name of attention's output in remat policies.
 ATTENTION_OUT = "attention_out"
 LANES = 128  # block sizes of the splash kernel are multiples of it
 NO_SEGMENT = -2  # segment of padding keys: neither a token's segment nor that of hidden cache columns (-1)
 
 
-def xla_attention(
-    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
-    segments_BS: jax.Array,
-) -> jax.Array:
+def xla_attention(config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+                  segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     """Attention in plain XLA: any platform, softmax in float32, O(T·S) memory.
 
     The G = N/K query heads that share keys are rows of one product (g = G·T), and the mask is an additive bias: on CPU
@@ -51,10 +48,8 @@ def xla_attention(
     return checkpoint_name(out_BTNH.astype(q_BTNH.dtype), ATTENTION_OUT)
 
 
-def cudnn_attention(
-    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
-    segments_BS: jax.Array,
-) -> jax.Array:
+def cudnn_attention(config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+                    segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     """Flash attention of cuDNN where it supports the shapes (bfloat16, even lengths, H at most 128), else XLA."""
     even = q_BTNH.shape[1] % 2 == 0 and k_BSKH.shape[1] % 2 == 0
     if not (q_BTNH.dtype == jnp.bfloat16 and even and config.head_dim % 8 == 0 and config.head_dim <= 128):
@@ -64,10 +59,8 @@ def cudnn_attention(
     return checkpoint_name(out_BTNH, ATTENTION_OUT)
 
 
-def splash_attention(
-    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array,
-    segments_BS: jax.Array, interpret: bool = False,
-) -> jax.Array:
+def splash_attention(config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+                     segments_BT: jax.Array, segments_BS: jax.Array, interpret: bool = False) -> jax.Array:
     """The TPU kernel: no array of size T·S is in memory, and the keys of a group are not repeated.
 
     Over a mesh each device computes its own rows and heads; along a mesh axis that does not divide them, devices repeat
@@ -89,17 +82,12 @@ def splash_attention(
 
 def _dividing(axes: str | tuple[str, ...], mesh: jax.sharding.AbstractMesh, size: int) -> tuple[str, ...] | None:
     """The mesh axes of a logical axis, or None where they do not divide its size."""
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    shards = 1
-    for axis in axes:
-        shards *= mesh.shape[axis]
-    return axes if size % shards == 0 else None
+    axes = (axes,) if isinstance(axes, str) else axes
+    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
-def _local_splash(
-    config: ModelConfig, interpret: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
-    segments_BT: jax.Array, segments_BS: jax.Array,
-) -> jax.Array:
+def _local_splash(config: ModelConfig, interpret: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+                  segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     length, num_heads, width = q_BTNH.shape[1:]
     q_BTNH, segments_BT = _pad_length(q_BTNH), _pad_length(segments_BT, NO_SEGMENT)
     k_BSKH, v_BSKH, segments_BS = _pad_length(k_BSKH), _pad_length(v_BSKH), _pad_length(segments_BS, NO_SEGMENT)
@@ -121,10 +109,8 @@ def _local_splash(
 
 def _pad_length(x_BT: jax.Array, value: int = 0) -> jax.Array:
     """Pads the second axis to a multiple of LANES."""
-    missing = -x_BT.shape[1] % LANES
-    if not missing:
-        return x_BT
-    return jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2), constant_values=value)
+    widths = [(0, 0), (0, -x_BT.shape[1] % LANES)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=value)
 
 
 def _block(limit: int, length: int) -> int:
@@ -141,7 +127,7 @@ BACK_ENDS: dict[str, Callable[..., jax.Array]] = {
 BEST = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 
 
-def attention_fn(config: ModelConfig) -> AttentionFn:
+def attention_fn(config: ModelConfig) -> Callable[..., jax.Array]:
     """The back end `config.attention`; `auto` is the best one for the default platform."""
     name = BEST[jax.default_backend()] if config.attention == "auto" else config.attention
     return functools.partial(BACK_ENDS[name], config)

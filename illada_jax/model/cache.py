@@ -1,6 +1,5 @@
 """Keys and values of a canvas, cached between decoding steps."""
 
-import enum
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,33 +19,22 @@ class KeysValues(NamedTuple):
     segments_BS: jax.Array
 
 
-class CacheMode(enum.Enum):
-    """How a forward pass uses a cache.
-
-    READ: the tokens are a slice of the canvas. They attend to themselves and to the cached columns outside the slice;
-      the cache stays as it is.
-    WRITE: the tokens are the whole canvas. They attend to themselves; their keys, values and segments become the cache.
-    """
-
-    READ = enum.auto()
-    WRITE = enum.auto()
-
-
 @struct.dataclass
 class Cache:
-    """Keys, values and segments of every canvas column as of the last WRITE.
+    """Keys, values and segments of every canvas column as of the last pass that wrote them.
 
     Attributes:
-      keys_YBSKH: rotated keys in the compute dtype; Y is layers.
-      values_YBSKH: values.
+      keys_YBSKH, values_YBSKH: rotated keys, and values, in the compute dtype; Y is layers.
       segments_BS: int32 segments; 0 is padding.
-      mode: how the next forward pass uses the cache, static under jit. A pass returns it in mode READ.
+      writes: static under jit. True: the next pass is over the whole canvas, attends to it alone, and replaces keys,
+        values and segments; it returns the cache with writes = False. False: the next pass is over a slice of the
+        canvas, which attends to itself and to the cached columns outside; the cache stays as it is.
     """
 
     keys_YBSKH: jax.Array
     values_YBSKH: jax.Array
     segments_BS: jax.Array
-    mode: CacheMode = struct.field(pytree_node=False, default=CacheMode.READ)
+    writes: bool = struct.field(pytree_node=False, default=False)
 
     def segments_without(self, columns_BT: jax.Array) -> jax.Array:
         """Segments [B, S] with -1 in the given columns; columns beyond the canvas are ignored."""

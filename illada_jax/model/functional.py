@@ -1,6 +1,7 @@
 """The transformer as pure functions of its params: the interface of the package."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ Params = Any  # a tree of arrays
 def _initialise(config: ModelConfig, key: jax.Array) -> Any:
     # One token initialises the model: shapes of params do not depend on the tokens.
     one_BL = jnp.ones((1, 1), jnp.int32)
-    return Transformer(config).init(key, one_BL, one_BL, one_BL)["params"]
+    return Transformer(config).init(key, one_BL, one_BL, one_BL, method=Transformer.hidden)["params"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -26,8 +27,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def param_axes(config: ModelConfig) -> Any:
     """Logical axis names, one PartitionSpec per param; nothing is computed."""
-    boxed = jax.eval_shape(lambda: _initialise(config, jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return nn.get_partition_spec(jax.eval_shape(lambda: _initialise(config, jax.random.key(0))))
 
 
 def num_params(config: ModelConfig) -> int:
@@ -36,9 +36,8 @@ def num_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def hidden(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
+def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
+           segments_BT: jax.Array) -> jax.Array:
     """Final hidden states hidden_BTD, see `Transformer.hidden`."""
     return Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT,
                                      method=Transformer.hidden)
@@ -50,13 +49,11 @@ def head(config: ModelConfig, params: Params, hidden_BQD: jax.Array) -> jax.Arra
 
 
 @functools.cache
-def _logits_function(config: ModelConfig):
+def _logits_function(config: ModelConfig) -> Callable[..., Any]:
     """One function object per config: jit recognises it and compiles once for all params."""
 
-    def logits(params, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
-        hidden_BQD, cache = Transformer(config).apply(
-            {"params": params}, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache,
-            method=Transformer.at_columns)
+    def logits(params, *inputs):
+        hidden_BQD, cache = Transformer(config).apply({"params": params}, *inputs, method=Transformer.at_columns)
         return head(config, params, hidden_BQD), cache
 
     return logits

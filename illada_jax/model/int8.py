@@ -73,10 +73,7 @@ def _map_matrices(tree: Any, function: Any) -> Any:
 def quantize(w: jax.Array, input_axes: int, first: int = 0) -> Int8:
     """Rounds a matrix to Int8; a channel of zeros has scale 1.
 
-    Args:
-      w: float array; axes before `first` (layers) are neither inputs nor outputs.
-      input_axes: number of input axes, which begin at axis `first`.
-      first: first axis of the matrix.
+    The input axes begin at axis `first`; axes before it (layers) are neither inputs nor outputs.
     """
     axes = tuple(range(first, first + input_axes))
     largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True).astype(jnp.float32)

@@ -9,7 +9,6 @@ V vocabulary, Q queried columns. Logical axis names say how an array may be shar
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from illada_jax.config import ModelConfig
 from illada_jax.model.attention import ATTENTION_OUT, attention_fn
-from illada_jax.model.cache import Cache, CacheMode, KeysValues
+from illada_jax.model.cache import Cache, KeysValues
 from illada_jax.model.dense import dense
 from illada_jax.model.embedding import embed
 
@@ -27,17 +26,11 @@ PROJECTIONS, FEED_FORWARD = "projections", "feed_forward"
 ACTIVATION_AXES = ("batch", "length", "embed_act")
 
 
-def _init(std: float, *axes: str) -> nn.initializers.Initializer:
+def _init(config: ModelConfig, *axes: str, to_residual: bool = False) -> nn.initializers.Initializer:
+    std = config.init_std or math.sqrt(2 / (5 * config.d_model))
+    if to_residual:  # so that the variance of the residual stream does not grow with depth
+        std /= math.sqrt(2 * config.num_layers)
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-
-
-def _init_std(config: ModelConfig) -> float:
-    return config.init_std or math.sqrt(2 / (5 * config.d_model))
-
-
-def _residual_std(config: ModelConfig) -> float:
-    """Smaller init for projections into the residual stream, so that its variance does not grow with depth."""
-    return _init_std(config) / math.sqrt(2 * config.num_layers)
 
 
 class RMSNorm(nn.Module):
@@ -85,28 +78,22 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
-        query_columns_BQ: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
+    def __call__(self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
+                 query_columns_BQ: jax.Array | None = None) -> tuple[jax.Array, KeysValues]:
         """Attends to x_BTD and, where x_BTD is a slice of a cached canvas, to the cached columns.
 
-        Args:
-          x_BTD: normed residual stream.
-          rope: cosines and sines of its positions, see `rope_cos_sin`.
-          segments_BT: int32 segments.
-          cached: keys and values of other columns, or None.
-          query_columns_BQ: int32 columns of x_BTD that attend; None is all of them.
+        x_BTD is the normed residual stream, `rope` belongs to its positions, and `cached` are keys and values of other
+        columns. Only `query_columns_BQ` of x_BTD attend, by default all of them.
 
         Returns:
           (addition to the residual stream of the queried columns, [B, Q, D]; keys and values of x_BTD).
         """
         c = self.config
-        q_DNH = self.param("q", _init(_init_std(c), "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
+        q_DNH = self.param("q", _init(c, "embed", "heads", "head_dim"), (c.d_model, c.num_heads, c.head_dim))
         kv_shape = (c.d_model, c.num_kv_heads, c.head_dim)
-        k_DKH = self.param("k", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
-        v_DKH = self.param("v", _init(_init_std(c), "embed", "kv_heads", "head_dim"), kv_shape)
-        o_NHD = self.param("o", _init(_residual_std(c), "heads", "head_dim", "embed"),
+        k_DKH = self.param("k", _init(c, "embed", "kv_heads", "head_dim"), kv_shape)
+        v_DKH = self.param("v", _init(c, "embed", "kv_heads", "head_dim"), kv_shape)
+        o_NHD = self.param("o", _init(c, "heads", "head_dim", "embed", to_residual=True),
                            (c.num_heads, c.head_dim, c.d_model))
         k_BTKH, v_BTKH = apply_rope(self._project(x_BTD, k_DKH), rope), self._project(x_BTD, v_DKH)
         query = x_BTD, segments_BT, rope
@@ -138,9 +125,9 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Addition to the residual stream, of the shape and dtype of x_BTD."""
         c = self.config
-        gate_DF = self.param("gate", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
-        up_DF = self.param("up", _init(_init_std(c), "embed", "mlp"), (c.d_model, c.d_ff))
-        down_FD = self.param("down", _init(_residual_std(c), "mlp", "embed"), (c.d_ff, c.d_model))
+        gate_DF = self.param("gate", _init(c, "embed", "mlp"), (c.d_model, c.d_ff))
+        up_DF = self.param("up", _init(c, "embed", "mlp"), (c.d_model, c.d_ff))
+        down_FD = self.param("down", _init(c, "mlp", "embed", to_residual=True), (c.d_ff, c.d_model))
         dtype = x_BTD.dtype
         gate_BTF, up_BTF = checkpoint_name((dense(x_BTD, gate_DF, dtype), dense(x_BTD, up_DF, dtype)), FEED_FORWARD)
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
@@ -160,10 +147,8 @@ class Layer(nn.Module):
     returns_kv: bool = False
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
-        query_columns_BQ: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(self, x_BTD: jax.Array, rope: RopeCosSin, segments_BT: jax.Array, cached: KeysValues | None = None,
+                 query_columns_BQ: jax.Array | None = None) -> tuple[jax.Array, KeysValues | None]:
         """Adds attention and feed-forward to the residual stream x_BTD, or to its queried columns; see Attention."""
         c = self.config
         x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATION_AXES)
@@ -191,10 +176,11 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        """Declares the embedding, the scanned layers, the final norm and, if untied, the head."""
+        """Declares the embedding, the scanned layers, the final norm and, if untied, the head, whichever is used."""
         c = self.config
-        embed_std = math.sqrt(1 / (2 * c.d_model))
-        self.embedding_VD = self.param("embedding", _init(embed_std, "vocab", "embed"), (c.vocab_size, c.d_model))
+        normal = nn.initializers.normal(math.sqrt(1 / (2 * c.d_model)))
+        self.embedding_VD = self.param("embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")),
+                                       (c.vocab_size, c.d_model))
         layer = Layer
         if c.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
@@ -210,11 +196,7 @@ class Transformer(nn.Module):
         )(c)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tied_head:
-            self.head_DV = self.param("head", _init(_init_std(c), "embed", "vocab"), (c.d_model, c.vocab_size))
-
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """Logits of all positions, float32 [B, T, V]: for initialisation."""
-        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT))
+            self.head_DV = self.param("head", _init(c, "embed", "vocab"), (c.d_model, c.vocab_size))
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Final hidden states of all columns, for training.
@@ -231,27 +213,19 @@ class Transformer(nn.Module):
         x_BTD, _ = self.layers(x_BTD, rope, segments_BT)
         return self.final_norm(x_BTD)
 
-    def at_columns(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, query_columns_BQ: jax.Array,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    def at_columns(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
+                   query_columns_BQ: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """Final hidden states of the queried columns, for decoding and scoring.
 
-        Args:
-          tokens_BT: int32 ids.
-          positions_BT: int32 positions within each segment; with a cache, canvas columns.
-          segments_BT: int32 segment of each token; 0 is padding.
-          query_columns_BQ: int32 indices into the T columns.
-          cache: None, or a cache of B rows, used as its mode says.
+        The queried columns are int32 indices into the T columns. A cache has B rows and is used as `cache.writes` says;
+        then positions_BT are canvas columns. For the rest see `hidden`.
 
         Returns:
-          (hidden_BQD, normed, in the compute dtype; the cache in mode READ, or None).
+          (hidden_BQD, normed, in the compute dtype; the cache, or None).
         """
         c = self.config
-        reads = cache is not None and cache.mode is CacheMode.READ
-        writes = cache is not None and cache.mode is CacheMode.WRITE
-        if writes:
-            chex.assert_equal_shape([tokens_BT, cache.segments_BS])
+        writes = cache is not None and cache.writes
+        reads = cache is not None and not writes
         x_BTD, rope = self._embed(tokens_BT, positions_BT)
         cached_segments_BS = cache.segments_without(positions_BT) if reads else None
         stacked_params, module = self.variables["params"]["layers"], Layer(c, returns_kv=writes, parent=None)
@@ -270,7 +244,7 @@ class Transformer(nn.Module):
         carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
         (x_BQD, cache), _ = layer(carry, last, query_columns_BQ)
         if writes:
-            cache = cache.replace(segments_BS=segments_BT, mode=CacheMode.READ)
+            cache = cache.replace(segments_BS=segments_BT, writes=False)
         return self.final_norm(x_BQD), cache
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RopeCosSin]:

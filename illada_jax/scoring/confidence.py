@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from illada_jax.scoring.log_probs import LogProbEvaluator, Query, TokenLogProbs
+from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 
 
 @dataclass
@@ -19,30 +19,14 @@ class PartialCandidate:
     """A candidate that is partly revealed.
 
     Attributes:
-      tokens_L: int32, context, candidate and the visible tokens after it.
-      hidden_Q: columns that are still hidden.
-      context_length: columns before the candidate.
+      query: the row; its hidden columns are those that are still to be revealed.
       value: the sum so far in nats. Further terms are at most 0, so this is an upper bound on the score.
       greedy: True while greedy decoding, the surest tokens first, would have written the same.
     """
 
-    tokens_L: np.ndarray
-    hidden_Q: np.ndarray
-    context_length: int
+    query: Query
     value: float = 0.0
     greedy: bool = True
-
-
-def reveal_all(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int = 1) -> None:
-    """Reveals all candidates completely, in lockstep.
-
-    Args:
-      evaluator: the network.
-      candidates: changed in place.
-      tokens_per_step: tokens that a step reveals. 1 is the paper's score; k approximates it in 1/k of the evaluations.
-    """
-    while hidden := [candidate for candidate in candidates if len(candidate.hidden_Q)]:
-        _advance(evaluator, hidden, tokens_per_step)
 
 
 def best_candidate(evaluator: LogProbEvaluator, groups: Sequence[Sequence[PartialCandidate]],
@@ -50,56 +34,37 @@ def best_candidate(evaluator: LogProbEvaluator, groups: Sequence[Sequence[Partia
     """The best candidate of each group, exact, without revealing the others completely.
 
     A sum only falls. So only the leader of a group, by its sum so far, has to advance, and a complete leader cannot be
-    overtaken.
-
-    Args:
-      evaluator: the network.
-      groups: the candidates of each question; changed in place.
-      divisors: for each candidate, the length that its score is divided by before comparing.
-      tokens_per_step: see `reveal_all`.
-
-    Returns:
-      The index of the best candidate of each group; the first one of equals.
+    overtaken. Sums are divided by the divisors, such as lengths, before comparing; the first one of equals is best. The
+    candidates are changed in place.
     """
     def leader(group: int) -> int:
         bounds = [candidate.value / divisor for candidate, divisor in zip(groups[group], divisors[group], strict=True)]
         return int(np.argmax(bounds))
 
     # All sums start at 0, so every candidate takes the first step.
-    _advance(evaluator, [candidate for group in groups for candidate in group], tokens_per_step)
+    advance(evaluator, [candidate for group in groups for candidate in group], tokens_per_step)
     leaders = [leader(group) for group in range(len(groups))]
-    while running := [group for group, best in enumerate(leaders) if len(groups[group][best].hidden_Q)]:
-        _advance(evaluator, [candidate for group in running
-                             for candidate in _same_input(groups[group][leaders[group]], groups[group])],
-                 tokens_per_step)
+    while running := [group for group, best in enumerate(leaders) if len(groups[group][best].query.hidden_Q)]:
+        # Candidates with the leader's visible tokens share its evaluation.
+        visible = {group: groups[group][leaders[group]].query.visible() for group in running}
+        advance(evaluator, [candidate for group in running for candidate in groups[group]
+                             if candidate.query.visible() == visible[group]], tokens_per_step)
         for group in running:
             leaders[group] = leader(group)
     return leaders
 
 
-def _same_input(leader: PartialCandidate, group: Sequence[PartialCandidate]) -> list[PartialCandidate]:
-    """Candidates of a group with the leader's visible tokens: they share its evaluation."""
-    def visible(candidate: PartialCandidate) -> bytes:
-        tokens_L = candidate.tokens_L.copy()
-        tokens_L[candidate.hidden_Q] = -1
-        return tokens_L.tobytes()
+def advance(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int) -> None:
+    """One evaluation and one step of each candidate, all of which have hidden columns; changes them in place.
 
-    return [candidate for candidate in group if visible(candidate) == visible(leader)]
-
-
-def _advance(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int) -> None:
-    """One evaluation and one step of each candidate."""
-    results = evaluator([Query(candidate.tokens_L, candidate.hidden_Q, candidate.context_length)
-                         for candidate in candidates])
-    for candidate, result in zip(candidates, results, strict=True):
-        _reveal(candidate, result, tokens_per_step)
-
-
-def _reveal(candidate: PartialCandidate, result: TokenLogProbs, tokens_per_step: int) -> None:
-    # The leftmost of equals comes first.
-    order = np.argsort(-result.log_probs_Q, kind="stable")
-    now, later = order[:tokens_per_step], order[tokens_per_step:]
-    candidate.greedy &= bool(np.all(result.log_probs_Q[now] >= result.best_Q[now])
-                             and np.min(result.log_probs_Q[now]) >= np.max(result.best_Q[later], initial=-np.inf))
-    candidate.value += float(np.sum(result.log_probs_Q[now], dtype=np.float64))
-    candidate.hidden_Q = np.delete(candidate.hidden_Q, now)
+    A step reveals `tokens_per_step` tokens. 1 is the paper's score; k approximates it in 1/k of the evaluations.
+    """
+    results = evaluator([candidate.query for candidate in candidates])
+    for candidate, (log_probs_Q, best_Q) in zip(candidates, results, strict=True):
+        # The leftmost of equals comes first.
+        order = np.argsort(-log_probs_Q, kind="stable")
+        now, later = order[:tokens_per_step], order[tokens_per_step:]
+        candidate.greedy &= bool(np.all(log_probs_Q[now] >= best_Q[now])
+                                 and np.min(log_probs_Q[now]) >= np.max(best_Q[later], initial=-np.inf))
+        candidate.value += float(np.sum(log_probs_Q[now], dtype=np.float64))
+        candidate.query = candidate.query._replace(hidden_Q=np.delete(candidate.query.hidden_Q, now))

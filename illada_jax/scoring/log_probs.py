@@ -3,12 +3,13 @@
 Dimensions: B rows, L columns, Q hidden columns of a row, C candidate tokens of each of them, V vocabulary.
 """
 
+import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,12 @@ class Query(NamedTuple):
     hidden_Q: np.ndarray
     context_length: int
 
+    def visible(self) -> bytes:
+        """The visible tokens: queries that agree in them, and in the length of the context, share an evaluation."""
+        tokens_L = self.tokens_L.copy()
+        tokens_L[self.hidden_Q] = -1
+        return tokens_L.tobytes()
+
 
 class TokenLogProbs(NamedTuple):
     """Natural log-probabilities at the hidden columns of a query, normalised over all ids.
@@ -50,6 +57,7 @@ class TokenLogProbs(NamedTuple):
     best_Q: np.ndarray
 
 
+@dataclass(repr=False, eq=False)
 class LogProbEvaluator:
     """Evaluates queries with one network.
 
@@ -57,46 +65,36 @@ class LogProbEvaluator:
     of one length. A result does not depend on the other queries, except for its last bits.
 
     Attributes:
+      logits_fn: the network. A Partial with other params does not compile again.
+      max_length: the context of the network, in tokens.
+      batch_size: maximal rows of a batch; fewer where many columns are queried.
+      cfg_scale: classifier-free guidance that hides the context; 0 is none.
+      mesh: devices to shard the rows over.
       evaluations: rows evaluated so far (twice as many under guidance), without padding.
     """
 
-    def __init__(self, logits_fn: LogitsFn, ids: SpecialIds, max_length: int, batch_size: int, cfg_scale: float = 0.0,
-                 mesh: Mesh | None = None):
-        """Prepares evaluation; nothing is compiled yet.
+    logits_fn: LogitsFn
+    ids: SpecialIds
+    max_length: int
+    batch_size: int
+    cfg_scale: float = 0.0
+    mesh: Mesh | None = None
+    evaluations: int = 0
 
-        Args:
-          logits_fn: the network. A Partial with other params does not compile again.
-          ids: special ids.
-          max_length: the context of the network, in tokens.
-          batch_size: maximal rows of a batch; fewer where many columns are queried.
-          cfg_scale: classifier-free guidance that hides the context; 0 is none.
-          mesh: devices to shard the rows over.
-        """
-        self.evaluations = 0
-        self._logits_fn = logits_fn
-        self._ids = ids
-        self._max_length = max_length
-        self._batch_size = batch_size
-        self._cfg_scale = cfg_scale
-        self._mesh = mesh
-        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    @property
+    def _shards(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def __call__(self, queries: Sequence[Query]) -> list[TokenLogProbs]:
-        """One result per query, in order.
-
-        Raises:
-          AssertionError: a field of a query is not one-dimensional.
-        """
+        """One result per query, in order."""
         same_input = defaultdict(list)
         for index, query in enumerate(queries):
-            chex.assert_rank([query.tokens_L, query.hidden_Q], 1)
-            canvas_L = query.tokens_L.copy()
-            canvas_L[query.hidden_Q] = self._ids.mask
-            same_input[canvas_L.tobytes(), query.context_length].append(index)
-        groups = sorted(same_input.values(), key=lambda group: (self._padded_shape(queries[group[0]]), group[0]),
-                        reverse=True)
+            same_input[query.visible(), query.context_length].append(index)
+        shapes = [self._padded_shape(query) for query in queries]
+        groups = sorted(same_input.values(), key=lambda group: (shapes[group[0]], group[0]), reverse=True)
+        batches = self._batches(groups, [shapes[group[0]][1] for group in groups])
         dispatched = [(batch, self._dispatch([[queries[index] for index in group] for group in batch]))
-                      for batch in self._batches(groups, queries)]
+                      for batch in batches]
         results = {}
         for batch, result in dispatched:  # all batches are dispatched before the first is fetched
             log_probs_BQC, best_BQ = jax.device_get(result)
@@ -109,30 +107,24 @@ class LogProbEvaluator:
     def _padded_shape(self, query: Query) -> tuple[int, int]:
         """(Columns, queried columns) of the query with padding."""
         length, num_queried = len(query.tokens_L), len(query.hidden_Q)
-        return min(_rounded(length, 8), self._max_length), _rounded(num_queried, 4)
+        return min(_rounded(length, 8), self.max_length), _rounded(num_queried, 4)
 
-    def _batches(self, groups: list[list[int]], queries: Sequence[Query]) -> list[list[list[int]]]:
+    def _batches(self, groups: list[list[int]], num_queried: list[int]) -> Iterator[list[list[int]]]:
         """Cuts groups, sorted by descending shape, into batches; each is padded to the shape of its first group.
 
         A batch has a power of two of rows, hence no padded rows, except over a mesh, which takes whole shards.
         """
-        batches: list[list[list[int]]] = []
-        widest = 0
-        for group in groups:
-            num_queried = self._padded_shape(queries[group[0]])[1]
-            widest = max(widest, num_queried)
-            if (not batches or len(batches[-1]) == self._batch_size
-                    or (len(batches[-1]) + 1) * widest > _MAX_QUERIED_COLUMNS):
-                batches.append([])
-                widest = num_queried
-            batches[-1].append(group)
-        return [part for batch in batches for part in self._powers_of_two(batch)]
-
-    def _powers_of_two(self, batch: list[list[int]]) -> Iterator[list[list[int]]]:
-        while batch:
-            size = len(batch) if len(batch) <= self._shards else 1 << (len(batch).bit_length() - 1)
-            yield batch[:size]
-            batch = batch[size:]
+        start = 0
+        while start < len(groups):
+            end = start + 1
+            while (end < len(groups) and end - start < self.batch_size
+                   and (end + 1 - start) * max(num_queried[start : end + 1]) <= _MAX_QUERIED_COLUMNS):
+                end += 1
+            while start < end:
+                rows = end - start
+                size = rows if rows <= self._shards else 1 << (rows.bit_length() - 1)
+                yield groups[start : start + size]
+                start += size
 
     def _dispatch(self, batch: list[list[Query]]) -> tuple[jax.Array, jax.Array]:
         """Dispatches one batch; each of its rows holds all queries that share it."""
@@ -140,7 +132,7 @@ class LogProbEvaluator:
         num_queried = max(self._padded_shape(group[0])[1] for group in batch)
         rows = -(-(1 << (len(batch) - 1).bit_length()) // self._shards) * self._shards
         num_targets = max(_MIN_TARGETS, 1 << (max(map(len, batch)) - 1).bit_length())
-        tokens_BL = np.full((rows, length), self._ids.pad, np.int32)
+        tokens_BL = np.full((rows, length), self.ids.pad, np.int32)
         lengths_B, context_lengths_B = np.zeros((2, rows), np.int32)
         columns_BQ = np.zeros((rows, num_queried), np.int32)
         targets_BQC = np.zeros((rows, num_queried, num_targets), np.int32)
@@ -148,18 +140,17 @@ class LogProbEvaluator:
             query = group[0]
             count = len(query.hidden_Q)
             tokens_BL[row, : len(query.tokens_L)] = query.tokens_L
-            tokens_BL[row, query.hidden_Q] = self._ids.mask
+            tokens_BL[row, query.hidden_Q] = self.ids.mask
             lengths_B[row], context_lengths_B[row] = len(query.tokens_L), query.context_length
             columns_BQ[row, :count] = query.hidden_Q
             for target, query in enumerate(group):
                 targets_BQC[row, :count, target] = query.tokens_L[query.hidden_Q]
-        self.evaluations += len(batch) * (2 if self._cfg_scale else 1)
+        self.evaluations += len(batch) * (2 if self.cfg_scale else 1)
         arrays = tokens_BL, lengths_B, context_lengths_B, columns_BQ, targets_BQC
-        settings = {"mask_id": self._ids.mask, "cfg_scale": self._cfg_scale}
-        if self._mesh is None:
-            return token_log_probs(self._logits_fn, *jax.device_put(arrays), **settings)
-        with use_mesh(self._mesh):
-            return token_log_probs(self._logits_fn, *jax.device_put(arrays, batch_sharding(self._mesh)), **settings)
+        sharding = None if self.mesh is None else batch_sharding(self.mesh)
+        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
+            return token_log_probs(self.logits_fn, *jax.device_put(arrays, sharding), mask_id=self.ids.mask,
+                                   cfg_scale=self.cfg_scale)
 
 
 def _rounded(count: int, parts: int) -> int:
@@ -172,24 +163,11 @@ def _rounded(count: int, parts: int) -> int:
 def token_log_probs(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, context_lengths_B: jax.Array,
                     columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float,
                     ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of target tokens, with guidance that hides the context.
+    """Log-probabilities of the targets, float32 [B, Q, C], and of the most probable id, float32 [B, Q].
 
-    Args:
-      logits_fn: the network.
-      tokens_BL: int32 rows, MASK in hidden columns.
-      lengths_B: int32, columns of each row; the rest is padding.
-      context_lengths_B: int32, columns of each row's context.
-      columns_BQ: int32 columns to query.
-      targets_BQC: int32 ids to evaluate at each of them.
-      mask_id: id of MASK.
-      cfg_scale: classifier-free guidance; 0 is none.
-
-    Returns:
-      (log-probabilities of the targets, float32 [B, Q, C]; of the most probable id, float32 [B, Q]).
+    Rows hold MASK in hidden columns, `lengths_B` columns and then padding; guidance hides the first `context_lengths_B`
+    columns. `columns_BQ` are the columns to query, `targets_BQC` the ids to evaluate at each of them.
     """
-    rows = len(tokens_BL)
-    chex.assert_shape([lengths_B, context_lengths_B], (rows,))
-    chex.assert_shape(targets_BQC, (rows, columns_BQ.shape[1], None))
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     canvas = CanvasSlice(tokens_BL, positions_BL, segments_BL, positions_BL < context_lengths_B[:, None])
@@ -201,14 +179,7 @@ def log_softmax_at(logits_BQV: jax.Array, targets_BQC: jax.Array) -> tuple[jax.A
     """Log softmax at the targets and its maximum, without saturation and without an array of all log-probabilities.
 
     With m the largest logit, log p(c) = (z_c - m) - log1p(Σ of the others' exp(z_v - m)): a probability that float32
-    rounds to 1 keeps its distance from 1, so that confident positions do not tie.
-
-    Args:
-      logits_BQV: float32.
-      targets_BQC: int32 ids.
-
-    Returns:
-      (float32 [B, Q, C], float32 [B, Q]), natural logarithms.
+    rounds to 1 keeps its distance from 1, so that confident positions do not tie. Both results are float32.
     """
     max_BQ1 = jnp.max(logits_BQV, axis=-1, keepdims=True)
     is_max_BQV = logits_BQV == max_BQ1

@@ -11,8 +11,7 @@ Counts are stratified: the draws of a set spread evenly over 1..L from one rando
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,52 +25,30 @@ MAX_REPLICATES = 8
 _QUERIES_AT_ONCE = 2048
 
 
-class Candidate(NamedTuple):
-    """A row whose columns [start, stop) are scored.
-
-    Attributes:
-      tokens_L: int32, context, candidate and the visible tokens after it.
-      start: first column of the candidate.
-      stop: its end column.
-    """
-
-    tokens_L: np.ndarray
-    start: int
-    stop: int
-
-
-def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Candidate], mc_num: int,
+def estimate(evaluator: LogProbEvaluator, candidates: Sequence[Query], mc_num: int,
              seed: int) -> list[tuple[float, float]]:
     """Log-likelihoods in nats with standard errors.
 
-    Masks depend only on (seed, context, draw): candidates of one context share them, in any batch.
-
-    Args:
-      evaluator: the network.
-      candidates: the rows to score.
-      mc_num: draws per candidate.
-      seed: seed of the masks.
+    Masks depend only on (seed, context, draw): candidates of one context share them, in any batch. All columns of a
+    candidate are hidden in its query; `mc_num` is the number of draws of each.
 
     Returns:
       (mean, standard error) of each. The error is NaN for a single draw, and 0 for a candidate of one token, whose mean
       is exact.
     """
     results: list[tuple[float, float]] = []
-    for part in _parts(candidates, max(1, _QUERIES_AT_ONCE // mc_num)):
-        hidden = [hidden_columns(candidate, mc_num, seed) for candidate in part]
-        queries = [Query(candidate.tokens_L, columns, candidate.start)
-                 for candidate, draws in zip(part, hidden, strict=True) for columns in draws]
-        results_of_draws = iter(evaluator(queries))
-        for candidate, draws in zip(part, hidden, strict=True):
-            length = candidate.stop - candidate.start
-            values_N = np.array([length / len(columns) * np.sum(next(results_of_draws).log_probs_Q, dtype=np.float64)
-                                 for columns in draws])
+    size = max(1, _QUERIES_AT_ONCE // mc_num)
+    for first in range(0, len(candidates), size):
+        part = candidates[first : first + size]
+        draws = [[candidate._replace(hidden_Q=columns_Q) for columns_Q in hidden_columns(candidate, mc_num, seed)]
+                 for candidate in part]
+        found = iter(evaluator([query for queries in draws for query in queries]))
+        for candidate, queries in zip(part, draws, strict=True):
+            length = len(candidate.hidden_Q)
+            values_N = np.array([length / len(query.hidden_Q) * np.sum(next(found).log_probs_Q, dtype=np.float64)
+                                 for query in queries])
             results.append(_mean_and_stderr(values_N, length))
     return results
-
-
-def _parts(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Candidate]]:
-    return (candidates[start : start + size] for start in range(0, len(candidates), size))
 
 
 def replicate_sizes(mc_num: int) -> list[int]:
@@ -80,21 +57,20 @@ def replicate_sizes(mc_num: int) -> list[int]:
     return [mc_num // count + (replicate < mc_num % count) for replicate in range(count)]
 
 
-def hidden_columns(candidate: Candidate, mc_num: int, seed: int) -> list[np.ndarray]:
+def hidden_columns(candidate: Query, mc_num: int, seed: int) -> list[np.ndarray]:
     """Hidden columns of each draw, ascending."""
-    length = candidate.stop - candidate.start
+    start, length = candidate.context_length, len(candidate.hidden_Q)
     # Keyed by the context, not by a running number: a score must not depend on the other candidates.
-    context = zlib.crc32(candidate.tokens_L[: candidate.start].tobytes())
+    context = zlib.crc32(candidate.tokens_L[:start].tobytes())
     key = jax.random.fold_in(key_for(seed, Purpose.SCORING), np.uint32(context))
     width = 1 << (length - 1).bit_length()
     offsets_N, priorities_NL = map(np.asarray, jax.device_get(_uniforms(key, mc_num, width)))
     columns, draw = [], 0
     for size in replicate_sizes(mc_num):
-        times = (offsets_N[draw] + np.arange(size) / size) % 1
-        for time in times:
+        for time in (offsets_N[draw] + np.arange(size) / size) % 1:
             count = min(int(time * length) + 1, length)
             lowest = np.argsort(priorities_NL[draw, :length], kind="stable")[:count]
-            columns.append(candidate.start + np.sort(lowest))
+            columns.append(start + np.sort(lowest))
             draw += 1
     return columns
 
@@ -113,6 +89,7 @@ def _mean_and_stderr(values_N: np.ndarray, length: int) -> tuple[float, float]:
     # Each replicate is unbiased, so all have equal weight, also where one has a draw more.
     means_R = np.array([part.mean() for part in np.split(values_N, ends)])
     if length == 1:
-        return float(means_R.mean()), 0.0
-    stderr = float(means_R.std(ddof=1) / math.sqrt(len(means_R))) if len(means_R) > 1 else math.nan
+        stderr = 0.0
+    else:
+        stderr = float(means_R.std(ddof=1) / math.sqrt(len(means_R))) if len(means_R) > 1 else math.nan
     return float(means_R.mean()), stderr

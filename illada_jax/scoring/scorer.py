@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jax.sharding import Mesh
 
 from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.scoring.confidence import PartialCandidate, best_candidate, reveal_all
-from illada_jax.scoring.log_probs import LogProbEvaluator
-from illada_jax.scoring.monte_carlo import Candidate, estimate
+from illada_jax.scoring.confidence import PartialCandidate, advance, best_candidate
+from illada_jax.scoring.log_probs import LogProbEvaluator, Query
+from illada_jax.scoring.monte_carlo import estimate
 
 Method = Literal["confidence", "monte_carlo"]
-METHODS = ("confidence", "monte_carlo")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class ScoreConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ConfigError(f"config.score.method = {self.method!r}: must be one of {', '.join(map(repr, METHODS))}")
+        if self.method not in get_args(Method):
+            known = ", ".join(map(repr, get_args(Method)))
+            raise ConfigError(f"config.score.method = {self.method!r}: must be one of {known}")
         for name in ("mc_num", "tokens_per_step", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.score.{name} = {getattr(self, name)!r}: must be greater than 0")
@@ -82,19 +82,9 @@ class Scorer:
 
     def __init__(self, logits_fn: LogitsFn, settings: ScoreConfig, ids: SpecialIds, max_length: int,
                  mesh: Mesh | None = None):
-        """Prepares scoring; nothing is compiled yet.
-
-        Args:
-          logits_fn: the network, see `decoding.query.LogitsFn`.
-          settings: the method and its settings.
-          ids: special ids.
-          max_length: the context of the network, in tokens.
-          mesh: devices to shard the rows over; must hold the params of logits_fn.
-        """
+        """Prepares scoring; nothing is compiled yet. For the arguments see `LogProbEvaluator`."""
         self.settings = settings
         self.evaluator = LogProbEvaluator(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
-        self._ids = ids
-        self._max_length = max_length
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Scores (context ids, candidate ids); one score per pair, in order.
@@ -105,11 +95,12 @@ class Scorer:
         rows = [self._row(f"pair {index}", context, candidate) for index, (context, candidate) in enumerate(pairs)]
         if self.settings.method == "monte_carlo":
             estimates = estimate(self.evaluator, rows, self.settings.mc_num, self.settings.seed)
-            return [Score(value, stderr, row.stop - row.start)
+            return [Score(value, stderr, len(row.hidden_Q))
                     for row, (value, stderr) in zip(rows, estimates, strict=True)]
-        candidates = [_hidden(row) for row in rows]
-        reveal_all(self.evaluator, candidates, self.settings.tokens_per_step)
-        return [Score(candidate.value, 0.0, row.stop - row.start, candidate.greedy)
+        candidates = [PartialCandidate(row) for row in rows]
+        while hidden := [candidate for candidate in candidates if len(candidate.query.hidden_Q)]:
+            advance(self.evaluator, hidden, self.settings.tokens_per_step)
+        return [Score(candidate.value, 0.0, len(row.hidden_Q), candidate.greedy)
                 for row, candidate in zip(rows, candidates, strict=True)]
 
     def choose(self, questions: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
@@ -119,9 +110,7 @@ class Scorer:
         By `confidence` this takes fewer evaluations than `score` and chooses the same: candidates that cannot win are
         not completed.
 
-        Args:
-          questions: the pairs of each question.
-          divisors: lengths to divide the scores by before comparing; by default 1.
+        Scores are divided by the divisors before comparing, such as lengths; by default by 1.
 
         Raises:
           InputError: see `score`, or a question has no candidates.
@@ -132,27 +121,24 @@ class Scorer:
             raise InputError(f"question {rows.index([])}: has no candidates")
         divisors = divisors or [[1.0] * len(group) for group in rows]
         if self.settings.method == "confidence":
-            groups = [[_hidden(row) for row in group] for group in rows]
+            groups = [[PartialCandidate(row) for row in group] for group in rows]
             return best_candidate(self.evaluator, groups, divisors, self.settings.tokens_per_step)
         flat = [row for group in rows for row in group]
         values = iter(estimate(self.evaluator, flat, self.settings.mc_num, self.settings.seed))
         return [int(np.argmax([next(values)[0] / divisor for divisor in group])) for group in divisors]
 
-    def _row(self, name: str, context: Sequence[int], candidate: Sequence[int]) -> Candidate:
+    def _row(self, name: str, context: Sequence[int], candidate: Sequence[int]) -> Query:
         if not len(candidate):
             raise InputError(f"{name}: the candidate is empty")
-        before = [self._ids.bos] * self.settings.bos + list(context)
-        tokens = before + list(candidate) + [self._ids.eos] * self.settings.eos
-        if len(tokens) > self._max_length:
+        ids, max_length = self.evaluator.ids, self.evaluator.max_length
+        before = [ids.bos] * self.settings.bos + list(context)
+        tokens = before + list(candidate) + [ids.eos] * self.settings.eos
+        if len(tokens) > max_length:
             raise InputError(f"{name}: {len(before)} tokens of context, {len(candidate)} of the candidate and "
-                             f"{int(self.settings.eos)} after it exceed the context of {self._max_length} tokens")
+                             f"{int(self.settings.eos)} after it exceed the context of {max_length} tokens")
         for id_ in tokens:
-            if not 0 <= id_ < self._ids.vocab_size:
-                raise InputError(f"{name}: id {id_} lies outside the vocabulary of {self._ids.vocab_size}")
-        if self._ids.mask in tokens:
-            raise InputError(f"{name}: contains MASK (id {self._ids.mask}), which cannot be scored")
-        return Candidate(np.array(tokens, np.int32), len(before), len(before) + len(candidate))
-
-
-def _hidden(row: Candidate) -> PartialCandidate:
-    return PartialCandidate(row.tokens_L, np.arange(row.start, row.stop), row.start)
+            if not 0 <= id_ < ids.vocab_size:
+                raise InputError(f"{name}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
+        if ids.mask in tokens:
+            raise InputError(f"{name}: contains MASK (id {ids.mask}), which cannot be scored")
+        return Query(np.array(tokens, np.int32), np.arange(len(before), len(before) + len(candidate)), len(before))

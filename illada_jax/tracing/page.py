@@ -8,20 +8,13 @@ from collections.abc import Sequence
 
 from illada_jax.tracing.trace import Trace
 
-_MARKER = "/*TRACES*/null"
-
 
 def _part(name: str) -> str:
     return importlib.resources.files("illada_jax.tracing").joinpath(name).read_text(encoding="utf-8")
 
 
 def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
-    """Writes a page with all traces side by side.
-
-    Args:
-      path: file to write; self-contained.
-      traces: traces of several prompts, or of one prompt with several strategies (`compare`).
-    """
+    """Writes a self-contained page with all traces side by side: of several prompts, or of strategies (`compare`)."""
     template = _part("page.html").replace("/*STYLE*/", _part("page.css")).replace("/*SCRIPT*/", _part("page.js"))
     data = [{**dataclasses.asdict(trace), "agreement": trace.agreement} for trace in traces]
     for trace in data:
@@ -30,4 +23,4 @@ def write_page(path: str | pathlib.Path, traces: Sequence[Trace]) -> None:
                                for step in trace["candidates"]]
     # Escape "<": a model may write "</script>".
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    pathlib.Path(path).write_text(template.replace(_MARKER, text), encoding="utf-8")
+    pathlib.Path(path).write_text(template.replace("/*TRACES*/null", text), encoding="utf-8")

@@ -56,23 +56,22 @@ def _frame(trace: Trace, step: int, font: Any, small: Any, by_order: bool) -> An
     visible = trace.visible[step] if step < steps else len(trace.pieces)
     for column, runs in enumerate(places[:visible]):
         at = trace.written_at[column]
-        masked, given = at >= step, at < 0
-        if given:
-            back = None
-        elif masked:
+        given, masked = at < 0, at >= step
+        quiet = given or (trace.end is not None and column >= trace.end)
+        back = None
+        if masked:
             back = _OPEN if step < steps and column in trace.candidates[step] else _MASK
-        elif by_order:
+        elif by_order and not given:
             back = shade(at / max(steps - 1, 1))
-        else:
-            back = _NEW if at == step - 1 and step < steps else None
-        after_end = trace.end is not None and column >= trace.end
+        elif 0 <= at == step - 1 and step < steps:
+            back = _NEW
         for line, start, text in runs:
             x, y = _MARGIN + width * start, _MARGIN + _LINE_HEIGHT * line
             if back:
-                gap = 1 if masked and not given else 0
+                gap = 1 if masked else 0
                 draw.rounded_rectangle((x + gap, y, x + width * len(text) - 1 - gap, y + _LINE_HEIGHT - 7), 4, back)
-            if given or not masked:
-                draw.text((x, y + 2), text, fill=_QUIET if given or after_end else _INK, font=font)
+            if not masked:
+                draw.text((x, y + 2), text, fill=_QUIET if quiet else _INK, font=font)
     _footer(draw, trace, step, small, by_order, image.width, image.height - _MARGIN - 22)
     return image
 

@@ -1,6 +1,7 @@
 """Descriptions of decoding strategies, and of the differences between several."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from illada_jax.config import DecodeConfig, to_dict
 
@@ -23,10 +24,9 @@ def describe(decode: DecodeConfig) -> str:
     >>> describe(DecodeConfig(confidence="margin", reveal="threshold", temperature=0.5))
     'confidence=margin, reveal=threshold, threshold=0.9, temperature=0.5'
     """
-    defaults = DecodeConfig()
-    shown = [name for name in _DESCRIBED if _has_effect(decode, name)
-             and (name in ("confidence", "reveal", *NEEDS) or getattr(decode, name) != getattr(defaults, name))]
-    return _words(decode, shown)
+    defaults = to_dict(DecodeConfig())
+    return _words({name: value for name, value in _effective(decode).items()
+                   if name in ("confidence", "reveal", *NEEDS) or (name in _DESCRIBED and value != defaults[name])})
 
 
 def differences(strategies: Sequence[DecodeConfig]) -> list[str]:
@@ -37,19 +37,19 @@ def differences(strategies: Sequence[DecodeConfig]) -> list[str]:
     >>> differences([DecodeConfig(), DecodeConfig(reveal="threshold", threshold=0.6)])
     ['reveal=schedule, steps_per_block=32', 'reveal=threshold, threshold=0.6']
     """
-    names = [*_DESCRIBED, *(name for name in to_dict(DecodeConfig()) if name not in _DESCRIBED)]
-
-    def value(decode: DecodeConfig, name: str):
-        return getattr(decode, name) if _has_effect(decode, name) else None
-
-    differing = [name for name in names if len({value(decode, name) for decode in strategies}) > 1]
-    return [_words(decode, [name for name in differing if _has_effect(decode, name)]) for decode in strategies]
+    effective = [_effective(decode) for decode in strategies]
+    return [_words({name: value for name, value in settings.items()
+                    if any(name not in other or other[name] != value for other in effective)})
+            for settings in effective]
 
 
-def _has_effect(decode: DecodeConfig, name: str) -> bool:
-    other, values = NEEDS.get(name, ("", ()))
-    return not other or getattr(decode, other) in values
+def _effective(decode: DecodeConfig) -> dict[str, Any]:
+    """The settings that have an effect, the most informative first."""
+    settings = to_dict(decode)
+    ordered = {name: settings[name] for name in _DESCRIBED} | settings
+    return {name: value for name, value in ordered.items()
+            if name not in NEEDS or settings[NEEDS[name][0]] in NEEDS[name][1]}
 
 
-def _words(decode: DecodeConfig, names: Sequence[str]) -> str:
-    return ", ".join(f"{name}={getattr(decode, name)}" for name in names)
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

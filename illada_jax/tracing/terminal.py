@@ -11,7 +11,6 @@ from rich.text import Text
 
 from illada_jax.tracing.trace import display
 
-_SECONDS_PER_STEP = 0.08
 _MASK = "▁"
 _UNSURE, _SURE = np.array([200, 110, 40]), np.array([70, 130, 225])  # legible on black and on white
 
@@ -24,15 +23,10 @@ class Watcher:
     """
 
     def __init__(self, tokenizer: Any, block_length: int, infill: bool = False, console: Console | None = None,
-                 seconds_per_step: float = _SECONDS_PER_STEP):
-        """Watches one row.
+                 seconds_per_step: float = 0.08):
+        """Watches one row; borders between blocks are drawn unless gaps are filled.
 
-        Args:
-          tokenizer: the model's tokenizer.
-          block_length: distance of borders between blocks.
-          infill: gaps are filled; draws no borders.
-          console: console to draw on; None is standard error, so that the text itself can be piped.
-          seconds_per_step: minimal duration of a frame.
+        The default console is standard error, so that the text itself can be piped.
         """
         self._tokenizer = tokenizer
         self._block_length = 0 if infill else block_length
@@ -71,13 +65,7 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
     """The canvas after `now` steps: tokens coloured by log-probability, the newest reversed, masks as lines.
 
     The line of a mask is as long as the token that is written there later, if known, so that the text does not move.
-
-    Args:
-      generation: an `api.Generation`, finished or partial.
-      tokenizer: the model's tokenizer.
-      now: number of steps taken.
-      block_length: distance of borders between blocks; 0 draws none.
-      key: add a key to the colours.
+    Borders stand between blocks of `block_length`, if it is not 0; `key` adds a key to the colours.
     """
     step = np.asarray(generation.canvas_step)
     canvas = np.asarray(generation.canvas)

@@ -37,7 +37,6 @@ class Trace:
     """The record of how one text was written.
 
     Attributes:
-      title: title for the reader.
       pieces: text of each column of the finished canvas.
       written_at: step that wrote each column, from 0; -1 for given columns, `num_steps` for columns still masked at the
         end.
@@ -76,98 +75,65 @@ class Trace:
         return sum(written) / len(written) if written else None
 
 
-class _Writing(NamedTuple):
-    """A finished canvas (int32 ids) and the order in which it was written, as in Trace."""
-
-    tokens_L: np.ndarray
-    written_at_L: np.ndarray
-    block_L: np.ndarray
-    num_steps: int
-
-    @classmethod
-    def of(cls, generation: Any, mask_id: int, block_length: int) -> "_Writing":
-        """The writing of an `api.Generation`. Raises InputError if nothing was written."""
-        tokens_L, step_L = np.asarray(generation.canvas, np.int32), np.asarray(generation.canvas_step)
-        num_steps = int(step_L.max(initial=-1)) + 1
-        if not num_steps:
-            raise InputError("trace: nothing was written")
-        written_at_L = np.where((step_L < 0) & (tokens_L == mask_id), num_steps, step_L)
-        columns = np.flatnonzero(written_at_L >= 0)
-        block_L = np.full(len(tokens_L), -1)
-        block_L[columns] = np.arange(len(columns)) // block_length
-        return cls(tokens_L, written_at_L, block_L, num_steps)
-
-    def state(self, step: int, visible: int, mask_id: int) -> CanvasSlice:
-        """The canvas before a step, of which `visible` columns are no padding; a batch of one row."""
-        tokens_L = np.where(self.written_at_L >= step, mask_id, self.tokens_L)
-        positions_L = np.arange(len(tokens_L), dtype=np.int32)
-        segments_L = (positions_L < visible).astype(np.int32)
-        return CanvasSlice(*(x_L[None] for x_L in (tokens_L, positions_L, segments_L, self.written_at_L < 0)))
-
-
 def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "", infill: bool = False,
                num_candidates: int = 5, row: int = 0, **settings: Any) -> Trace:
     """The trace of a result, for one network evaluation per step.
 
     A cache approximates: if one was used, the row is decoded again without it to measure their agreement.
 
-    Args:
-      lm: the `api.LanguageModel` that wrote it.
-      generation: the `api.Generation`.
-      title: see Trace.
-      strategy: see Trace; by default the settings that decide the order of writing.
-      infill: the result is of `lm.infill`.
-      num_candidates: candidates per masked column and step.
-      row: the row number of the result.
-      **settings: the settings of the result.
+    `title` and `strategy` (by default the settings that decide the order of writing) are those of Trace; `infill`,
+    `row` and the settings are those of the call that gave the `api.Generation`. The trace holds `num_candidates` for
+    each masked column of a step.
 
     Raises:
       InputError: nothing was written.
     """
     ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
+    tokens_L, step_L = np.asarray(generation.canvas, np.int32), np.asarray(generation.canvas_step)
+    num_steps = int(step_L.max(initial=-1)) + 1
+    if not num_steps:
+        raise InputError("trace: nothing was written")
+    written_at_L = np.where((step_L < 0) & (tokens_L == ids.mask), num_steps, step_L)
+    given_L = written_at_L < 0
+    block_L = np.where(given_L, -1, (np.cumsum(~given_L) - 1) // decode.block_length)
+    columns_L = np.arange(len(tokens_L), dtype=np.int32)
     rules = make_rules(decode, ids, infill, make_init_cache(lm.config.model))
-    writing = _Writing.of(generation, ids.mask, decode.block_length)
+    top_candidates = functools.partial(
+        _top_candidates, lm.logits_fn, mask_id=ids.mask, vocab_size=ids.vocab_size, never_ids=rules.suppressed_ids,
+        cfg_scale=decode.cfg_scale, num_candidates=num_candidates)
     grows = decode.length == "variable" and not infill
-    query_length = min(decode.block_length, int(np.sum(writing.written_at_L >= 0)))
+    query_length = min(decode.block_length, int(np.sum(~given_L)))
 
-    probability_L = np.where(writing.written_at_L < 0, 1.0, 0.0)
+    probability_L = np.where(given_L, 1.0, 0.0)
     visible, candidates = [], []
-    for step in range(writing.num_steps):
-        masked_L = writing.written_at_L >= step
-        in_block_L = writing.block_L == writing.block_L[masked_L].min()
+    for step in range(num_steps):
+        masked_L = written_at_L >= step
+        in_block_L = block_L == block_L[masked_L].min()
         active = np.flatnonzero(masked_L & in_block_L)
         visible.append(int(np.flatnonzero(in_block_L)[-1]) + 1 if grows else len(masked_L))
+        # The canvas before the step, as a batch of one row.
+        state = np.where(masked_L, ids.mask, tokens_L), columns_L, (columns_L < visible[-1]).astype(np.int32), given_L
         columns = np.resize(active, query_length)  # one shape for all steps
-        found = _top_candidates(lm.logits_fn, writing.state(step, visible[-1], ids.mask), columns[None],
-                                writing.tokens_L[columns][None], mask_id=ids.mask, vocab_size=ids.vocab_size,
-                                never_ids=(ids.mask, *rules.suppressed_ids), cfg_scale=decode.cfg_scale,
-                                num_candidates=num_candidates)
+        found = top_candidates(CanvasSlice(*(x_L[None] for x_L in state)), columns[None], tokens_L[columns][None])
         ids_QK, log_probs_QK, chosen_log_probs_Q = (x[0, : len(active)] for x in jax.device_get(found))
         candidates.append({int(column): [Candidate(display(lm.tokenizer, int(id_)), float(prob))
                                          for id_, prob in zip(ids_K, probs_K, strict=True)]
                            for column, ids_K, probs_K in zip(active, ids_QK, np.exp(log_probs_QK), strict=True)})
-        now = writing.written_at_L[active] == step
+        now = written_at_L[active] == step
         probability_L[active[now]] = np.exp(chosen_log_probs_Q[now])
-    agrees = [] if decode.cache == "none" else _agrees(lm, writing, infill, row, settings)
-    start = 0 if infill else int(np.argmax(writing.written_at_L >= 0))
-    end = start + len(generation.tokens)
-    return Trace(title, [display(lm.tokenizer, int(id_)) for id_ in writing.tokens_L], writing.written_at_L.tolist(),
-                 writing.block_L.tolist(), probability_L.tolist(), visible, candidates, agrees,
-                 strategy or describe(decode), generation.nfe, end if end < len(writing.tokens_L) else None)
+    agrees = [] if decode.cache == "none" else _agrees(lm, tokens_L, given_L, infill, row, settings)
+    end = (0 if infill else int(np.argmin(given_L))) + len(generation.tokens)
+    return Trace(title, [display(lm.tokenizer, int(id_)) for id_ in tokens_L], written_at_L.tolist(), block_L.tolist(),
+                 probability_L.tolist(), visible, candidates, agrees, strategy or describe(decode), generation.nfe,
+                 end if end < len(tokens_L) else None)
 
 
 def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, infill: bool = False,
             num_candidates: int = 5, row: int = 0, **settings: Any) -> list[Trace]:
     """Traces of one prompt decoded with several strategies, for `write_page`.
 
-    Args:
-      lm: an `api.LanguageModel`.
-      prompt: text or ids.
-      strategies: for each trace, the fields of DecodeConfig that differ from `settings`.
-      infill: fill the gaps of the prompt.
-      num_candidates: candidates per masked column and step.
-      row: row number of all results, which random draws depend on.
-      **settings: fields of DecodeConfig for all strategies.
+    A strategy holds the fields of DecodeConfig that differ from `settings`. All results have one row number, on which
+    random draws depend. For `infill`, the prompt has gaps.
 
     Raises:
       InputError: the prompt or a setting is invalid, or nothing was written.
@@ -180,23 +146,19 @@ def compare(lm: Any, prompt: Any, strategies: Sequence[Mapping[str, Any]], *, in
     """
     all_settings = [{**settings, **strategy} for strategy in strategies]
     words = differences([lm.decode_settings(each) for each in all_settings])
-    write = lm.infill if infill else lm.generate
     title = prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
-    return [make_trace(lm, write([prompt], rows=[row], **each)[0], title=title, strategy=strategy, infill=infill,
-                       num_candidates=num_candidates, row=row, **each)
-            for each, strategy in zip(all_settings, words, strict=True)]
+    results = [lm.generate([prompt], infill=infill, rows=[row], **each)[0] for each in all_settings]
+    return [make_trace(lm, result, title=title, strategy=strategy, infill=infill, num_candidates=num_candidates,
+                       row=row, **each)
+            for result, each, strategy in zip(results, all_settings, words, strict=True)]
 
 
-def _agrees(lm: Any, writing: _Writing, infill: bool, row: int, settings: dict[str, Any]) -> list[bool]:
+def _agrees(lm: Any, tokens_L: np.ndarray, given_L: np.ndarray, infill: bool, row: int,
+            settings: dict[str, Any]) -> list[bool]:
     """For each column of the canvas, True if decoding without a cache writes the same token."""
-    exact = {**settings, "cache": "none"}
-    given_L = writing.written_at_L < 0
-    if infill:
-        masked_L = np.where(given_L, writing.tokens_L, lm.tokenizer.mask_id)
-        result = lm.infill([masked_L.tolist()], rows=[row], **exact)[0]
-    else:
-        result = lm.generate([writing.tokens_L[: np.argmin(given_L)].tolist()], rows=[row], **exact)[0]
-    tokens = writing.tokens_L.tolist()
+    prompt_L = np.where(given_L, tokens_L, lm.tokenizer.mask_id) if infill else tokens_L[: np.argmin(given_L)]
+    result = lm.generate([prompt_L.tolist()], infill=infill, rows=[row], **{**settings, "cache": "none"})[0]
+    tokens = tokens_L.tolist()
     return [token == other for token, other in itertools.zip_longest(tokens, result.canvas)][: len(tokens)]
 
 

@@ -18,7 +18,7 @@ def assert_agree(networks, settings: DecodeConfig, prompts, infill: bool = False
     """
     logits_fn, network = networks
     decoder = Decoder(logits_fn, settings, IDS, max_length, **arguments)
-    results = decoder.infill(prompts) if infill else decoder.generate(prompts)
+    results = decoder.generate(prompts, infill)
     near_ties = 0
     for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         trace = reference.decode(network, prompt, settings, IDS, row, infill)

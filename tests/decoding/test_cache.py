@@ -10,7 +10,6 @@ import pytest
 from illada_jax import model
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder
-from illada_jax.model.cache import CacheMode
 from tests.decoding.toys import IDS, TRANSFORMER, transformer
 
 SETTINGS = DecodeConfig(max_new_tokens=24, block_length=8, steps_per_block=8, batch_size=4)
@@ -20,7 +19,7 @@ INIT_CACHE = model.make_init_cache(TRANSFORMER)
 
 def decode(settings, prompts=PROMPTS, infill=False):
     decoder = Decoder(transformer()[0], settings, IDS, TRANSFORMER.max_length, INIT_CACHE)
-    return [r.tokens for r in (decoder.infill if infill else decoder.generate)(prompts)]
+    return [r.tokens for r in decoder.generate(prompts, infill)]
 
 
 def test_a_slice_with_a_cache_equals_the_whole_canvas():
@@ -30,9 +29,9 @@ def test_a_slice_with_a_cache_equals_the_whole_canvas():
     columns_BL = jnp.broadcast_to(jnp.arange(24), (2, 24))
     segments_BL = (columns_BL < jnp.array([[24], [17]])).astype(jnp.int32)
     call = jax.jit(lambda f, *arguments: f(*arguments))
-    empty = INIT_CACHE(2, 24).replace(mode=CacheMode.WRITE)
+    empty = INIT_CACHE(2, 24).replace(writes=True)
     whole_BLV, cache = call(logits_fn, tokens_BL, columns_BL, segments_BL, columns_BL, empty)
-    assert cache.mode is CacheMode.READ
+    assert not cache.writes
     exact_BLV, _ = call(logits_fn, tokens_BL, columns_BL, segments_BL, columns_BL, None)
     np.testing.assert_allclose(whole_BLV, exact_BLV, atol=1e-6)
     # Any columns in any order; the last slot of the second row is unused.

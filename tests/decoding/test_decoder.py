@@ -34,7 +34,8 @@ def test_eos_stops_a_row_and_is_not_part_of_the_answer():
 
 def test_infilling_changes_gaps_only():
     texts = [[4, M, M, 5, 1], [M] * 20 + [6], [7, 1, M]]
-    for text, result in zip(texts, Decoder(table(eos_bias=9.0)[0], SETTINGS, IDS, 96).infill(texts), strict=True):
+    results = Decoder(table(eos_bias=9.0)[0], SETTINGS, IDS, 96).generate(texts, infill=True)
+    for text, result in zip(texts, results, strict=True):
         assert len(result.tokens) == len(text)
         for old, new, step in zip(text, result.tokens, result.reveal_step, strict=True):
             assert (old == new and step == -1) if old != M else (new not in (M, IDS.eos, IDS.pad) and step >= 0)
@@ -141,12 +142,9 @@ def test_callback_sees_every_block_and_stops_rows():
     assert unwatched[0].tokens == results[0].tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Halves:
+def halves(ranking, settings):
     """Half of the masked positions."""
-
-    def __call__(self, ranking):
-        return ranking.masked_B // 2
+    return ranking.masked_B // 2
 
 
 def from_the_right(prediction):
@@ -154,7 +152,7 @@ def from_the_right(prediction):
 
 
 def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
-    monkeypatch.setitem(REVEALS, "halves", Halves)
+    monkeypatch.setitem(REVEALS, "halves", halves)
     monkeypatch.setitem(CONFIDENCES, "from_the_right", from_the_right)
     settings = dataclasses.replace(SETTINGS, reveal="halves", confidence="from_the_right", max_new_tokens=8)
     result = Decoder(table(eos_bias=-20.0)[0], settings, IDS, 96).generate([[4]])[0]
@@ -165,8 +163,8 @@ def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
     (lambda d: d.generate([[4], [4] * 96]), "prompt 1: its 96 tokens leave no room in the context of 96"),
     (lambda d: d.generate([[4, M, 5]]), "prompt 0: contains MASK (id 0) at position 1"),
     (lambda d: d.generate([[4, 11]]), "id 11 lies outside the vocabulary of 11"),
-    (lambda d: d.infill([[4, 5]]), "no gap to fill"),
-    (lambda d: d.infill([[M] * 97]), "exceed the context of 96"),
+    (lambda d: d.generate([[4, 5]], infill=True), "no gap to fill"),
+    (lambda d: d.generate([[M] * 97], infill=True), "exceed the context of 96"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, block_length=97), IDS, 96), "decode.block_length = 97"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, reveal="best"), IDS, 96), "must be one of 'schedule'"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, confidence="x"), IDS, 96),

@@ -11,7 +11,7 @@ from absl.testing import parameterized
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES, Prediction
 from illada_jax.decoding.query import CanvasSlice, guided_logits, plain_logits_fn
-from illada_jax.decoding.reveal import make_reveal, reveal_mask
+from illada_jax.decoding.reveal import reveal_mask
 from illada_jax.decoding.sampling import mask_logits, nucleus
 
 LN = math.log
@@ -36,12 +36,12 @@ class StrategiesTest(chex.TestCase):
         ({"reveal": "entropy_bound", "entropy_bound": 0.5}, [0, 1, 3]))
     def test_reveals(self, changes, expected):
         """Column 2 is the surest but not masked; 0, 3 and 1 follow. The block had four masks."""
-        reveal = make_reveal(DecodeConfig(**{"block_length": 4, "steps_per_block": 4, **changes}))
+        settings = DecodeConfig(**{"block_length": 4, "steps_per_block": 4, **changes})
         confidence_BQ, entropy_BQ = np.log(np.float32([[0.9, 0.5, 0.99, 0.8]])), np.full((1, 4), 0.25, np.float32)
         masked_BQ = np.array([[True, True, False, True]])
 
         def reveals(*arrays):
-            return reveal_mask(reveal, *arrays)
+            return reveal_mask(settings, *arrays)
 
         got_BQ = self.variant(reveals)(confidence_BQ, masked_BQ, np.int32([4]), entropy_BQ, np.int32(0))
         assert np.flatnonzero(got_BQ[0]).tolist() == expected

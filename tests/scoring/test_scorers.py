@@ -15,8 +15,8 @@ from illada_jax.parallel.mesh import make_mesh
 from illada_jax.parallel.sharding import param_shardings
 from illada_jax.scoring import ScoreConfig, Scorer
 from illada_jax.scoring import log_probs as log_prob_queries
-from illada_jax.scoring.log_probs import log_softmax_at
-from illada_jax.scoring.monte_carlo import Candidate, hidden_columns, replicate_sizes
+from illada_jax.scoring.log_probs import Query, log_softmax_at
+from illada_jax.scoring.monte_carlo import hidden_columns, replicate_sizes
 from tests import reference_scoring as reference
 from tests.decoding.toys import IDS, TRANSFORMER, network_of, transformer
 from tests.util import random_params
@@ -41,7 +41,7 @@ def scorer(logits_fn, **settings):
 
 def draws_of(context, candidate, mc_num, seed, bos=False, eos=False, **_):
     row, columns = reference.layout(context, candidate, IDS, bos, eos)
-    return hidden_columns(Candidate(np.array(row, np.int32), columns[0], columns[-1] + 1), mc_num, seed)
+    return hidden_columns(Query(np.array(row, np.int32), np.array(columns), columns[0]), mc_num, seed)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -214,7 +214,7 @@ def test_masks_of_monte_carlo():
     """Counts are stratified, positions uniform, candidates of one context share masks and others do not."""
     def columns(context, length, mc_num=64, seed=0, token=4):
         row = np.array([*context, *[token] * length], np.int32)
-        drawn = hidden_columns(Candidate(row, len(context), len(row)), mc_num, seed)
+        drawn = hidden_columns(Query(row, np.arange(len(context), len(row)), len(context)), mc_num, seed)
         return [(np.asarray(hidden) - len(context)).tolist() for hidden in drawn]
 
     assert replicate_sizes(1) == [1] and replicate_sizes(3) == [1, 1, 1] and replicate_sizes(20) == [3] * 4 + [2] * 4
