@@ -107,7 +107,7 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, batch.positions_BL, batch.segments_BL)
         head = functools.partial(model.head, config.model, params)
         losses = functools.partial(token_losses, head, chunk=config.train.logits_chunk)
-        return objective(losses, hidden_BLD, batch, corrupted)[1].nats_B
+        return objective(losses, hidden_BLD, batch, corrupted)[2]
 
     def evaluate(params: Any, step: int) -> dict[str, float | str]:
         del step  # the same masks every time, so that evaluations of a run are comparable
