@@ -8,17 +8,40 @@ The file is long because every field of every section is documented and checked 
 """
 
 import dataclasses
-import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_collections
 
 from illada_jax.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16"]
 _FLOAT32_MAX = 3.4e38
+
+
+class Rule(NamedTuple):
+    """A condition on a value, with what an error message says of it."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+_POSITIVE = Rule("must be greater than 0", lambda x: x > 0)
+_NON_NEGATIVE = Rule("must be 0 or more", lambda x: x >= 0)
+_NOT_EMPTY = Rule("must not be empty", bool)
+
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NonNegativeInt = Annotated[int, _NON_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
+IntOrMinus1 = Annotated[int, Rule("must be 0 or more, or -1", lambda x: x >= -1)]
+AxisSize = Annotated[int, Rule("must be 1 or more, or -1 for what remains", lambda x: x >= 1 or x == -1)]
+MultipleOf128 = Annotated[int, Rule("must be a multiple of 128", lambda x: x > 0 and x % 128 == 0)]
+NonEmptyTexts = Annotated[tuple[str, ...], _NOT_EMPTY]
+Fraction = Annotated[float, Rule("must lie in [0, 1]", lambda x: 0 <= x <= 1)]
+FractionBelow1 = Annotated[float, Rule("must lie in [0, 1)", lambda x: 0 <= x < 1)]
+FractionAbove0 = Annotated[float, Rule("must lie in (0, 1]", lambda x: 0 < x <= 1)]
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -26,503 +49,312 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"config.{key} = {value!r}: {allowed}")
 
 
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{section}.{name}", value, "must be greater than 0")
+class Section:
+    """Base of the sections, which checks the rules of the fields. The section `train` is the class TrainConfig."""
 
+    def __post_init__(self):
+        for each in dataclasses.fields(self):
+            for rule in getattr(each.type, "__metadata__", ()):
+                self.require(each.name, rule.holds(getattr(self, each.name)), rule.allowed)
 
-def _not_negative(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, f"{section}.{name}", value, "must be 0 or more")
-
-
-def _unit_interval(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(0 <= value <= 1, f"{section}.{name}", value, "must lie in [0, 1]")
+    def require(self, name: str, condition: bool, allowed: str) -> None:
+        """Raises a ConfigError about the field `name`, which must be as `allowed` says, if `condition` is False."""
+        section = type(self).__name__.removesuffix("Config").lower()
+        _require(condition, f"{section}.{name}".lstrip("."), getattr(self, name), allowed)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The transformer (iLLaDA paper, architecture table).
+class ModelConfig(Section):
+    """The transformer (iLLaDA paper, architecture table)."""
 
-    Attributes:
-      vocab_size: rows of the embedding; 0 uses the size of the tokenizer.
-      d_model: width of the residual stream (D).
-      num_layers: number of blocks.
-      num_heads: query heads (N).
-      num_kv_heads: key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
-      head_dim: width of a head (H), even.
-      d_ff: width of the SwiGLU feed-forward (F).
-      max_length: the context length: the longest sequence that is trained on or decoded, in tokens.
-      rope_theta: base of the rotary frequencies.
-      norm_eps: epsilon of RMSNorm.
-      tied_head: the LM head is the transposed embedding.
-      init_std: standard deviation of initial projections; residual outputs are scaled by 1/sqrt(2·num_layers).
-        0 means sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
-      dtype: dtype of activations; params are float32 in training.
-      remat: values that the backward pass recomputes: `none` (none), `dots` (all but the results of matrix products
-        and attention), `projections` (also the feed-forward), `attention` (all but attention), `full` (every layer).
-      attention: back end, see `model/attention.py`; `auto` selects `splash` on TPU, `cudnn` on GPU, else `xla`.
-        `splash_interpret` runs the TPU kernel in an interpreter, on any platform, slowly.
-      attention_block_q: queries per block of the TPU kernel, a multiple of 128 (the largest that divides the length).
-      attention_block_kv: keys per block that are loaded into on-chip memory.
-      attention_block_kv_compute: keys per block that are computed at once; at most attention_block_kv.
-      scan_unroll: layers per iteration of the scan over layers.
-    """
-
-    vocab_size: int = 0
-    d_model: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    d_ff: int = 384
-    max_length: int = 256
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-6
-    tied_head: bool = True
-    init_std: float = 0.0
-    dtype: Dtype = "float32"
+    vocab_size: NonNegativeInt = 0  # rows of the embedding; 0 uses the size of the tokenizer
+    d_model: PositiveInt = 128  # width of the residual stream (D)
+    num_layers: PositiveInt = 4  # number of blocks
+    num_heads: PositiveInt = 4  # query heads (N)
+    num_kv_heads: PositiveInt = 2  # key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
+    head_dim: PositiveInt = 32  # width of a head (H), even
+    d_ff: PositiveInt = 384  # width of the SwiGLU feed-forward (F)
+    max_length: PositiveInt = 256  # the context length: the longest sequence that is trained on or decoded, in tokens
+    rope_theta: PositiveFloat = 500_000.0  # base of the rotary frequencies
+    norm_eps: PositiveFloat = 1e-6  # epsilon of RMSNorm
+    tied_head: bool = True  # the LM head is the transposed embedding
+    # Standard deviation of initial projections; residual outputs are scaled by 1/sqrt(2·num_layers). 0 means
+    # sqrt(2 / (5·D)), which gives the published 0.00988 at D = 4096.
+    init_std: NonNegativeFloat = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; params are float32 in training
+    # Values that the backward pass recomputes: `none` (none), `dots` (all but the results of matrix products and
+    # attention), `projections` (also the feed-forward), `attention` (all but attention), `full` (every layer).
     remat: Literal["none", "dots", "projections", "attention", "full"] = "none"
+    # Back end, see `model/attention.py`; `auto` selects `splash` on TPU, `cudnn` on GPU, else `xla`. `splash_interpret`
+    # runs the TPU kernel in an interpreter, on any platform, slowly.
     attention: Literal["auto", "xla", "cudnn", "splash", "splash_interpret"] = "auto"
-    attention_block_q: int = 1024
-    attention_block_kv: int = 2048
-    attention_block_kv_compute: int = 512
-    scan_unroll: int = 1
+    attention_block_q: MultipleOf128 = 1024  # most queries per block of the TPU kernel; a block divides the length
+    attention_block_kv: MultipleOf128 = 2048  # keys per block that are loaded into on-chip memory
+    attention_block_kv_compute: MultipleOf128 = 512  # keys per block that are computed at once
+    scan_unroll: PositiveInt = 1  # layers per iteration of the scan over layers
 
     def __post_init__(self):
-        _positive("model", self, "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
-                  "max_length", "rope_theta", "norm_eps", "scan_unroll")
-        _not_negative("model", self, "vocab_size", "init_std")
-        _require(self.d_model % self.num_heads == 0, "model.d_model", self.d_model,
-                 f"must be divisible by model.num_heads = {self.num_heads}")
-        _require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
-                 f"must divide model.num_heads = {self.num_heads}")
-        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even (rotary pairs)")
-        for name in ("attention_block_q", "attention_block_kv", "attention_block_kv_compute"):
-            value = getattr(self, name)
-            _require(value > 0 and value % 128 == 0, f"model.{name}", value, "must be a multiple of 128")
-        _require(self.attention_block_kv_compute <= self.attention_block_kv, "model.attention_block_kv_compute",
-                 self.attention_block_kv_compute,
-                 f"must not exceed model.attention_block_kv = {self.attention_block_kv}")
-        _require(self.num_layers % self.scan_unroll == 0, "model.scan_unroll", self.scan_unroll,
-                 f"must divide model.num_layers = {self.num_layers}")
+        super().__post_init__()
+        self.require("d_model", self.d_model % self.num_heads == 0,
+                     f"must be divisible by model.num_heads = {self.num_heads}")
+        self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
+                     f"must divide model.num_heads = {self.num_heads}")
+        self.require("head_dim", self.head_dim % 2 == 0, "must be even (rotary pairs)")
+        self.require("attention_block_kv_compute", self.attention_block_kv_compute <= self.attention_block_kv,
+                     f"must not exceed model.attention_block_kv = {self.attention_block_kv}")
+        self.require("scan_unroll", self.num_layers % self.scan_unroll == 0,
+                     f"must divide model.num_layers = {self.num_layers}")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Text and how it becomes batches.
+class DataConfig(Section):
+    """Text and how it becomes batches."""
 
-    Attributes:
-      sources: sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds.
-        `prepared:DIR` is a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or
-        `tasks:NAME:COUNT`, see `illada_jax/data/sources/examples.py`.
-      weights: shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in
-        proportion to their tokens.
-      tokenizer: `bytes`, `sentencepiece` (trained on the corpus), the path of a SentencePiece `.model` or a Hugging
-        Face `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. Prepared
-        corpora have their own tokenizer.
-      tokenizer_vocab_size: ids of a tokenizer trained on the corpus, special ids included.
-      heldout_fraction: share of held-out documents, chosen by hash; training never sees them. Prepared corpora have
-        their own split.
-      cache_dir: cache of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`.
-      length: tokens of a training window (L).
-      batch_size: rows of the global batch (B).
-      isolate_documents: make each document (fine-tuning: example) in a window a segment of its own.
-      random_length_probability: probability that a batch or row (see `random_length_of`) is cut to a length drawn from
-        1 … length and padded (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With
-        sft.format = llada, rows keep their prompt and a random share of the padded answer. Then the model does not
-        learn to infer an answer's length from the length of the row, and decodes on any canvas.
-      random_length_of: `batch` (one length for all rows) or `row`.
-      num_threads: threads that read ahead.
-    """
-
-    sources: tuple[str, ...] = ("python_docs",)
+    # Sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds. `prepared:DIR` is
+    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`, see
+    # `illada_jax/data/sources/examples.py`.
+    sources: NonEmptyTexts = ("python_docs",)
+    # Shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in proportion to
+    # their tokens.
     weights: tuple[float, ...] = ()
+    # `bytes`, `sentencepiece` (trained on the corpus), the path of a SentencePiece `.model` or a Hugging Face
+    # `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. Prepared corpora
+    # have their own tokenizer.
     tokenizer: str = "sentencepiece"
-    tokenizer_vocab_size: int = 4096
-    heldout_fraction: float = 0.02
-    cache_dir: str = ""
-    length: int = 64
-    batch_size: int = 8
-    isolate_documents: bool = False
-    random_length_probability: float = 0.0
-    random_length_of: Literal["batch", "row"] = "batch"
-    num_threads: int = 4
+    tokenizer_vocab_size: PositiveInt = 4096  # ids of a tokenizer trained on the corpus, special ids included
+    # Share of held-out documents, chosen by hash; training never sees them. Prepared corpora have their own split.
+    heldout_fraction: FractionBelow1 = 0.02
+    cache_dir: str = ""  # of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
+    length: PositiveInt = 64  # tokens of a training window (L)
+    batch_size: PositiveInt = 8  # rows of the global batch (B)
+    isolate_documents: bool = False  # each document (or example) in a window is a segment of its own
+    # Probability that a batch or row (see `random_length_of`) is cut to a length drawn from 1 … length and padded
+    # (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With sft.format = llada, rows keep their prompt
+    # and a random share of the padded answer. Then the model does not learn to infer an answer's length from the length
+    # of the row, and decodes on any canvas.
+    random_length_probability: Fraction = 0.0
+    random_length_of: Literal["batch", "row"] = "batch"  # a length for all rows of a batch, or for each row
+    num_threads: PositiveInt = 4  # threads that read ahead
 
     def __post_init__(self):
-        _positive("data", self, "length", "batch_size", "tokenizer_vocab_size", "num_threads")
-        _unit_interval("data", self, "heldout_fraction", "random_length_probability")
-        _require(self.heldout_fraction < 1, "data.heldout_fraction", self.heldout_fraction, "must lie in [0, 1)")
-        _require(bool(self.sources), "data.sources", self.sources, "name at least one source")
+        super().__post_init__()
         if self.weights:
-            _require(len(self.weights) == len(self.sources), "data.weights", self.weights,
-                     f"needs a weight for each of the {len(self.sources)} sources")
-            _require(min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6, "data.weights", self.weights,
-                     "must be greater than 0 and sum to 1")
+            self.require("weights", len(self.weights) == len(self.sources),
+                         f"needs a weight for each of the {len(self.sources)} sources")
+            self.require("weights", min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6,
+                         "must be greater than 0 and sum to 1")
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning (iLLaDA and LLaDA papers, supervised fine-tuning), see `illada_jax/data/finetuning.py`.
+class SftConfig(Section):
+    """Supervised fine-tuning (iLLaDA and LLaDA papers, supervised fine-tuning), see `illada_jax/data/finetuning.py`."""
 
-    Attributes:
-      format: `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and
-        everything may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with
-        EOS to the longest row of the global batch, and the weights of each row sum to 1.
-      mask_prompts: with `illada`, mask prompts too, as published; otherwise only answers and their end tokens.
-      over_length: treatment of examples longer than data.length: `split` (into several windows or rows), `truncate`
-        (the end is lost) or `drop`. All are counted and reported.
-      bucket: with `llada`, row lengths are multiples of it, which bounds the number of compiled shapes.
-      strict: raise an error for invalid, dropped or truncated examples, which are otherwise only reported.
-    """
-
+    # `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and everything
+    # may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with EOS to the
+    # longest row of the global batch, and the weights of each row sum to 1.
     format: Literal["none", "illada", "llada"] = "none"
-    mask_prompts: bool = True
+    mask_prompts: bool = True  # with `illada`, mask prompts too, as published; else only answers and end tokens
+    # Treatment of examples longer than data.length: `split` (into several windows or rows), `truncate` (the end is
+    # lost) or `drop`. All are counted and reported.
     over_length: Literal["split", "truncate", "drop"] = "split"
-    bucket: int = 64
-    strict: bool = False
-
-    def __post_init__(self):
-        _positive("sft", self, "bucket")
+    bucket: PositiveInt = 64  # with `llada`, row lengths are multiples of it, which bounds the compiled shapes
+    strict: bool = False  # raise an error for invalid, dropped or truncated examples instead of reporting them
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """The corruption process and the objective (iLLaDA paper, objective).
+class DiffusionConfig(Section):
+    """The corruption process and the objective (iLLaDA paper, objective)."""
 
-    Attributes:
-      time_sampling: `stratified` (times of a batch are spread evenly over [0, 1)) or `uniform` (independent).
-      eps: the masking probability is p = (1 - eps)·t + eps.
-      split_probability: probability that a window becomes two segments, cut at a random place (iLLaDA: 0.3).
-      mask_id: id of MASK; -1 takes the tokenizer's.
-    """
-
-    time_sampling: Literal["stratified", "uniform"] = "stratified"
-    eps: float = 1e-3
-    split_probability: float = 0.0
-    mask_id: int = -1
-
-    def __post_init__(self):
-        _require(0 <= self.eps < 1, "diffusion.eps", self.eps, "must lie in [0, 1)")
-        _unit_interval("diffusion", self, "split_probability")
-        _require(self.mask_id >= -1, "diffusion.mask_id", self.mask_id, "must be an id, or -1 for the tokenizer's")
+    time_sampling: Literal["stratified", "uniform"] = "stratified"  # spread evenly over [0, 1), or independent
+    eps: FractionBelow1 = 1e-3  # the masking probability is p = (1 - eps)·t + eps
+    split_probability: Fraction = 0.0  # probability that a window is cut at random into two segments (iLLaDA: 0.3)
+    mask_id: IntOrMinus1 = -1  # id of MASK; -1 takes the tokenizer's
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimizer and learning-rate schedule: warm-up, constant, decay.
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule: warm-up, constant, decay."""
 
-    Attributes:
-      name: `adamw`, or `muon` (Muon on the matrices of the layers, Adam on everything else).
-      learning_rate: the constant rate after the warm-up.
-      adam_learning_rate: with `muon`, the constant rate of the parameters that Adam updates.
-      muon_momentum: Muon's momentum.
-      warmup_steps: steps of the linear warm-up from 0.
-      change_steps: steps at which the constant rate changes (LLaDA's piecewise schedule), ascending.
-      changed_rates: the rates from those steps on.
-      decay_start: step at which the decay starts; -1 lets it end at train.steps.
-      decay_steps: steps of the decay; 0 never decays.
-      decay_fraction: the decaying share of the run, instead of decay_steps (iLLaDA's fine-tuning: 0.1).
-      decay_shape: `linear` or `cosine`.
-      final_learning_rate: the rate at the end of the decay.
-      b1: Adam's first decay rate.
-      b2: Adam's second decay rate.
-      eps: Adam's epsilon.
-      weight_decay: decoupled weight decay of matrices (not of norms); with `muon` of those of the layers only.
-      clip_norm: global norm that gradients are clipped to; 0 never clips.
-      ema_decay: decay of a moving average of the params, which is saved, evaluated, and used by all who load the
-        checkpoint; at step t the decay is at most (1 + t) / (10 + t). 0 keeps no average and costs nothing.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    adam_learning_rate: float = 1e-3
-    muon_momentum: float = 0.95
-    warmup_steps: int = 0
-    change_steps: tuple[int, ...] = ()
-    changed_rates: tuple[float, ...] = ()
-    decay_start: int = -1
-    decay_steps: int = 0
-    decay_fraction: float = 0.0
+    name: Literal["adamw", "muon"] = "adamw"  # `muon`: Muon on the matrices of the layers, Adam on everything else
+    learning_rate: PositiveFloat = 1e-3  # the constant rate after the warm-up
+    adam_learning_rate: PositiveFloat = 1e-3  # with `muon`, the constant rate of the parameters that Adam updates
+    muon_momentum: Fraction = 0.95
+    warmup_steps: NonNegativeInt = 0  # steps of the linear warm-up from 0
+    change_steps: tuple[int, ...] = ()  # steps at which the constant rate changes (LLaDA's schedule), ascending
+    changed_rates: tuple[float, ...] = ()  # the rates from those steps on
+    decay_start: IntOrMinus1 = -1  # step at which the decay starts; -1 lets it end at train.steps
+    decay_steps: NonNegativeInt = 0  # steps of the decay; 0 never decays
+    decay_fraction: Fraction = 0.0  # the decaying share of the run, instead of decay_steps (iLLaDA's fine-tuning: 0.1)
     decay_shape: Literal["linear", "cosine"] = "linear"
-    final_learning_rate: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
+    final_learning_rate: NonNegativeFloat = 0.0  # the rate at the end of the decay
+    b1: Fraction = 0.9  # Adam's first decay rate
+    b2: Fraction = 0.95  # Adam's second decay rate
+    eps: PositiveFloat = 1e-8  # Adam's epsilon
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, of matrices (not norms); with `muon` of those of the layers only
+    clip_norm: NonNegativeFloat = 1.0  # global norm that gradients are clipped to; 0 never clips
+    # Decay of a moving average of the params, which is saved, evaluated, and used by all who load the checkpoint; at
+    # step t the decay is at most (1 + t) / (10 + t). 0 keeps no average and costs nothing.
+    ema_decay: FractionBelow1 = 0.0
 
     def __post_init__(self):
-        _positive("optimizer", self, "learning_rate", "adam_learning_rate", "eps")
-        _not_negative("optimizer", self, "warmup_steps", "decay_steps", "final_learning_rate", "weight_decay",
-                      "clip_norm")
-        _unit_interval("optimizer", self, "b1", "b2", "muon_momentum", "decay_fraction")
-        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
-        _require(not (self.decay_fraction and self.decay_steps), "optimizer.decay_fraction", self.decay_fraction,
-                 f"is given instead of optimizer.decay_steps = {self.decay_steps}: one of them must be 0")
-        _require(self.decay_start >= -1, "optimizer.decay_start", self.decay_start, "must be a step, or -1")
-        _require(len(self.change_steps) == len(self.changed_rates), "optimizer.changed_rates", self.changed_rates,
-                 f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
-        _require(all(rate > 0 for rate in self.changed_rates), "optimizer.changed_rates", self.changed_rates,
-                 "must be greater than 0")
+        super().__post_init__()
+        self.require("decay_fraction", not (self.decay_fraction and self.decay_steps),
+                     f"is given instead of optimizer.decay_steps = {self.decay_steps}: one of them must be 0")
+        self.require("changed_rates", len(self.change_steps) == len(self.changed_rates),
+                     f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
+        self.require("changed_rates", all(rate > 0 for rate in self.changed_rates), "must be greater than 0")
         last = (self.learning_rate, *self.changed_rates)[-1]
-        _require(self.final_learning_rate <= last, "optimizer.final_learning_rate", self.final_learning_rate,
-                 f"must not exceed the rate before the decay, {last}")
+        self.require("final_learning_rate", self.final_learning_rate <= last,
+                     f"must not exceed the rate before the decay, {last}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The training loop.
+class TrainConfig(Section):
+    """The training loop."""
 
-    Attributes:
-      steps: optimizer steps of the whole run; 0 if `epochs` is given.
-      epochs: for fine-tuning: passes over the examples, which determine the steps; 0 if `steps` is given.
-      stop_step: save and stop at this step without changing the schedule; 0 runs to the end.
-      microbatches: gradient accumulation: number of parts in which the global batch is computed.
-      compiler_options: options of the TPU compiler for the step, as `NAME=VALUE`; ignored on other platforms.
-      logits_chunk: positions per row whose logits exist at the same time in the loss; 0: the whole row.
-      log_every: steps between lines of metrics.
-      plateau_window: steps over which the slope of the loss is reported, see `training/plateau.py`; 0: no report.
-      plateau_tolerance: the loss counts as flat if it falls by less than this fraction over the window.
-      tensorboard: write TensorBoard events into the workdir.
-      watchdog_seconds: a process in which no step ends for this long prints its stacks and exits with code 75, to be
-        restarted; start-up, evaluations and checkpoints may take ten times as long; 0 disables the watchdog.
-    """
-
-    steps: int = 1000
-    epochs: int = 0
-    stop_step: int = 0
-    microbatches: int = 1
-    compiler_options: tuple[str, ...] = ()
-    logits_chunk: int = 0
-    log_every: int = 50
-    plateau_window: int = 10_000
-    plateau_tolerance: float = 0.005
-    tensorboard: bool = True
-    watchdog_seconds: float = 600.0
+    steps: NonNegativeInt = 1000  # optimizer steps of the whole run; 0 if `epochs` is given
+    epochs: NonNegativeInt = 0  # for fine-tuning: passes over the examples, which determine the steps, if not 0
+    stop_step: NonNegativeInt = 0  # save and stop at this step without changing the schedule; 0 runs to the end
+    microbatches: PositiveInt = 1  # gradient accumulation: number of parts in which the global batch is computed
+    compiler_options: tuple[str, ...] = ()  # for the step, on TPUs only, as `NAME=VALUE`
+    logits_chunk: NonNegativeInt = 0  # positions per row whose logits exist at once in the loss; 0: the whole row
+    log_every: PositiveInt = 50  # steps between lines of metrics
+    plateau_window: NonNegativeInt = 10_000  # steps of the loss slope's report (`training/plateau.py`); 0: no report
+    plateau_tolerance: PositiveFloat = 0.005  # the loss is flat if it falls by less than this fraction over the window
+    tensorboard: bool = True  # write TensorBoard events into the workdir
+    # A process in which no step ends for this long prints its stacks and exits with code 75, to be restarted; start-up,
+    # evaluations and checkpoints may take ten times as long; 0 disables the watchdog.
+    watchdog_seconds: NonNegativeFloat = 600.0
 
     def __post_init__(self):
-        _positive("train", self, "microbatches", "log_every", "plateau_tolerance")
-        for option in self.compiler_options:
-            _require("=" in option, "train.compiler_options", option, "must have the form NAME=VALUE")
-        _not_negative("train", self, "steps", "epochs", "stop_step", "logits_chunk", "plateau_window",
-                      "watchdog_seconds")
-        _require(self.steps > 0 or self.epochs > 0, "train.steps", self.steps,
-                 "must be greater than 0, or train.epochs must be")
-        _require(self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every, "train.plateau_window",
-                 self.plateau_window, f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0")
+        super().__post_init__()
+        self.require("compiler_options", all("=" in option for option in self.compiler_options),
+                     "each must have the form NAME=VALUE")
+        self.require("steps", self.steps > 0 or self.epochs > 0, "must be greater than 0, or train.epochs must be")
+        self.require("plateau_window", self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every,
+                     f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0")
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes. One of them may be -1: all remaining devices.
+class MeshConfig(Section):
+    """Sizes of the mesh axes. One of them may be -1: all remaining devices."""
 
-    Attributes:
-      data: data parallelism with replicated params.
-      fsdp: data parallelism with sharded params and optimizer state.
-      tensor: tensor parallelism within a layer.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: AxisSize = 1  # data parallelism with replicated params
+    fsdp: AxisSize = -1  # data parallelism with sharded params and optimizer state
+    tensor: AxisSize = 1  # tensor parallelism within a layer
 
     def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        for name, size in sizes.items():
-            _require(size >= 1 or size == -1, f"mesh.{name}", size, "must be 1 or more, or -1 for what remains")
-        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+        super().__post_init__()
+        _require([self.data, self.fsdp, self.tensor].count(-1) <= 1, "mesh", to_dict(self), "only one axis may be -1")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """The schedule of checkpoints, and their retention.
+class CheckpointConfig(Section):
+    """The schedule of checkpoints, and their retention."""
 
-    Attributes:
-      every: steps between checkpoints; the last step is always saved.
-      keep: number of the newest checkpoints to keep.
-      keep_best: also keep the checkpoint with the lowest eval/bits_per_byte.
-    """
-
-    every: int = 1000
-    keep: int = 2
-    keep_best: bool = True
-
-    def __post_init__(self):
-        _positive("checkpoint", self, "every", "keep")
+    every: PositiveInt = 1000  # steps between checkpoints; the last step is always saved
+    keep: PositiveInt = 2  # number of the newest checkpoints to keep
+    keep_best: bool = True  # also keep the checkpoint with the lowest eval/bits_per_byte
 
 
 @dataclass(frozen=True)
-class FaultConfig:
+class FaultsConfig(Section):
     """Handling of bad steps, see `illada_jax/training/faults.py`.
 
     A step is bad if its loss or gradient norm is not finite, or its cross-entropy exceeds the limit. Its update is
     never applied. Steps are checked at every line of metrics (train.log_every) and before every save.
-
-    Attributes:
-      action: `halt` stops with an error that says what to type. `skip` continues without the update. `rollback`
-        restores the newest scheduled checkpoint (every checkpoint.every steps) after which a step was good, and
-        continues with the step after the bad one.
-      max_cross_entropy: limit of the mean cross-entropy of a step's masked tokens, in nats; 0 accepts every finite
-        value. At the start of a run it is about log(vocab_size).
-      rate_scale: factor of the learning rate after each rollback.
-      max_times: skipped steps and rollbacks allowed in a run; one more halts it.
     """
 
+    # `halt` stops with an error that says what to type. `skip` continues without the update. `rollback` restores the
+    # newest scheduled checkpoint (every checkpoint.every steps) after which a step was good, and continues with the
+    # step after the bad one.
     action: Literal["halt", "skip", "rollback"] = "halt"
-    max_cross_entropy: float = 0.0
-    rate_scale: float = 1.0
-    max_times: int = 10
-
-    def __post_init__(self):
-        _not_negative("faults", self, "max_cross_entropy", "max_times")
-        _require(0 < self.rate_scale <= 1, "faults.rate_scale", self.rate_scale, "must lie in (0, 1]")
+    # Limit of the mean cross-entropy of a step's masked tokens, in nats; 0 accepts every finite value. At the start of
+    # a run it is about log(vocab_size).
+    max_cross_entropy: NonNegativeFloat = 0.0
+    rate_scale: FractionAbove0 = 1.0  # factor of the learning rate after each rollback
+    max_times: NonNegativeInt = 10  # skipped steps and rollbacks of a run; one more halts it
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training, see `illada_jax/evaluation/evaluators.py`.
+class EvalConfig(Section):
+    """Evaluation during training, see `illada_jax/evaluation/evaluators.py`."""
 
-    Attributes:
-      every: steps between evaluations; the last step is always evaluated.
-      every_epochs: epochs between evaluations, if train.epochs sets the number of steps; 0 leaves it to `every`.
-      evaluators: names of the evaluators that run at every evaluation.
-      final: names of the evaluators that run once after the last step, for the final report.
-      batch_size: rows per evaluation batch.
-      windows: held-out windows for the bound; 0 takes all.
-      draws: random masks per held-out window.
-      rows: number of held-out examples (exact_match, infill) or texts (samples) to decode.
-      gaps: gaps per held-out passage in `infill`.
-      gap_length: tokens per gap.
-      prompts: prompts of `samples`, which take turns; an empty string is the empty prompt.
-      separator: splits a held-out document for `exact_match`: the prompt ends with it, the rest is the answer. Unused
-        for fine-tuning examples.
-      answer_metric: metric of `exact_match`, see `illada_jax/evaluation/answer_metrics.py`: `exact`, `numeric` (the
-        last number) or `package.module:function`, called as function(prompt, answer, reference).
-    """
-
-    every: int = 1000
-    every_epochs: float = 0.0
-    evaluators: tuple[str, ...] = ("bits_per_byte",)
-    final: tuple[str, ...] = ()
-    batch_size: int = 32
-    windows: int = 0
-    draws: int = 1
-    rows: int = 3
-    gaps: int = 3
-    gap_length: int = 3
-    prompts: tuple[str, ...] = ("",)
-    separator: str = "="
+    every: PositiveInt = 1000  # steps between evaluations; the last step is always evaluated
+    every_epochs: NonNegativeFloat = 0.0  # with train.epochs: epochs between evaluations; 0 leaves it to `every`
+    evaluators: tuple[str, ...] = ("bits_per_byte",)  # names of the evaluators that run at every evaluation
+    final: tuple[str, ...] = ()  # names of the evaluators that run once after the last step, for the final report
+    batch_size: PositiveInt = 32  # rows per evaluation batch
+    windows: NonNegativeInt = 0  # held-out windows for the bound; 0 takes all
+    draws: PositiveInt = 1  # random masks per held-out window
+    rows: PositiveInt = 3  # number of held-out examples (exact_match, infill) or texts (samples) to decode
+    gaps: PositiveInt = 3  # gaps per held-out passage in `infill`
+    gap_length: PositiveInt = 3  # tokens per gap
+    prompts: NonEmptyTexts = ("",)  # prompts of `samples`, which take turns; an empty string is the empty prompt
+    # Splits a held-out document for `exact_match`: the prompt ends with it, the rest is the answer. Unused for
+    # fine-tuning examples.
+    separator: Annotated[str, _NOT_EMPTY] = "="
+    # Metric of `exact_match`, see `illada_jax/evaluation/answer_metrics.py`: `exact`, `numeric` (the last number) or
+    # `package.module:function`, called as function(prompt, answer, reference).
     answer_metric: str = "exact"
 
-    def __post_init__(self):
-        _positive("eval", self, "every", "batch_size", "draws", "rows", "gaps", "gap_length")
-        _not_negative("eval", self, "windows", "every_epochs")
-        _require(bool(self.prompts), "eval.prompts", self.prompts, "give at least one, which may be empty")
-        _require(bool(self.separator), "eval.separator", self.separator, "must not be empty")
-
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """The sampler (iLLaDA paper, generation; LLaDA paper, appendix on inference). Frozen and hashable.
+class DecodeConfig(Section):
+    """The sampler (iLLaDA paper, generation; LLaDA paper, appendix on inference). Frozen and hashable."""
 
-    Attributes:
-      max_new_tokens: budget of new tokens; the last block may be shorter.
-      over_budget: if prompt and budget exceed the context: `cut` the budget to whole blocks that fit, with a warning,
-        or `error`.
-      length: `variable` (iLLaDA: blocks are appended until EOS) or `fixed` (LLaDA: all masks are there from the start).
-      block_length: tokens of a block.
-      steps_per_block: steps per block with reveal = schedule; block_length writes one token per step.
-      reveal: number of positions that a step reveals: `schedule`, `threshold`, `factor` or `entropy_bound`.
-      threshold: of the reveal strategy of that name, in (0, 1].
-      factor: of the reveal strategy of that name.
-      entropy_bound: of the reveal strategy of that name, in nats.
-      confidence: order in which positions are revealed: by `low_confidence`, `margin`, `entropy` or `random`.
-      temperature: of the Gumbel noise on the logits; 0 is greedy.
-      top_p: nucleus sampling: sample from the most probable tokens with at least this total probability; 1 is off.
-      cfg_scale: classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none.
-      suppressed_ids: ids that are never written, besides MASK and ids beyond the tokenizer.
-      stop_ids: ids that end an answer, besides EOS.
-      logits_eos_inf: EOS is never written (LLaDA's option of that name).
-      confidence_eos_eot_inf: EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public
-        code, at a temperature above 0 this holds for EoT only.
-      eot_id: id of EoT (end of turn); -1 where there is none.
-      end_of_thinking_boost: push towards `</think>` (iLLaDA), see `decoding/thinking.py`; 0 is off. The paper uses 100.
-      end_of_thinking_power: 3 in the paper, 1 for HumanEval.
-      end_of_thinking_ids: ids of the end-of-thinking string; empty takes the tokenizer's for `</think>`.
-      cache: keys and values kept within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of
-        all columns outside of the block, masks included). Approximations, as of the last refresh.
-      cache_refresh: steps between refreshes of the cache within a block; 0 refreshes at its start only.
-      batch_size: rows decoded at the same time; results do not depend on it.
-      seed: seed of the sampler; row i draws from fold_in(seed, i).
-    """
-
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128  # budget of new tokens; the last block may be shorter
+    # If prompt and budget exceed the context: `cut` the budget to whole blocks that fit, with a warning, or `error`.
     over_budget: Literal["cut", "error"] = "cut"
-    length: Literal["variable", "fixed"] = "variable"
-    block_length: int = 32
-    steps_per_block: int = 32
-    reveal: str = "schedule"
-    threshold: float = 0.9
-    factor: float = 1.0
-    entropy_bound: float = 0.1
-    confidence: str = "low_confidence"
-    temperature: float = 0.0
-    top_p: float = 1.0
-    cfg_scale: float = 0.0
-    suppressed_ids: tuple[int, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    logits_eos_inf: bool = False
+    length: Literal["variable", "fixed"] = "variable"  # append blocks until EOS (iLLaDA), or mask all at first (LLaDA)
+    block_length: PositiveInt = 32  # tokens of a block
+    steps_per_block: PositiveInt = 32  # steps per block with reveal = schedule; block_length writes one token per step
+    reveal: str = "schedule"  # positions per step: by `schedule`, `threshold`, `factor` or `entropy_bound`
+    threshold: FractionAbove0 = 0.9  # of the reveal strategy of that name
+    factor: PositiveFloat = 1.0  # of the reveal strategy of that name
+    entropy_bound: NonNegativeFloat = 0.1  # of the reveal strategy of that name, in nats
+    confidence: str = "low_confidence"  # order: `low_confidence`, `margin`, `entropy` or `random`
+    temperature: NonNegativeFloat = 0.0  # of the Gumbel noise on the logits; 0 is greedy
+    top_p: FractionAbove0 = 1.0  # nucleus sampling: total probability of the tokens to sample from; 1 is off
+    cfg_scale: NonNegativeFloat = 0.0  # classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none
+    suppressed_ids: tuple[int, ...] = ()  # ids that are never written, besides MASK and ids beyond the tokenizer
+    stop_ids: tuple[int, ...] = ()  # ids that end an answer, besides EOS
+    logits_eos_inf: bool = False  # EOS is never written (LLaDA's option of that name)
+    # EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public code, at a temperature
+    # above 0 this holds for EoT only.
     confidence_eos_eot_inf: bool = False
-    eot_id: int = -1
-    end_of_thinking_boost: float = 0.0
-    end_of_thinking_power: float = 3.0
-    end_of_thinking_ids: tuple[int, ...] = ()
+    eot_id: IntOrMinus1 = -1  # id of EoT (end of turn); -1 where there is none
+    end_of_thinking_boost: NonNegativeFloat = 0.0  # push towards `</think>` (`decoding/thinking.py`); iLLaDA: 100
+    end_of_thinking_power: NonNegativeFloat = 3.0  # 3 in the paper, 1 for HumanEval
+    end_of_thinking_ids: tuple[int, ...] = ()  # empty takes the tokenizer's for `</think>`
+    # Keys and values kept within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of all
+    # columns outside of the block, masks included). Approximations, as of the last refresh.
     cache: Literal["none", "prefix", "dual"] = "none"
-    cache_refresh: int = 0
-    batch_size: int = 8
-    seed: int = 0
+    cache_refresh: NonNegativeInt = 0  # steps between refreshes of the cache within a block; 0: at its start only
+    batch_size: PositiveInt = 8  # rows decoded at the same time; results do not depend on it
+    seed: NonNegativeInt = 0  # seed of the sampler; row i draws from fold_in(seed, i)
 
     def __post_init__(self):
-        _positive("decode", self, "max_new_tokens", "block_length", "steps_per_block", "factor", "batch_size")
-        _not_negative("decode", self, "temperature", "entropy_bound", "cfg_scale", "end_of_thinking_boost",
-                      "end_of_thinking_power", "cache_refresh", "seed")
-        for name in ("temperature", "cfg_scale", "end_of_thinking_boost", "end_of_thinking_power"):
-            _require(math.isfinite(getattr(self, name)), f"decode.{name}", getattr(self, name), "must be finite")
-        _require(self.seed < 2**32, "decode.seed", self.seed, "must be less than 2**32")
-        _require(self.eot_id >= -1, "decode.eot_id", self.eot_id, "must be an id, or -1 where there is none")
-        _require(self.steps_per_block <= self.block_length, "decode.steps_per_block", self.steps_per_block,
-                 f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
-        _require(0 < self.threshold <= 1, "decode.threshold", self.threshold, "must lie in (0, 1]")
-        _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "must lie in (0, 1]")
-        _require(self.length != "fixed" or self.max_new_tokens % self.block_length == 0, "decode.block_length",
-                 self.block_length, f"must divide a fixed length (decode.max_new_tokens = {self.max_new_tokens})")
+        super().__post_init__()
+        self.require("seed", self.seed < 2**32, "must be less than 2**32")
+        self.require("steps_per_block", self.steps_per_block <= self.block_length,
+                     f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
+        self.require("block_length", self.length != "fixed" or self.max_new_tokens % self.block_length == 0,
+                     f"must divide a fixed length (decode.max_new_tokens = {self.max_new_tokens})")
 
 
 @dataclass(frozen=True)
-class InitConfig:
-    """The initial parameters of a run.
+class InitConfig(Section):
+    """The initial parameters of a run."""
 
-    Attributes:
-      checkpoint: a workdir, one checkpoint in it, a Hugging Face directory or a Hub id, whose params (not optimizer or
-        step) the run starts from; empty for random params.
-    """
-
+    # A workdir, one checkpoint in it, a Hugging Face directory or a Hub id, whose params (not optimizer or step) the
+    # run starts from; empty for random params.
     checkpoint: str = ""
 
 
 @dataclass(frozen=True)
-class Config:
-    """A whole experiment; each section has a class of its own.
-
-    Attributes:
-      seed: seed of all randomness in training: parameters, order of the data, times, masks.
-    """
+class Config(Section):
+    """A whole experiment; each section has a class of its own."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -532,43 +364,44 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    seed: int = 0
+    seed: NonNegativeInt = 0  # seed of all randomness in training: parameters, order of the data, times, masks
 
     def __post_init__(self):
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-        _require(self.data.length <= self.model.max_length, "data.length", self.data.length,
-                 f"must not exceed model.max_length = {self.model.max_length}")
-        _require(self.data.batch_size % self.train.microbatches == 0, "train.microbatches", self.train.microbatches,
-                 f"must divide data.batch_size = {self.data.batch_size}")
+        super().__post_init__()
         chunk = self.train.logits_chunk
-        _require(chunk == 0 or self.data.length % chunk == 0, "train.logits_chunk", chunk,
-                 f"must divide data.length = {self.data.length}, or be 0")
-        _require(chunk == 0 or self.sft.format != "llada" or self.sft.bucket % chunk == 0, "train.logits_chunk", chunk,
-                 f"must divide sft.bucket = {self.sft.bucket}, or be 0")
-        _require(not self.train.epochs or self.sft.format != "none", "train.epochs", self.train.epochs,
-                 "is for fine-tuning (sft.format); otherwise give train.steps")
-        _require(not self.eval.every_epochs or self.train.epochs > 0, "eval.every_epochs", self.eval.every_epochs,
-                 "needs train.epochs")
-        _require(self.data.tokenizer != "checkpoint" or bool(self.init.checkpoint), "data.tokenizer", "checkpoint",
-                 "needs init.checkpoint")
+        self.data.require("length", self.data.length <= self.model.max_length,
+                          f"must not exceed model.max_length = {self.model.max_length}")
+        self.data.require("tokenizer", self.data.tokenizer != "checkpoint" or bool(self.init.checkpoint),
+                          "needs init.checkpoint")
+        self.data.require("tokenizer", self.data.tokenizer != "checkpoint" or self.sft.format != "none",
+                          "for fine-tuning only (sft.format); a corpus is prepared with its own tokenizer")
+        self.train.require("microbatches", self.data.batch_size % self.train.microbatches == 0,
+                           f"must divide data.batch_size = {self.data.batch_size}")
+        self.train.require("logits_chunk", chunk == 0 or self.data.length % chunk == 0,
+                           f"must divide data.length = {self.data.length}, or be 0")
+        self.train.require("logits_chunk", chunk == 0 or self.sft.format != "llada" or self.sft.bucket % chunk == 0,
+                           f"must divide sft.bucket = {self.sft.bucket}, or be 0")
+        self.train.require("epochs", not self.train.epochs or self.sft.format != "none",
+                           "is for fine-tuning (sft.format); otherwise give train.steps")
+        self.eval.require("every_epochs", not self.eval.every_epochs or self.train.epochs > 0, "needs train.epochs")
         if self.train.steps:  # otherwise the number of examples decides
             self._check_schedule()
         if self.model.vocab_size:
-            _require(self.diffusion.mask_id < self.model.vocab_size, "diffusion.mask_id", self.diffusion.mask_id,
-                     f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
+            self.diffusion.require("mask_id", self.diffusion.mask_id < self.model.vocab_size,
+                                   f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
 
     def _check_schedule(self) -> None:
-        _require(self.train.stop_step <= self.train.steps, "train.stop_step", self.train.stop_step,
-                 f"must not exceed train.steps = {self.train.steps}")
-        _require(self.optimizer.warmup_steps <= self.decay_start, "optimizer.warmup_steps", self.optimizer.warmup_steps,
-                 f"must not exceed the step at which the decay starts, {self.decay_start}")
-        changes = (self.optimizer.warmup_steps, *self.optimizer.change_steps, self.decay_start)
-        _require(list(changes) == sorted(changes), "optimizer.change_steps", self.optimizer.change_steps,
-                 f"must ascend from the end of the warm-up, {changes[0]}, to the start of the decay, {changes[-1]}")
+        self.train.require("stop_step", self.train.stop_step <= self.train.steps,
+                           f"must not exceed train.steps = {self.train.steps}")
+        warmup, changes, decay = self.optimizer.warmup_steps, self.optimizer.change_steps, self.decay_start
+        self.optimizer.require("warmup_steps", warmup <= decay,
+                               f"must not exceed the step at which the decay starts, {decay}")
+        self.optimizer.require("change_steps", sorted([warmup, *changes, decay]) == [warmup, *changes, decay],
+                               f"must ascend from the end of the warm-up, {warmup}, to the start of the decay, {decay}")
 
     @property
     def decay_steps(self) -> int:
@@ -625,19 +458,16 @@ def from_saved(values: dict[str, Any]) -> Config:
     return from_dict(complete)
 
 
-# Fields that do not affect the parameters of a model, only the computation.
-_COMPUTE_FIELDS = ("dtype", "remat", "attention", "attention_block_q", "attention_block_kv",
-                   "attention_block_kv_compute", "scan_unroll", "init_std", "max_length")
+# Fields of the model that affect how it is computed, and those that affect no parameter either.
+_KERNEL_FIELDS = ("remat", "attention", "attention_block_q", "attention_block_kv", "attention_block_kv_compute",
+                  "scan_unroll")
+_COMPUTE_FIELDS = (*_KERNEL_FIELDS, "dtype", "init_std", "max_length")
 
-# Fields that may differ on resume: how far, where or how observably a run goes, or a schedule still to come.
+# Sections and fields that may differ on resume: how far, where or how observably a run goes, or a schedule to come.
 RESUMABLE = (
-    "train.steps", "train.epochs", "train.stop_step", "train.log_every", "train.plateau_window",
-    "train.plateau_tolerance", "train.tensorboard", "train.watchdog_seconds", "train.microbatches",
-    "train.compiler_options", "train.logits_chunk", "mesh", "checkpoint",
-    "faults", "eval", "decode", "data.cache_dir", "data.num_threads", "model.remat", "model.attention",
-    "model.attention_block_q", "model.attention_block_kv", "model.attention_block_kv_compute", "model.scan_unroll",
-    "optimizer.decay_start", "optimizer.decay_steps", "optimizer.decay_fraction", "optimizer.decay_shape",
-    "optimizer.final_learning_rate",
+    "train", "mesh", "checkpoint", "faults", "eval", "decode", "data.cache_dir", "data.num_threads",
+    *(f"model.{name}" for name in _KERNEL_FIELDS), "optimizer.decay_start", "optimizer.decay_steps",
+    "optimizer.decay_fraction", "optimizer.decay_shape", "optimizer.final_learning_rate",
 )
 
 
@@ -646,16 +476,9 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(model).items() if name not in _COMPUTE_FIELDS}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Differences between two nested dicts, as lines `key: old → new`."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
-    return lines
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences between two dicts with the same keys, as lines `key: old → new`."""
+    return [f"{key}: {value!r} → {new[key]!r}" for key, value in old.items() if value != new[key]]
 
 
 def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...] = ()) -> None:
@@ -670,11 +493,12 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     Raises:
       ConfigError: listing every difference that is not allowed.
     """
-    may_differ = RESUMABLE + allowed
-    refused = [
-        line for line in differences(to_dict(old), to_dict(new))
-        if not any(line.startswith((f"{name}:", f"{name}.")) for name in may_differ)
-    ]
+    may_differ = {*RESUMABLE, *allowed}
+
+    def fixed(config: Config) -> dict[str, Any]:
+        return {key: value for key, value in _by_key(config).items() if may_differ.isdisjoint([key, key.split(".")[0]])}
+
+    refused = differences(fixed(old), fixed(new))
     if refused:
         raise ConfigError(f"the workdir belongs to another config: {'; '.join(refused)} (use another workdir, or "
                           f"--allow_config_change=KEY)")
@@ -682,6 +506,13 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     if starts[0] != starts[1] and min(starts) < step:
         raise ConfigError(f"config.optimizer.decay_start: {starts[0]} → {starts[1]}: the run is at step {step}, where "
                           "the learning rate has already begun to decay or should have")
+
+
+def _by_key(config: Config) -> dict[str, Any]:
+    values = {}
+    for key, value in to_dict(config).items():
+        values |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return values
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -702,8 +533,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"config.{key} = {value!r}: must be a section with keys of its own")
+        _require(isinstance(value, dict), key, value, "must be a section with keys of its own")
         return _build(hint, value, f"{key}.")
     if origin is Literal:
         choices = typing.get_args(hint)
@@ -713,13 +543,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         item = typing.get_args(hint)[0]
         _require(isinstance(value, (tuple, list)), key, value, f"must be a tuple of {item.__name__}")
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and is_number:
-        # What holds for them also has to hold in float32.
-        _require(math.isfinite(value) and abs(value) < _FLOAT32_MAX, key, value, "must be a finite float32")
-        return float(value)
-    if hint is int and is_number:
-        _require(abs(value) < 2**53, key, value, "must be less than 2**53")
-    _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), key, value,
+    accepted = (int, float) if hint is float else hint
+    _require(isinstance(value, accepted) and isinstance(value, bool) == (hint is bool), key, value,
              f"must be of type {hint.__name__}")
+    if hint is int:
+        _require(abs(value) < 2**53, key, value, "must be less than 2**53")
+    if hint is float:
+        # What holds for them also has to hold in float32.
+        _require(abs(value) < _FLOAT32_MAX, key, value, "must be a finite float32")
+        return float(value)
     return value

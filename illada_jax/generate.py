@@ -42,10 +42,21 @@ from illada_jax.files import write_atomically
 MODEL = cli.ModelFlags()
 
 
+def field_comments(section: type) -> dict[str, str]:
+    """Comments of the fields of a config section, beside or above each field, by its name."""
+    comments, above = {}, []
+    for line in inspect.getsource(section).splitlines():
+        if comment := re.match(r" +# (.*)", line):
+            above.append(comment[1])
+        elif field := re.match(r"    (\w+): .+? = .+?(?:  # (.*))?$", line):
+            comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
+            above = []
+    return comments
+
+
 def define_settings(values: flags.FlagValues) -> list[str]:
-    """Adds a flag for each field of DecodeConfig, with its docstring as help; returns their names."""
-    fields = re.findall(r"^  (\w+): (.+(?:\n    .+)*)", inspect.getdoc(DecodeConfig), re.MULTILINE)
-    help_of = {name: re.sub(r"\s+", " ", text) for name, text in fields}
+    """Adds a flag for each field of DecodeConfig, with its comment as help; returns their names."""
+    help_of = field_comments(DecodeConfig)
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string,
               tuple[int, ...]: flags.DEFINE_multi_integer}
     hints = typing.get_type_hints(DecodeConfig)

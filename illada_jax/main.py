@@ -50,11 +50,7 @@ _COMPILED = flags.DEFINE_string("compilation_cache", "", "directory, or gs://…
 
 
 def read_config() -> tuple[Config, str]:
-    """Reads the config that the flags name; returns it with the stem of its file.
-
-    Raises:
-      InputError: the file does not exist or returns no valid config.
-    """
+    """Reads the config that the flags name; returns it with the stem of its file."""
     if _CONFIG.value is None:
         raise InputError("--config is required, for example --config=experiments/quickstart.py")
     path = flags.FLAGS["config"].config_filename
@@ -67,11 +63,7 @@ def read_config() -> tuple[Config, str]:
 
 
 def dry_run(config: Config) -> None:
-    """Prints the plan and, if the corpus exists, the start of each row of the first batch. Allocates no model.
-
-    Raises:
-      ConfigError: the config does not fit its mesh, or the vocabulary is unknown.
-    """
+    """Prints the plan and, if the corpus exists, the start of each row of the first batch. Allocates no model."""
     try:
         # A plan needs no network: a Hub id is not opened.
         local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()

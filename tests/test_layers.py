@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "data": {"config", "errors", "files"},
     "model": {"config", "errors"},
-    "diffusion": {"data", "errors"},
+    "diffusion": {"config", "data", "errors"},
     "parallel": {"config", "errors"},
     "training": FOUNDATION,
     "decoding": FOUNDATION,

@@ -22,7 +22,7 @@ from absl import flags
 from illada_jax import cli
 from illada_jax.config import Config, DataConfig, DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.process import MaskProcess, corrupt
+from illada_jax.diffusion.process import corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.model import num_params
 from illada_jax.parallel.mesh import make_mesh, use_mesh
@@ -150,10 +150,10 @@ def in_torch(config: Config, batches: list[Batch]) -> dict[str, Callable[[], Tim
     except ImportError:
         print("PyTorch is not installed: no comparison")
         return {}
-    process = MaskProcess(config.diffusion.mask_id, config.diffusion.eps, config.diffusion.time_sampling)
     inputs = []
     for i, batch in enumerate(batches):
-        c = jax.jit(corrupt, static_argnums=2)(key_for(config.seed, Purpose.CORRUPTION, jnp.int32(i)), batch, process)
+        key = key_for(config.seed, Purpose.CORRUPTION, jnp.int32(i))
+        c = jax.jit(corrupt, static_argnums=2)(key, batch, config.diffusion)
         weights_BL = np.where(c.masked_BL, 1 / np.asarray(c.p_BL), 0.0) / batch.tokens_BL.size
         inputs.append(tuple(torch.from_numpy(np.array(x, dtype)) for x, dtype in (
             (c.noisy_BL, np.int64), (batch.tokens_BL, np.int64), (weights_BL, np.float32))))

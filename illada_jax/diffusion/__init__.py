@@ -5,5 +5,5 @@ of (key, row). `objective` is the training loss, cross-entropy over the masking 
 -log p(text); `token_losses` computes its cross-entropies without holding all logits at once.
 `tests/diffusion/test_exactness.py` proves the bound by enumeration.
 
-May import `illada_jax.data`, for its `Batch`.
+May import `config`, and `illada_jax.data` for its `Batch`.
 """

@@ -42,21 +42,12 @@ class LossSums(NamedTuple):
     correct_K: jax.Array
 
 
-class ObjectiveTerms(NamedTuple):
-    """Terms of the objective, for metrics and evaluation.
-
-    Attributes:
-      sums: over the batch.
-      nats_B: float32, Σ over the masked positions of a row of weight · CE / p.
-    """
-
-    sums: LossSums
-    nats_B: jax.Array
-
-
 def objective(token_losses: TokenLosses, hidden_BLD: jax.Array, batch: Batch, corrupted: Corrupted,
-              normaliser: jax.Array | None = None) -> tuple[jax.Array, ObjectiveTerms]:
-    """Σ over masked of weight · CE / p, divided by the normaliser: a float32 scalar in nats per token, and its terms.
+              normaliser: jax.Array | None = None) -> tuple[jax.Array, LossSums, jax.Array]:
+    """Σ over masked of weight · CE / p, divided by the normaliser: a float32 scalar in nats per token.
+
+    Only it is differentiable. Also returns the sums over the batch, and nats_B: float32, Σ over the masked positions of
+    a row of weight · CE / p.
 
     Args:
       token_losses: the head with its cross-entropy, see `diffusion/token_losses.py`.
@@ -74,7 +65,7 @@ def objective(token_losses: TokenLosses, hidden_BLD: jax.Array, batch: Batch, co
     # Divided here and not after the loss, so that no gradient of the size of the embedding is scaled afterwards.
     loss, ce_BL, correct_BL = token_losses(hidden_BLD, batch.tokens_BL, weights_BL / normaliser)
     sums = _sums(loss * normaliser, ce_BL, correct_BL, batch, corrupted)
-    return loss, ObjectiveTerms(sums, jnp.sum(weights_BL * ce_BL, axis=1))
+    return loss, sums, jnp.sum(weights_BL * ce_BL, axis=1)
 
 
 def total_weight(batch: Batch) -> jax.Array:

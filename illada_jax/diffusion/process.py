@@ -4,14 +4,14 @@ B is rows, L is positions. Everything is a pure function of a key and global row
 way on one device or on many, in one micro-batch or in several.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from illada_jax.config import DiffusionConfig
 from illada_jax.data.batch import Batch
 
 GOLDEN_RATIO = (1 + 5**0.5) / 2
@@ -31,29 +31,10 @@ class Corrupted(NamedTuple):
     p_BL: jax.Array
 
 
-@dataclass(frozen=True)
-class MaskProcess:
-    """The forward process: at time t every token is masked with probability p(t) = (1 - eps)·t + eps.
-
-    Attributes:
-      mask_id: id of MASK.
-      eps: keeps p away from 0 and so the weights 1/p finite; with eps = 0 the objective is exactly the bound.
-      time_sampling: `stratified` or `uniform`, see `sample_times`.
-    """
-
-    mask_id: int
-    eps: float
-    time_sampling: Literal["stratified", "uniform"]
-
-
 def stratified_ranks(batch_size: int) -> np.ndarray:
-    """Permutation of 0 … B-1 whose aligned slices are each spread nearly evenly: bit-reversal order.
+    """Permutation of 0 … B-1 whose aligned slices are each spread nearly evenly, int32 [B].
 
-    Args:
-      batch_size: B, any number; for a power of two this is exactly the bit reversal.
-
-    Returns:
-      int32 [B].
+    For a power of two it is the bit reversal.
 
     >>> stratified_ranks(8).tolist()  # the halves of every half are apart
     [0, 4, 2, 6, 1, 5, 3, 7]
@@ -94,32 +75,26 @@ def _uniform_rows(key: jax.Array, batch_size: int, length: int) -> jax.Array:
     return jax.vmap(lambda row_key: jax.random.uniform(row_key, (length,)))(keys_B)
 
 
-def corrupt(key: jax.Array, batch: Batch, process: MaskProcess) -> Corrupted:
-    """Masks each token of a whole global batch independently, with the probability given by its segment's time.
+def corrupt(key: jax.Array, batch: Batch, config: DiffusionConfig) -> Corrupted:
+    """Masks each token of a whole global batch independently; at time t with probability p(t) = (1 - eps)·t + eps.
 
-    Args:
-      key: key of this step's corruption.
-      batch: the global batch.
-      process: the process.
+    Tokens of a segment share a time. eps keeps p away from 0, and so the weights 1/p of the loss finite; with eps = 0
+    the objective is exactly the bound.
     """
     chex.assert_equal_shape([batch.tokens_BL, batch.maskable_BL, batch.segments_BL])
     time_key, mask_key = jax.random.split(key)
-    times_BL = sample_times(time_key, batch.segments_BL, process.time_sampling)
-    p_BL = (1 - process.eps) * times_BL + process.eps
+    times_BL = sample_times(time_key, batch.segments_BL, config.time_sampling)
+    p_BL = (1 - config.eps) * times_BL + config.eps
     masked_BL = (_uniform_rows(mask_key, *batch.tokens_BL.shape) < p_BL) & batch.maskable_BL
-    return Corrupted(jnp.where(masked_BL, process.mask_id, batch.tokens_BL), masked_BL, p_BL)
+    return Corrupted(jnp.where(masked_BL, config.mask_id, batch.tokens_BL), masked_BL, p_BL)
 
 
 def corrupt_fixed_count(key: jax.Array, batch: Batch, mask_id: int) -> Corrupted:
     """Masks a uniformly drawn COUNT l in {1 … n} of each row's n maskable tokens, without replacement (LLaDA, eq. 6).
 
     The estimator n/l · Σ CE of a row is an unbiased estimate of the same bound with less variance and without eps:
-    `p_BL` is l/n, so that the same loss applies. Counts are stratified over the rows.
-
-    Args:
-      key: key of this draw.
-      batch: rows; one without a maskable token stays as it is.
-      mask_id: id of MASK.
+    `p_BL` is l/n, so that the same loss applies. Counts are stratified over the rows. A row without a maskable token
+    stays as it is.
     """
     time_key, mask_key = jax.random.split(key)
     batch_size, length = batch.tokens_BL.shape

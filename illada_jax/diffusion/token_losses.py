@@ -11,12 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-HeadFn = Callable[[jax.Array], jax.Array]
-
 
 def token_losses(
-    head: HeadFn, hidden_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, chunk: int = 0,
-    compact: bool = False,
+    head: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array,
+    chunk: int = 0, compact: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted sum of the cross-entropies, with at most B·chunk·V logits alive at a time.
 

@@ -96,7 +96,7 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, batch.positions_BL, batch.segments_BL)
         head = functools.partial(model.head, config.model, params)
         losses = functools.partial(token_losses, head, chunk=config.train.logits_chunk)
-        return objective(losses, hidden_BLD, batch, corrupted)[1].nats_B
+        return objective(losses, hidden_BLD, batch, corrupted)[2]
 
     def evaluate(params: Any, _: int) -> dict[str, float | str]:
         key = key_for(config.seed, Purpose.EVALUATION)  # the same masks at every step, so that evaluations compare

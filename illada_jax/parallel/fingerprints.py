@@ -46,11 +46,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The position is hashed too: bits + position would confuse a value with its neighbour's.
     hashes = [_mix(bits + _mix(position ^ jnp.uint32(seed))) for seed in (0x9E3779B9, 0x7F4A7C15)]
     # A single reduction fuses with the hashes; two sums would store arrays of them.
-    return jax.lax.reduce(hashes, [jnp.uint32(0)] * 2, _add_pairs, range(x.ndim))
-
-
-def _add_pairs(one: list[jax.Array], other: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return one[0] + other[0], one[1] + other[1]
+    return jax.lax.reduce(hashes, [jnp.uint32(0)] * 2, lambda x, y: (x[0] + y[0], x[1] + y[1]), range(x.ndim))
 
 
 def _mix(h: jax.Array) -> jax.Array:

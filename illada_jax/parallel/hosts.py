@@ -101,11 +101,7 @@ def broadcast_from_primary(work: Callable[[], Any]) -> Any:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Checks that a JSON value is the same on all processes.
-
-    Args:
-      name: of the value, for the message.
-      value: of this process.
+    """Checks that a JSON value, which the message calls `name`, is the same on all processes.
 
     Raises:
       InputError: names the processes whose value differs from that of process 0.

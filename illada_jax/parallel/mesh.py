@@ -31,25 +31,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"config.mesh = {text}: must multiply to the number of devices, {len(devices)}")
-    axis_types = (AxisType.Auto,) * len(AXES)
     num_slices = len({getattr(device, "slice_index", None) for device in devices})
-    if num_slices == 1:
-        # Unlike jax.make_mesh, this accepts sizes such as 32 × 16 on 8 × 8 × 8 chips.
-        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(arranged, AXES, axis_types=axis_types)
     if sizes[0] % num_slices:
         raise ConfigError(f"config.mesh.data = {sizes[0]}: must be divisible by the number of slices, {num_slices}")
-    inside = [sizes[0] // num_slices, *sizes[1:]]
-    hybrid = mesh_utils.create_hybrid_device_mesh(inside, [num_slices, 1, 1], devices=devices,
-                                                  allow_split_physical_axes=True)
-    return Mesh(hybrid, AXES, axis_types=axis_types)
+    # Unlike jax.make_mesh, this accepts sizes such as 32 × 16 on 8 × 8 × 8 chips.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if num_slices == 1:
+        arranged = mesh_utils.create_device_mesh(sizes, **options)
+    else:
+        inside = [sizes[0] // num_slices, *sizes[1:]]
+        arranged = mesh_utils.create_hybrid_device_mesh(inside, [num_slices, 1, 1], **options)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> Mesh | None:
-    """Parses a flag such as `fsdp=4,tensor=2`; omitted axes have size 1.
+    """The mesh of a flag such as `fsdp=4,tensor=2` over the first devices of this host; None for an empty text.
 
-    Returns:
-      A mesh over the first devices of this host; None for an empty text.
+    Omitted axes have size 1.
 
     Raises:
       InputError: the text is not of that form.
@@ -59,7 +57,7 @@ def parse_mesh(text: str) -> Mesh | None:
         return None
     try:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-        config = MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+        config = MeshConfig(**{"fsdp": 1, **sizes})
     except (ValueError, TypeError) as error:
         raise InputError(f"mesh = {text!r}: must look like fsdp=4,tensor=2; axes are {', '.join(AXES)}") from error
     count = math.prod(size for size in (config.data, config.fsdp, config.tensor) if size != -1)

@@ -42,14 +42,9 @@ def param_shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def like_params(mesh: Mesh, tree: Any, shardings: Any) -> Any:
-    """Shardings for a tree that holds copies of the params, such as optimizer state.
+    """Shardings for a tree that holds copies of the params, such as optimizer state, from those of the params.
 
     A leaf whose path ends in the path of a param has the sharding of that param; every other leaf is replicated.
-
-    Args:
-      mesh: the mesh.
-      tree: arrays or ShapeDtypeStructs.
-      shardings: a NamedSharding for every param.
     """
     by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)}
 
@@ -65,22 +60,17 @@ def like_params(mesh: Mesh, tree: Any, shardings: Any) -> Any:
 
 
 def sharding_report(params: Any, axes: Any, threshold: int = 2**20) -> str:
-    """A table with one line per param, and a last line with the large params that are replicated.
+    """A table of the params (name, shape, axes, bytes per device) that ends with the replicated ones.
 
     Args:
       params: arrays or ShapeDtypeStructs with a NamedSharding.
       axes: logical axis names of each param (`model.param_axes`).
       threshold: size in bytes from which the last line names a replicated param.
-
-    Returns:
-      Lines of name, shape, logical axes, mesh axes and bytes per device.
     """
-    names = {jax.tree_util.keystr(path): spec for path, spec in
-             jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))}
+    all_axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
     rows, replicated_params = [("parameter", "shape", "logical axes", "mesh axes", "bytes per device")], []
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name, logical = "/".join(_names(path)), names[jax.tree_util.keystr(path)]
-        size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for (path, x), logical in zip(jax.tree_util.tree_leaves_with_path(params), all_axes, strict=True):
+        name, size = "/".join(_names(path)), math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         mapped = [f"{axis}→{mesh_axis}" for axis, mesh_axis in zip(logical, x.sharding.spec, strict=False) if mesh_axis]
         rows.append((name, "×".join(map(str, x.shape)), ", ".join(map(str, logical)), ", ".join(mapped) or "-",
                      f"{size:,}"))

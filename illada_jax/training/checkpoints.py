@@ -7,6 +7,7 @@ average if there is one; only resuming reads both.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import sys
@@ -47,17 +48,19 @@ def _is_not_a_repetition(record: logging.LogRecord) -> bool:
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    return items if state.ema is None else {**items, "ema": state.ema}
+
+
 class Checkpoints:
     """Checkpoints of one workdir. A context manager, which waits for the last save when it is left."""
 
     def __init__(self, workdir: epath.Path, config: Config, tokenizer: Tokenizer, corpus_fingerprint: str):
-        """Opens `workdir/checkpoints`, and creates it if needed.
+        """Opens `workdir/checkpoints`, local or remote, and creates it if needed.
 
-        Args:
-          workdir: the working directory, local or remote.
-          config: the resolved config, saved with every checkpoint.
-          tokenizer: saved with every checkpoint.
-          corpus_fingerprint: identifies the training text; a resumed run must have the same.
+        The resolved config and the tokenizer are saved with every checkpoint, and so is `corpus_fingerprint`, which
+        identifies the training text: a resumed run must have the same.
         """
         keep: list[Any] = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if config.checkpoint.keep_best:
@@ -106,7 +109,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             text = " ".join(str(error).split())
             text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
-            reason = (isinstance(error, OSError) and error.strerror) or text
+            reason = getattr(error, "strerror", None) or text
             complete = ocp.utils.checkpoint_steps(self._manager.directory)
             newest = f"the newest complete one is of step {max(complete)}" if complete else "there is no complete one"
             raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix that "
@@ -117,8 +120,7 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def scheduled_before(self, step: int) -> int | None:
-        """Step of the newest checkpoint before `step` among those every config.checkpoint.every steps, or None."""
+    def _scheduled_before(self, step: int) -> int | None:
         every = self._config.checkpoint.every
         return max((s for s in self._manager.all_steps() if s < step and s % every == 0), default=None)
 
@@ -129,8 +131,7 @@ class Checkpoints:
           StorageError: this checkpoint or the previous one cannot be written.
         """
         known = {BEST_METRIC: float(metrics[BEST_METRIC])} if BEST_METRIC in metrics else None
-        items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
-        items |= {} if state.ema is None else {"ema": state.ema}
+        items = _items(state)
         meta = with_checksum({**self._meta, "faults": faults._asdict()}, self._tokenizer_files, **items)
         with self._writing():
             self._manager.save(step, metrics=known, args=ocp.args.Composite(
@@ -139,10 +140,11 @@ class Checkpoints:
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             ))
 
-    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts]:
-        """Restores the newest complete checkpoint, or that of `scheduled_before`, onto the shardings of `abstract`.
+    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts] | None:
+        """Restores the newest complete checkpoint onto the shardings of `abstract`; None if there is none.
 
-        A corrupt checkpoint is reported on stderr and moved to `WORKDIR/corrupt`, and the previous one is tried. A
+        With `before`, of the checkpoints before that step the newest that the schedule (checkpoint.every) wrote. A
+        corrupt checkpoint is reported on stderr and moved to `WORKDIR/corrupt`, and the previous one is tried. A
         moving average that `abstract` has and the checkpoint lacks starts at its params.
 
         Raises:
@@ -151,7 +153,7 @@ class Checkpoints:
         corrupt = []
         with self._writing():
             self._manager.wait_until_finished()
-        while (step := self.latest_step if before is None else self.scheduled_before(before)) is not None:
+        while (step := self.latest_step if before is None else self._scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)
             except CorruptCheckpointError as error:
@@ -159,13 +161,14 @@ class Checkpoints:
                 corrupt.append(str(moved_to))
                 print(f"warning: {self._manager.directory / str(step)}: corrupt: {error}; moved to {moved_to}",
                       file=sys.stderr, flush=True)
+        if not corrupt:
+            return None
         raise InputError(f"{self._manager.directory}: all checkpoints are corrupt and were moved to "
                          f"{', '.join(corrupt)}; use another --workdir to start from the beginning")
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, FaultCounts]:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
-        items = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
-        items |= {"ema": abstract.ema} if has_average else {}
+        items = _items(abstract if has_average else dataclasses.replace(abstract, ema=None))
         with translate_read_errors():
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),

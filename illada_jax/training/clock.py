@@ -26,18 +26,13 @@ class Clock:
     `startup` lasts until the first step, its compilation included. In `data` the host waits for rows (the device may
     still compute the previous step). In `checkpoint` saving blocks the loop. `lost` is the time of earlier processes
     after the checkpoint from which the run resumed. `step` is everything else.
-
-    Attributes:
-      phase: the current phase.
-      step: steps taken.
-      entered: start of the current phase or step (time.perf_counter).
     """
 
     def __init__(self, earlier: dict[str, float]):
         """Starts in `startup`. `earlier`: seconds by phase of the run's earlier processes."""
         self._seconds = collections.Counter(earlier)
         self.phase, self.step = "startup", 0
-        self.entered = time.perf_counter()
+        self.entered = time.perf_counter()  # the current phase or step
 
     def enter(self, phase: str, step: int) -> None:
         """Ends the current phase and begins `phase` at `step`."""
@@ -70,11 +65,7 @@ def watchdog(clock: Clock, seconds: float) -> Iterator[None]:
     """Ends this process with EXIT_RESUMABLE when no step ends for too long while the context is open.
 
     Start-up, evaluations and checkpoints may take LONG_PHASE times as long as a step. A message and the stacks of all
-    threads go to stderr first. JAX notices the end and aborts the other processes.
-
-    Args:
-      clock: of the loop.
-      seconds: time without a new step or phase; 0 disables the watchdog.
+    threads go to stderr first. JAX notices the end and aborts the other processes. 0 seconds disable the watchdog.
     """
     closed = threading.Event()
 

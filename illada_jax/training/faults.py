@@ -5,6 +5,7 @@ several steps, so that no step waits for the host. A rollback restores a schedul
 the run has, interrupted or not: so an interrupted run takes the same path.
 """
 
+import dataclasses
 import io
 import sys
 from collections.abc import Sequence
@@ -24,37 +25,26 @@ DIRECTORY = "bad_batches"
 
 
 class FaultCounts(NamedTuple):
-    """Faults of a run so far; part of its checkpoints.
+    """Faults of a run so far; part of its checkpoints."""
 
-    Attributes:
-      skipped: steps without an update.
-      rollbacks: returns to a checkpoint.
-      rate: current factor of the learning rate.
-    """
-
-    skipped: int = 0
-    rollbacks: int = 0
-    rate: float = 1.0
+    skipped: int = 0  # steps without an update
+    rollbacks: int = 0  # returns to a checkpoint
+    rate: float = 1.0  # current factor of the learning rate
 
     def metrics(self) -> dict[str, float]:
         """The counts by name."""
         return {f"faults/{name}": value for name, value in self._asdict().items()}
 
 
+@dataclasses.dataclass
 class RollBack(Exception):
     """Request to restore a checkpoint and to continue with the step after `step`."""
 
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
+    step: int
 
 
 class FaultWatch:
-    """Counts bad steps, writes their batches to disk and decides on the reaction.
-
-    Attributes:
-      counts: the faults so far.
-    """
+    """Counts bad steps in `counts`, writes their batches to disk and decides on the reaction."""
 
     def __init__(self, config: Config, workdir: epath.Path, pipeline: Batches, counts: FaultCounts):
         self._faults = config.faults
@@ -64,12 +54,7 @@ class FaultWatch:
         self.counts = counts
 
     def judge(self, first: int, fetched: Sequence[StepMetrics], saved: int | None) -> None:
-        """Checks the metrics of consecutive steps.
-
-        Args:
-          first: number of the first step.
-          fetched: metrics of the steps, in order.
-          saved: step of the newest checkpoint; None if there is none.
+        """Checks the metrics of consecutive steps from `first`. `saved` is the step of the newest checkpoint, if any.
 
         Raises:
           InputError: a step is bad, and the run must halt.
@@ -92,13 +77,12 @@ class FaultWatch:
     def _decide(self, step: int, what: str, saved: int | None, action: str) -> None:
         what = f"bad numbers at step {step}: {what}"
         newest = "nothing has been saved yet" if saved is None else f"the newest checkpoint is of step {saved}"
-        used_up = self.counts.skipped + self.counts.rollbacks >= self._faults.max_times
         if action == "halt":
             raise InputError(
                 f"{what}; {newest}. Run the same command with --config.faults.action=skip to skip the updates of bad "
                 "steps, or with --config.faults.action=rollback --config.faults.rate_scale=0.5 to continue from a "
                 "checkpoint, past the bad step, with half the learning rate")
-        if used_up:
+        if self.counts.skipped + self.counts.rollbacks >= self._faults.max_times:
             raise InputError(
                 f"{what}; {newest}. {self.counts.skipped} skipped steps and {self.counts.rollbacks} rollbacks reach "
                 f"config.faults.max_times = {self._faults.max_times}: run the same command with a larger limit, or "

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config
-from illada_jax.data.batch import Batch
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.parallel import hosts, sharding
@@ -48,46 +47,27 @@ Evaluator = Callable[[Any, int], dict[str, float | str]]
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:
-    """A run, ready to start.
+    """A run, ready to start."""
 
-    Attributes:
-      config: the resolved config (vocabulary size and mask id known).
-      workdir: directory for config, metrics, checkpoints and tokenizer.
-      mesh: the devices.
-      batches: the batch of every step.
-      tokenizer: saved with the checkpoints.
-      evaluators: run every config.eval.every steps and at the end, in order.
-      allowed_changes: config keys that may differ from those of the workdir on resume.
-      profile_steps: steps that the profiler records.
-      initial: the model that config.init.checkpoint names; None opens the workdir of that name.
-    """
-
-    config: Config
-    workdir: epath.Path
+    config: Config  # resolved: vocabulary size and mask id are known
+    workdir: epath.Path  # for config, metrics, checkpoints and tokenizer
     mesh: Mesh
-    batches: Batches
-    tokenizer: Tokenizer
-    evaluators: dict[str, Evaluator]
-    allowed_changes: tuple[str, ...] = ()
-    profile_steps: range = range(0)
-    initial: LazyModel | None = None
+    batches: Batches  # of every step
+    tokenizer: Tokenizer  # saved with the checkpoints
+    evaluators: dict[str, Evaluator]  # run every config.eval.every steps and at the end, in order
+    allowed_changes: tuple[str, ...] = ()  # config keys that may differ from those of the workdir on resume
+    profile_steps: range = range(0)  # steps that the profiler records
+    initial: LazyModel | None = None  # the model that config.init.checkpoint names; None opens the workdir of that name
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Result of a run.
+    """Result of a run."""
 
-    Attributes:
-      state: the last state.
-      step: steps taken.
-      status: `finished` (all steps), `stopped` (train.stop_step) or `preempted` (SIGTERM or SIGINT; saved).
-      final: results of the evaluators at the last step.
-    """
-
-    state: TrainState
-    step: int
-    status: Literal["finished", "stopped", "preempted"]
-    final: dict[str, float | str]
+    state: TrainState  # the last
+    step: int  # steps taken
+    status: Literal["finished", "stopped", "preempted"]  # all steps, train.stop_step, or SIGTERM or SIGINT; all saved
+    final: dict[str, float | str]  # results of the evaluators at the last step
 
 
 def train(setup: RunSetup) -> Outcome:
@@ -102,14 +82,20 @@ def train(setup: RunSetup) -> Outcome:
     if initial is not None:
         check_initial(initial, config, setup.tokenizer)
     hosts.check_same("the config or the corpus", [config_lib.to_dict(config), setup.batches.fingerprint])
-    earlier = hosts.broadcast_from_primary(lambda: _dict_or_none(prepare_workdir(workdir, config, setup.tokenizer)))
+    earlier = hosts.broadcast_from_primary(lambda: prepare_workdir(workdir, config, setup.tokenizer))
     with (only_trainer(workdir), use_mesh(setup.mesh),
           Checkpoints(workdir, config, setup.tokenizer, setup.batches.fingerprint) as checkpoints):
         if earlier is not None:
             start = checkpoints.latest_step or 0
             config_lib.check_resumable(config_lib.from_dict(earlier), config, start, setup.allowed_changes)
-        states = _States(setup, initial, checkpoints)
-        state, counts = states.newest()
+        abstract = abstract_state(config, make_optimizer(config), setup.mesh)
+
+        def restore(before: int | None = None) -> tuple[TrainState, FaultCounts]:
+            """State and fault counts of the newest checkpoint (before a step: the newest scheduled), or a new state."""
+            restored = checkpoints.restore(abstract, before)
+            return restored or (_new_state(config, setup.mesh, abstract, initial), FaultCounts())
+
+        state, counts = restore()
         if earlier is not None:
             hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # now that nothing has been refused
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
@@ -117,56 +103,30 @@ def train(setup: RunSetup) -> Outcome:
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard) as writer, stop_signals() as told_to_stop,
               watchdog(clock, config.train.watchdog_seconds)):
-            loop = _Loop(setup, states, checkpoints, writer, clock,
-                         FaultWatch(config, workdir, setup.batches, counts))
-            loop.remember([line for line in lines if start - config.train.plateau_window < line["step"] <= start])
-            return loop.run(state, start, told_to_stop)
+            recent = [line for line in lines if start - config.train.plateau_window < line["step"] <= start]
+            faults = FaultWatch(config, workdir, setup.batches, counts)
+            return _Loop(setup, restore, checkpoints, writer, clock, faults, recent).run(state, start, told_to_stop)
 
 
-def _dict_or_none(config: Config | None) -> dict[str, Any] | None:
-    return None if config is None else config_lib.to_dict(config)
-
-
-class _States:
-    """States to train from: checkpoints, or the initial params."""
-
-    def __init__(self, setup: RunSetup, initial: LazyModel | None, checkpoints: Checkpoints):
-        self._config = setup.config
-        self._mesh = setup.mesh
-        self._initial = initial
-        self._checkpoints = checkpoints
-        self._optimizer = make_optimizer(setup.config)
-        self._abstract = abstract_state(setup.config, self._optimizer, setup.mesh)
-
-    def newest(self) -> tuple[TrainState, FaultCounts]:
-        """The state of the newest intact checkpoint with its fault counts, or the initial state."""
-        if self._checkpoints.latest_step:
-            return self._checkpoints.restore(self._abstract)
-        return self._first(), FaultCounts()
-
-    def before(self, step: int) -> TrainState:
-        """The state of the newest scheduled checkpoint before a step, or the initial state."""
-        if self._checkpoints.scheduled_before(step) is None:
-            return self._first()
-        return self._checkpoints.restore(self._abstract, before=step)[0]
-
-    def _first(self) -> TrainState:
-        shardings = jax.tree.map(lambda x: x.sharding, self._abstract)
-        state = jax.jit(lambda: init_state(self._config, self._optimizer), out_shardings=shardings)()
-        if self._initial is None:
-            return state
-        params = self._initial.restore(jnp.dtype("float32"), self._mesh)
-        return dataclasses.replace(state, params=params, ema=fresh_average(self._config, params))
+def _new_state(config: Config, mesh: Mesh, abstract: TrainState, initial: LazyModel | None) -> TrainState:
+    """The state at step 0, with random params or those of `initial`."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
+    if initial is None:
+        return state
+    params = initial.restore(jnp.dtype("float32"), mesh)
+    return dataclasses.replace(state, params=params, ema=fresh_average(config, params))
 
 
 class _Loop:
     """State of `train` between steps: steps dispatched, logged, evaluated and saved."""
 
-    def __init__(self, setup: RunSetup, states: _States, checkpoints: Checkpoints, writer: MetricWriter, clock: Clock,
-                 faults: FaultWatch):
+    def __init__(self, setup: RunSetup, restore: Callable[[int], tuple[TrainState, FaultCounts]],
+                 checkpoints: Checkpoints, writer: MetricWriter, clock: Clock, faults: FaultWatch,
+                 recent: list[dict[str, Any]]):
         self._setup = setup
         self._config = setup.config
-        self._states = states
+        self._restore = restore
         self._checkpoints = checkpoints
         self._writer = writer
         self._clock = clock
@@ -174,6 +134,9 @@ class _Loop:
         self._profiler = Profiler(setup.workdir, setup.profile_steps)
         self._plateau = PlateauWatch.of(setup.config)
         self._plateau_reported = False
+        for line in recent:  # of metrics, from an earlier life of the run
+            if "train/loss" in line:
+                self._plateau.add(line["step"], *sums_of_curve(line))
         self._log_started = time.perf_counter()
         self._unlogged_tokens = 0
         self._set_rate(faults.counts.rate)
@@ -182,12 +145,6 @@ class _Loop:
         """Makes the step and the schedule for `rate` times the configured learning rate."""
         self._step_fn = make_train_step(self._config, make_optimizer(self._config, rate), self._setup.mesh)
         self._schedule = make_schedule(self._config, self._config.optimizer.learning_rate * rate)
-
-    def remember(self, lines: list[dict[str, Any]]) -> None:
-        """Adds the metrics that an earlier life of the run wrote to the plateau report."""
-        for line in lines:
-            if "train/loss" in line:
-                self._plateau.add(line["step"], *sums_of_curve(line))
 
     def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:
         """Trains from step `start`, see `train`."""
@@ -207,7 +164,7 @@ class _Loop:
         step = bad + 1
         self._clock.enter("checkpoint", step)
         # The checkpoint before, after which at least one step was good; after a younger one none was.
-        state = self._states.before(bad)
+        state, _ = self._restore(bad)
         saved = int(state.step)
         self._set_rate(self._faults.counts.rate)
         self._writer.write(step, self._faults.counts.metrics())
@@ -235,7 +192,7 @@ class _Loop:
                 rows = next(batches)
                 if step > start:
                     self._clock.enter("step", step)
-                batch = _global_batch(rows, rows_sharding)
+                batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows_sharding, x), rows)
                 state, metrics = self._step_fn(state, batch)
                 self._clock.enter("step", step)
                 # Dispatch runs ahead of the device: metrics are fetched only once the next step is under way.
@@ -323,8 +280,3 @@ class _Loop:
             if hosts.is_primary():
                 tqdm.write(f"step {step}: {text}")
         return results
-
-
-def _global_batch(batch: Batch, rows_sharding: jax.sharding.NamedSharding) -> Batch:
-    """Global arrays from the rows that this process holds."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows_sharding, x), batch)

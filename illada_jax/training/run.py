@@ -46,39 +46,31 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config, Corpus | Examples, Batches]:
-    """Opens the data of a config.
+    """Opens the data of a config: the resolved config, the corpus or the examples, and the batches of every step.
 
     Args:
       config: the config.
       initial: the model that config.init.checkpoint names; None opens the workdir of that name, if its tokenizer is
         needed.
 
-    Returns:
-      The resolved config, the corpus or the examples, and the batches of every step.
-
     Raises:
       InputError: the data are invalid or do not fit the config.
     """
-    tokenizer = None
-    if config.data.tokenizer == "checkpoint":
-        tokenizer = (initial or open_initial(config)).tokenizer
     if config.sft.format == "none":
-        if tokenizer is not None:
-            raise ConfigError("config.data.tokenizer = 'checkpoint': for fine-tuning only (config.sft.format); a "
-                              "corpus is prepared with its own tokenizer")
         corpus = open_corpus(config.data)
         config = resolve(config, corpus.tokenizer)
         return config, corpus, Pipeline(config, corpus)
-    examples = open_examples(config, tokenizer)
+    from_checkpoint = config.data.tokenizer == "checkpoint"
+    examples = open_examples(config, (initial or open_initial(config)).tokenizer if from_checkpoint else None)
     report_dropped(examples)
-    config = stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
+    config = _stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
     batches = example_batches(config, examples)
     if config.train.epochs:
         config = resolve_epochs(config, batches.num_steps)
     return config, examples, batches
 
 
-def stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
+def _stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
     """Config whose decoding stops at the token that ends an answer in the tokenizer's chat template."""
     end_id = chat_format(tokenizer).end_id
     if end_id in (tokenizer.eos_id, *config.decode.stop_ids):
@@ -103,20 +95,14 @@ def resolve_epochs(config: Config, steps: int) -> Config:
                                eval=dataclasses.replace(config.eval, every=every))
 
 
-def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> int:
-    """Bytes per device of params, gradients, moving average and optimizer state, without activations.
-
-    Args:
-      config: the experiment.
-      mesh: devices over which the state is sharded.
-      donated: the new state replaces the old one in memory; otherwise both exist.
-    """
+def _state_gib(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> float:
+    """GiB per device of params, gradients, moving average and optimizer state; twice if the old one is not donated."""
     state = abstract_state(config, make_optimizer(config), mesh)
 
     def size(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    return size(state.params) + (1 if donated else 2) * size((state.params, state.opt_state, state.ema))
+    return (size(state.params) + (1 if donated else 2) * size((state.params, state.opt_state, state.ema))) / GIB
 
 
 def check_memory(config: Config, mesh: Mesh) -> None:
@@ -129,10 +115,10 @@ def check_memory(config: Config, mesh: Mesh) -> None:
     stats, local = local_devices[0].memory_stats() or {}, len(local_devices)
     # CPU devices share the memory of the host.
     available = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
-    needed = state_bytes_per_device(config, mesh, donates(local_devices[0].platform))
-    if needed > available:
+    needed = _state_gib(config, mesh, donates(local_devices[0].platform))
+    if needed > available / GIB:
         raise InputError(
-            f"the model does not fit: params, gradients and optimizer need {needed / GIB:,.1f} GiB on each of "
+            f"the model does not fit: params, gradients and optimizer need {needed:,.1f} GiB on each of "
             f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Instead: add --dry_run to print the plan; "
             "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; take a "
             "smaller config such as --config=experiments/quickstart.py; or start it on a pod, see tpu/README.md")
@@ -148,28 +134,26 @@ def describe_plan(config: Config) -> str:
     flops = training_flops_per_token(config.model, config.data.length)
     count = model.num_params(config.model)
     embeddings = config.model.vocab_size * config.model.d_model * (1 if config.model.tied_head else 2)
+    if config.train.steps:
+        steps = (f"{config.train.steps:,} = {_in_units(config.train.steps * tokens)} tokens (12 T tokens would be "
+                 f"{math.ceil(12e12 / tokens):,} steps)")
+        total = f", {flops * tokens * config.train.steps:.4g} in total"
+    else:
+        steps, total = f"{config.train.epochs} epochs; the number of examples decides how many steps", ""
     lines = [
         f"parameters        {count:,} ({_in_units(count)}), without embedding and head {count - embeddings:,} "
         f"({_in_units(count - embeddings)})",
         f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
-        _steps(config, tokens),
-        f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step"
-        + (f", {flops * tokens * config.train.steps:.4g} in total" if config.train.steps else "")
-        + " (attention not halved, recomputation not counted)",
+        f"steps             {steps}",
+        f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step{total} (attention not halved, "
+        "recomputation not counted)",
     ]
     for mesh in _meshes(config):
         check_divisible(config, mesh)
         axes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        lines.append(f"state per device  {state_bytes_per_device(config, mesh) / GIB:,.2f} GiB with {axes} (float32 "
+        lines.append(f"state per device  {_state_gib(config, mesh):,.2f} GiB with {axes} (float32 "
                      "params, gradients, optimizer; activations not included)")
     return "\n".join(lines)
-
-
-def _steps(config: Config, tokens: int) -> str:
-    if not config.train.steps:
-        return f"steps             {config.train.epochs} epochs; the number of examples decides how many steps"
-    return (f"steps             {config.train.steps:,} = {_in_units(config.train.steps * tokens)} tokens "
-            f"(12 T tokens would be {math.ceil(12e12 / tokens):,} steps)")
 
 
 def _in_units(number: float) -> str:
@@ -181,19 +165,13 @@ def _in_units(number: float) -> str:
 def _meshes(config: Config) -> list[AbstractMesh]:
     """The mesh of the config; if an axis is left open, one mesh each for 1, 64 and 256 devices on it that divides."""
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    if -1 not in sizes:
-        return [_abstract_mesh(sizes)]
     meshes = []
-    for size in (1, 64, 256):
-        filled = [size if s == -1 else s for s in sizes]
+    for count in (1, 64, 256) if -1 in sizes else (1,):
+        data, fsdp, tensor = (count if size == -1 else size for size in sizes)
         rows = config.data.batch_size // config.train.microbatches
-        if rows % (filled[0] * filled[1]) == 0 and config.model.d_model % filled[1] == 0:
-            meshes.append(_abstract_mesh(filled))
+        if -1 not in sizes or (rows % (data * fsdp) == 0 and config.model.d_model % fsdp == 0):
+            meshes.append(AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
     return meshes
-
-
-def _abstract_mesh(sizes: list[int]) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus | Examples) -> None:

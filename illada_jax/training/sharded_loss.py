@@ -22,18 +22,9 @@ ROWS = PartitionSpec(RULES["batch"])
 def sharded_token_losses(
     config: Config, mesh: Mesh, params: Any, hidden_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`token_losses` of a batch sharded over the mesh; each device skips positions of weight 0.
+    """`token_losses`, with its arguments and results, of a batch whose rows are sharded over `data` and `fsdp`.
 
-    Args:
-      config: its model and train.logits_chunk.
-      mesh: rows are sharded over `data` and `fsdp`; the sharding of the vocabulary (`tensor`) is left as it is.
-      params: params of the model, sharded.
-      hidden_BLD: final hidden states.
-      targets_BL: int32 original tokens.
-      weights_BL: float32 factor of each position's cross-entropy in the loss.
-
-    Returns:
-      (loss, ce_BL, correct_BL), see `token_losses`.
+    Each device skips positions of weight 0. The sharding of the vocabulary (`tensor`) is left as it is.
     """
     name, spec = ("embedding", (None, RULES["embed"])) if config.model.tied_head else ("head", (RULES["embed"], None))
 

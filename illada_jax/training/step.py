@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from illada_jax import model
-from illada_jax.config import Config, FaultConfig
+from illada_jax.config import Config, FaultsConfig
 from illada_jax.data.batch import Batch
 from illada_jax.diffusion.objective import LossSums, objective, total_weight
-from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
+from illada_jax.diffusion.process import Corrupted, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
 from illada_jax.training.sharded_loss import sharded_token_losses
@@ -22,19 +22,12 @@ from illada_jax.training.sharded_loss import sharded_token_losses
 
 @flax.struct.dataclass
 class TrainState:
-    """State that a step updates.
+    """State that a step updates."""
 
-    Attributes:
-      step: int32 scalar, the number of steps taken.
-      params: float32 params of the model.
-      opt_state: the optax state.
-      ema: moving average of the params, float32; None where config.optimizer.ema_decay is 0.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any = None
+    step: jax.Array  # int32 scalar, the number of steps taken
+    params: Any  # float32 params of the model
+    opt_state: Any  # the optax state
+    ema: Any = None  # moving average of the params, float32; None where config.optimizer.ema_decay is 0
 
     @property
     def eval_params(self) -> Any:
@@ -43,17 +36,11 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step, on the device.
+    """Metrics of one step, on the device."""
 
-    Attributes:
-      sums: of the objective.
-      gradient_norm: float32 scalar, before clipping.
-      bad: bool scalar, True if the update was left out (config.faults).
-    """
-
-    sums: LossSums
-    gradient_norm: jax.Array
-    bad: jax.Array
+    sums: LossSums  # of the objective
+    gradient_norm: jax.Array  # float32 scalar, before clipping
+    bad: jax.Array  # bool scalar, True if the update was left out (config.faults)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -86,10 +73,9 @@ def make_train_step(
     Keys derive from (seed, step, global row), so masks do not depend on the mesh or the number of micro-batches. A step
     with bad numbers changes only the step counts.
     """
-    process = MaskProcess(config.diffusion.mask_id, config.diffusion.eps, config.diffusion.time_sampling)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, process)
+        corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, config.diffusion)
         grads, sums = loss_gradients(config, mesh, state.params, batch, corrupted)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -125,7 +111,7 @@ def donates(platform: str) -> bool:
     return platform != "cpu"
 
 
-def _is_bad(faults: FaultConfig, sums: LossSums, gradient_norm: jax.Array) -> jax.Array:
+def _is_bad(faults: FaultsConfig, sums: LossSums, gradient_norm: jax.Array) -> jax.Array:
     bad = ~(jnp.isfinite(sums.loss) & jnp.isfinite(gradient_norm))
     if faults.max_cross_entropy:
         bad |= jnp.sum(sums.ce_K) > faults.max_cross_entropy * sums.masked
@@ -162,8 +148,7 @@ def loss_gradients(
     def loss_of_part(params: Any, part: Batch, corrupted: Corrupted) -> tuple[jax.Array, LossSums]:
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, part.positions_BL, part.segments_BL)
         losses = functools.partial(sharded_token_losses, config, mesh, params)
-        loss, terms = objective(losses, hidden_BLD, part, corrupted, weight)
-        return loss, terms.sums
+        return objective(losses, hidden_BLD, part, corrupted, weight)[:2]
 
     gradients_of_part = jax.grad(loss_of_part, has_aux=True)
     parts = config.train.microbatches

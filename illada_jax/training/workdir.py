@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from typing import Any
 
 from etils import epath
 
@@ -15,11 +16,11 @@ CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
 
 
-def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> Config | None:
+def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """Makes the workdir, or recognises the one of an earlier life of this run. For one process.
 
     Returns:
-      The config that the workdir was made with; None if it is new.
+      The config that the workdir was made with, as a dict; None if it is new.
 
     Raises:
       InputError: the workdir cannot be written, or holds something else.
@@ -27,7 +28,7 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     path = workdir / CONFIG
     if path.exists():
         try:
-            return config_lib.from_saved(json.loads(path.read_text()))
+            return config_lib.to_dict(config_lib.from_saved(json.loads(path.read_text())))
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path}: not the config of a run: {error}") from error
     try:

@@ -11,7 +11,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.data.corpus import open_examples
 from illada_jax.data.finetuning import example_batches
 from illada_jax.data.tokenizers import ByteTokenizer
-from illada_jax.diffusion.process import MaskProcess, corrupt
+from illada_jax.diffusion.process import corrupt
 
 TOKENIZER = ByteTokenizer()
 BOS, PAD, EOS = TOKENIZER.bos_id, TOKENIZER.pad_id, TOKENIZER.eos_id
@@ -191,7 +191,7 @@ def test_llada_prompts_are_never_masked(tmp_path):
     batches, _ = prepared(tmp_path, pairs(), format="llada", epochs=1, length=32)
     batch = batches.rows(0, range(4))
     for seed in range(20):
-        corrupted = corrupt(jax.random.key(seed), batch, MaskProcess(TOKENIZER.mask_id, 1e-3, "stratified"))
+        corrupted = corrupt(jax.random.key(seed), batch, DiffusionConfig(mask_id=TOKENIZER.mask_id))
         masked = np.asarray(corrupted.masked_BL)
         for row, index in enumerate(batches.epoch(0).order_N[:4]):
             assert not masked[row, : len(PAIRS[index][0])].any()

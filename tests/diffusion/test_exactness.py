@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from illada_jax.config import DiffusionConfig
 from illada_jax.diffusion.objective import objective
-from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt, corrupt_fixed_count
+from illada_jax.diffusion.process import Corrupted, corrupt, corrupt_fixed_count
 from illada_jax.diffusion.token_losses import token_losses
 from tests.enumerable import (
     LENGTH,
@@ -72,8 +73,8 @@ def test_the_bound_of_any_other_network_is_not_below_it(joint, conditionals):
 @pytest.mark.parametrize("eps", [1e-3, 0.1])
 def test_sampled_masks_agree_with_the_enumeration_for_their_eps(conditionals, sampling, eps):
     batch = make_batch(np.tile(OUTCOMES[17], (256, 1)))
-    process = MaskProcess(MASK, eps, sampling)
-    estimate = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, process))))
+    config = DiffusionConfig(mask_id=MASK, eps=eps, time_sampling=sampling)
+    estimate = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, config))))
     means = np.asarray([estimate(key) for key in jax.random.split(jax.random.key(0), 100)])
     expected = enumerated(conditionals, eps_measure(eps))[17]
     assert abs(means.mean() - expected) < 3 * means.std(ddof=1) / math.sqrt(len(means))
@@ -83,8 +84,8 @@ def test_fixed_counts_agree_with_the_exact_bound_and_vary_less(conditionals):
     batch = make_batch(np.tile(OUTCOMES[17], (256, 1)))
     keys = jax.random.split(jax.random.key(1), 100)
     fixed = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt_fixed_count(key, batch, MASK))))
-    process = MaskProcess(MASK, 1e-3, "uniform")
-    sampled = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, process))))
+    config = DiffusionConfig(mask_id=MASK, eps=1e-3, time_sampling="uniform")
+    sampled = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, config))))
     means, others = (np.asarray([f(key) for key in keys]) for f in (fixed, sampled))
     expected = enumerated(conditionals, exact_measure)[17]
     assert abs(means.mean() - expected) < 3 * means.std(ddof=1) / math.sqrt(len(means))
@@ -98,15 +99,15 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
     rng = np.random.default_rng(0)
     hidden_BLD, matrix_DV = rng.normal(size=(3, 8, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
     batch = make_batch(rng.integers(0, 11, (3, 8), dtype=np.int32))
-    corrupted = corrupt(jax.random.key(0), batch, MaskProcess(10, 1e-3, "stratified"))
+    corrupted = corrupt(jax.random.key(0), batch, DiffusionConfig(mask_id=10, eps=1e-3, time_sampling="stratified"))
     masked_BL = np.asarray(corrupted.masked_BL)
 
     @jax.jit
     def lean(hidden_BLD, matrix_DV):
         head = lambda x: jnp.einsum("...D,DV->...V", x, matrix_DV)  # noqa: E731
         losses = functools.partial(token_losses, head, chunk=chunk, compact=compact)
-        loss, terms = objective(losses, hidden_BLD, batch, corrupted)
-        return loss, (terms.nats_B, terms.sums.correct)
+        loss, sums, nats_B = objective(losses, hidden_BLD, batch, corrupted)
+        return loss, (nats_B, sums.correct)
 
     def naive(hidden_BLD, matrix_DV):
         log_p_BLV = jax.nn.log_softmax(jnp.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV))
@@ -151,7 +152,7 @@ def test_sums_by_masking_probability_are_those_of_a_plain_loop():
     p_BL = np.array([0.05, 0.1, 0.11, 1.0], np.float32)[:, None] * np.ones((4, 6), np.float32)
     masked_BL, correct_BL = rng.random((4, 6)) < 0.6, rng.random((4, 6)) < 0.5
     ce_BL = rng.random((4, 6)).astype(np.float32)
-    _, (sums, _) = objective(lambda *_: (jnp.float32(0), ce_BL, correct_BL), None, batch,
+    _, sums, _ = objective(lambda *_: (jnp.float32(0), ce_BL, correct_BL), None, batch,
                              Corrupted(batch.tokens_BL, masked_BL, p_BL))
     for bucket, rows in ((0, [0, 1]), (1, [2]), (9, [3]), (5, [])):
         np.testing.assert_allclose(sums.masked_K[bucket], masked_BL[rows].sum())

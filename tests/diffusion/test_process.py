@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from illada_jax.config import DiffusionConfig
 from illada_jax.data.batch import Batch
 from illada_jax.diffusion.process import (
-    MaskProcess,
     corrupt,
     corrupt_fixed_count,
     sample_times,
@@ -66,7 +66,7 @@ def test_masks_follow_their_probability_and_spare_what_is_not_maskable():
     maskable_BL = np.ones((64, 512), bool)
     maskable_BL[:, :100] = False
     batch = make_batch(64, 512, maskable_BL=maskable_BL)
-    out = corrupt(jax.random.key(0), batch, MaskProcess(MASK, 1e-3, "stratified"))
+    out = corrupt(jax.random.key(0), batch, DiffusionConfig(mask_id=MASK, eps=1e-3, time_sampling="stratified"))
     masked_BL, p_BL = np.asarray(out.masked_BL), np.asarray(out.p_BL)
     assert not masked_BL[:, :100].any()
     np.testing.assert_array_equal(np.asarray(out.noisy_BL), np.where(masked_BL, MASK, batch.tokens_BL))
@@ -78,8 +78,8 @@ def test_masks_follow_their_probability_and_spare_what_is_not_maskable():
 
 def test_a_row_is_corrupted_the_same_whatever_the_length_of_the_batch_of_masks():
     """Masks depend on (key, row), not on how many rows there are."""
-    process = MaskProcess(MASK, 0.0, "uniform")
-    small, large = (corrupt(jax.random.key(5), make_batch(n), process) for n in (4, 8))
+    config = DiffusionConfig(mask_id=MASK, eps=0.0, time_sampling="uniform")
+    small, large = (corrupt(jax.random.key(5), make_batch(n), config) for n in (4, 8))
     np.testing.assert_array_equal(small.masked_BL, large.masked_BL[:4])
 
 
@@ -103,5 +103,5 @@ def test_fixed_counts_are_uniform_exact_and_without_replacement():
 
 
 def test_no_probability_is_outside_the_unit_interval_at_eps_zero():
-    out = corrupt(jax.random.key(0), make_batch(), MaskProcess(MASK, 0.0, "stratified"))
+    out = corrupt(jax.random.key(0), make_batch(), DiffusionConfig(mask_id=MASK, eps=0.0, time_sampling="stratified"))
     assert bool(jnp.all((out.p_BL >= 0) & (out.p_BL < 1)))

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from illada_jax.config import Config, from_dict, to_dict
+from illada_jax.config import Config, DiffusionConfig, from_dict, to_dict
 from illada_jax.data.batch import Batch
-from illada_jax.diffusion.process import Corrupted, MaskProcess, corrupt
+from illada_jax.diffusion.process import Corrupted, corrupt
 from illada_jax.parallel.mesh import make_mesh, use_mesh
 from illada_jax.parallel.sharding import batch_sharding
 from illada_jax.training.optimizer import make_optimizer
@@ -112,8 +112,8 @@ def test_rows_do_not_depend_on_the_rows_beside_them(params, expected):
 
 @pytest.mark.parametrize("sampling", ["stratified", "uniform"])
 def test_masks_do_not_depend_on_the_devices(sampling):
-    batch, process = make_batch(), MaskProcess(MASK, 1e-3, sampling)
-    f = jax.jit(functools.partial(corrupt, process=process))
+    batch, config = make_batch(), DiffusionConfig(mask_id=MASK, eps=1e-3, time_sampling=sampling)
+    f = jax.jit(functools.partial(corrupt, config=config))
     one, *others = (f(jax.random.key(0), jax.device_put(batch, batch_sharding(make_mesh(Config().mesh, devices))))
                     for devices in (jax.devices()[:1], jax.devices()[:2], jax.devices()))
     assert 0.3 < np.mean(one.masked_BL) < 0.7
