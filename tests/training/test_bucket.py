@@ -72,7 +72,7 @@ LOCAL = {
     ("main.py", "pathlib.Path"): "the stem of the config file",
     ("training/run.py", "os.path.relpath"): "the interpreter, in a command to type",
 }
-HARMLESS = {"os.fspath", "os.getpid", "os.kill", "os._exit", "os.PathLike", "io.BytesIO"}
+HARMLESS = {"os.fspath", "os.sysconf", "os.getpid", "os.kill", "os._exit", "os.PathLike", "io.BytesIO"}
 
 
 def test_workdirs_are_reached_through_epath_alone():
