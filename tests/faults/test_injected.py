@@ -44,7 +44,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(place):
 def test_a_workdir_without_a_config_is_restarted(place, tmp_path):
     """A kill may leave such a directory between its creation and the config."""
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
-    (tmp_path / "run" / "config.json.partial").write_text('{"mod')
+    (tmp_path / "run" / "config.json.tmp-host-1").write_text('{"mod')
     command = programs.train_command(place, tmp_path / "run", *storage.SHORT, "--config.train.stop_step=1")
     code, output = programs.run(command)
     assert code == 0, output
