@@ -154,22 +154,19 @@ class PaddedExamples(_ExampleBatches):
         bucket = self._config.sft.bucket
         longest = max((stop for _, _, stop in filter(None, spans)), default=1)
         length = min(-(-longest // bucket) * bucket, self._data.length)
-        tokens = np.full((len(rows), length), self._pad_id, np.int32)
-        maskable = np.zeros((len(rows), length), bool)
-        segments = np.zeros((len(rows), length), np.int32)
         cut_B, place_B = self.length_draws(step)
-        for place, row in enumerate(map(int, rows)):
-            if spans[row] is None:
-                continue
-            example, start, stop = spans[row]
+        windows, starts = [], []
+        for row in map(int, rows):
+            example, start, stop = spans[row] or (0, 0, 0)
             end = start + 1 + int(place_B[row] * (length - start)) if cut_B[row] else length
-            tokens[place, :end] = self._eos_id
-            tokens[place, : min(stop, end)] = self._examples.document(example)[: min(stop, end)]
-            maskable[place, start:end] = True
-            segments[place, :end] = 1
-        positions = np.where(segments, np.arange(length, dtype=np.int32), 0)
-        weights = maskable / np.maximum(maskable.sum(axis=1, keepdims=True), 1)
-        return Batch(tokens, maskable, segments, positions, weights.astype(np.float32))
+            window = np.full(end if spans[row] else 0, self._eos_id, np.int32)
+            window[:stop] = self._examples.document(example)[: min(stop, end)]
+            windows.append(window)
+            starts.append(start)
+        batch = pack(windows, length, self._pad_id)
+        maskable_BL = batch.maskable_BL & (np.arange(length) >= np.array(starts)[:, None])
+        weights_BL = maskable_BL / np.maximum(maskable_BL.sum(axis=1, keepdims=True), 1)
+        return batch._replace(maskable_BL=maskable_BL, weights_BL=weights_BL.astype(np.float32))
 
     def _answer(self, k: int) -> tuple[int, int, int] | None:
         """The example of row k of the run and the columns [start, stop) of its answer; None after the run's end."""
