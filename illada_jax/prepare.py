@@ -23,8 +23,7 @@ import shlex
 from absl import flags
 
 from illada_jax import cli
-from illada_jax.data.preparing.jobs import Engine
-from illada_jax.data.preparing.local import make_locally
+from illada_jax.data.preparing.jobs import Engine, make_locally
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError

@@ -22,23 +22,13 @@ _CACHED_EPOCHS = 3
 
 
 class Epoch(NamedTuple):
-    """One pass over the examples.
-
-    Attributes:
-      order_N: int64 indices of the examples, in the order of the pass.
-      ends_N: int64 cumulative tokens, in that order.
-    """
+    """One pass over the examples: their indices in its order, and the cumulative tokens in that order, int64."""
 
     order_N: np.ndarray
     ends_N: np.ndarray
 
 
-class _Piece(NamedTuple):
-    """Tokens [start, stop) of an example."""
-
-    example: int
-    start: int
-    stop: int
+_Piece = tuple[int, int, int]  # an example, and its tokens [start, stop)
 
 
 class _ExampleBatches(Batches):
@@ -119,7 +109,7 @@ class ConcatenatedExamples(_ExampleBatches):
             length = int(self._examples.lengths_N[example])
             start = within - (int(epoch.ends_N[place]) - length)
             stop = min(length, start + window_end - position)
-            pieces.append(_Piece(example, start, stop))
+            pieces.append((example, start, stop))
             position += stop - start
         return pieces
 
@@ -132,7 +122,7 @@ def _join(read: Callable[[int], np.ndarray], pieces: list[_Piece], dtype: type) 
 def _example_starts(pieces: list[_Piece]) -> np.ndarray:
     """Columns of a window where an example begins."""
     columns = itertools.accumulate((stop - start for _, start, stop in pieces), initial=0)
-    return np.array([column for column, piece in zip(columns, pieces, strict=False) if not piece.start], np.int64)
+    return np.array([column for column, (_, start, _) in zip(columns, pieces, strict=False) if not start], np.int64)
 
 
 class PaddedExamples(_ExampleBatches):

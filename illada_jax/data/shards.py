@@ -39,7 +39,6 @@ class ShardInfo:
       num_tokens: tokens, end tokens included.
       num_documents: documents.
       num_bytes: UTF-8 bytes of their text.
-      num_records: records in the file.
       size: bytes of the file.
       sha256: checksum of the file.
       source: index of the source that its examples are from; 0 for text.
@@ -49,7 +48,6 @@ class ShardInfo:
     num_tokens: int
     num_documents: int
     num_bytes: int
-    num_records: int
     size: int
     sha256: str
     source: int
@@ -62,10 +60,13 @@ class ShardInfo:
                 raise TypeError(f"{field.name} of a shard is {value!r}")
         if pathlib.PurePath(self.name).name != self.name or not self.name.isprintable():
             raise TypeError(f"{self.name!r} is not the name of a file in this directory")
-        records = sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
-        if not 0 < self.num_documents <= self.num_tokens or records != self.num_records:
-            raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents in "
-                            f"{self.num_records} records")
+        if not 0 < self.num_documents <= self.num_tokens:
+            raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents")
+
+    @property
+    def num_records(self) -> int:
+        """Records in the file."""
+        return sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
 
 
 class ShardWriter:
@@ -83,7 +84,7 @@ class ShardWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._offsets: list[int] = []
-        self._num_tokens = self._num_bytes = self._num_records = 0
+        self._num_tokens = self._num_bytes = 0
 
     def add(self, ids: Sequence[int], num_bytes: int, is_answer: Sequence[bool] = ()) -> None:
         """Adds a document.
@@ -115,7 +116,7 @@ class ShardWriter:
         self._write_records(np.array(self._offsets, "<u8"))
         with self._writing():
             self._writer.close()
-        info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes, self._num_records,
+        info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes,
                          self._temporary.stat().st_size, file_sha256(self._temporary), self._source)
         self._temporary.replace(self._path)
         return info
@@ -127,7 +128,6 @@ class ShardWriter:
                 self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
             for start in range(0, len(values), CHUNK_TOKENS):
                 self._writer.write(values[start : start + CHUNK_TOKENS].tobytes())
-                self._num_records += 1
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

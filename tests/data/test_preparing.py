@@ -14,7 +14,7 @@ from illada_jax.data import corpus as corpus_module
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.manifest import Manifest, open_shards
 from illada_jax.data.preparing import jobs, text
-from illada_jax.data.preparing.local import make_locally
+from illada_jax.data.preparing.jobs import make_locally
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.data.sources.registry import Document

@@ -8,8 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from illada_jax.data.preparing.jobs import DONE_DIRECTORY, EncodedDocument, Report, ShardJob, group_parts, run_jobs
-from illada_jax.data.preparing.local import make_locally
+from illada_jax.data.preparing.jobs import (
+    DONE_DIRECTORY,
+    EncodedDocument,
+    Report,
+    ShardJob,
+    group_parts,
+    make_locally,
+    run_jobs,
+)
 from illada_jax.data.preparing.settings import ExampleSettings
 from illada_jax.data.sources.examples import Example, RejectedExample
 from illada_jax.data.sources.registry import Part, split_hash

@@ -1,20 +1,26 @@
 """Jobs: the shards of a preparation, each made from its own parts, in any order, by any process.
 
-An engine runs them: `local.py` on the cores of this machine, `beam.py` on Apache Beam.
+An engine runs them: `make_locally` on the cores of this machine, `beam.py` on Apache Beam.
 """
 
 import abc
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
+import tqdm
 
 from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, Manifest
 from illada_jax.data.preparing.settings import Settings
@@ -26,6 +32,8 @@ from illada_jax.files import new_directory, write_atomically
 
 DONE_DIRECTORY = "done"
 _SHOWN_PLACES = 3  # of each reason
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -146,7 +154,10 @@ def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...
 
 
 def make_shard(directory: pathlib.Path, job: ShardJob) -> None:
-    """Makes the shard of a job, of either split, and records that it is done; needs the tokenizer in the directory."""
+    """Makes the shard of a job, of either split, and records that it is done, unless it is done already."""
+    path = directory / DONE_DIRECTORY / f"{job.index:06d}.json"
+    if path.exists():
+        return
     tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
     writers = {split: ShardWriter(directory / f"{split}-{job.index:06d}.array_record", tokenizer.vocab_size,
                                   job.has_answers, job.source) for split in SPLITS}
@@ -157,26 +168,53 @@ def make_shard(directory: pathlib.Path, job: ShardJob) -> None:
     infos = {split: writer.close() for split, writer in writers.items()}
     done = {"shards": {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None},
             "report": dataclasses.asdict(report)}
-    write_atomically(done_path(directory, job.index), json.dumps(done))
+    write_atomically(path, json.dumps(done))
 
 
-def done_path(directory: pathlib.Path, index: int) -> pathlib.Path:
-    """The record that a job is done, with its shards and its report."""
-    return directory / DONE_DIRECTORY / f"{index:06d}.json"
+def make_locally(jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool, num_processes: int = 1,
+                 progress: bool = True) -> None:
+    """An engine of processes on this machine; 1 is this process. Shows bars on a terminal."""
+    run = functools.partial(_run, num_processes=num_processes, progress=progress)
+    if drop_duplicates:
+        digests = list(run("looking for duplicates", TextJob.digests, jobs))
+        _, first = np.unique(np.concatenate(digests), return_index=True)
+        repeated = np.ones(sum(map(len, digests)), bool)
+        repeated[first] = False
+        per_job = np.split(repeated, np.cumsum(list(map(len, digests)))[:-1])
+        jobs = [dataclasses.replace(job, duplicates=frozenset(np.flatnonzero(positions).tolist()))
+                for job, positions in zip(jobs, per_job, strict=True)]
+    for _ in run("tokenizing", functools.partial(make_shard, directory), jobs):
+        pass
+
+
+def _run(what: str, function: Callable[[ShardJob], T], jobs: Sequence[ShardJob], num_processes: int, progress: bool
+         ) -> Iterator[T]:
+    """Yields the function of every job, in order. The first error cancels the rest."""
+    bar = functools.partial(tqdm.tqdm, desc=what, total=len(jobs), unit="shard", disable=None if progress else True)
+    if num_processes == 1:
+        yield from bar(map(function, jobs))
+        return
+    # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _die_with_parent) as pool:
+        yield from bar(pool.map(function, jobs))
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is killed: the parent's next run repeats the work."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJob], tokenizer: Tokenizer | None,
              texts: Iterable[str], engine: Engine, progress: bool) -> Manifest:
-    """Saves the tokenizer, makes the shards that are missing, and returns the manifest, not yet saved.
+    """Saves the tokenizer, makes the missing shards, and returns the manifest, not yet saved.
 
-    Args:
-      settings: settings of the preparation.
-      directory: the target; a tokenizer that is there already is kept.
-      jobs: all jobs.
-      tokenizer: None trains one on `texts`.
-      texts: training text.
-      engine: runs the jobs.
-      progress: announce the training of a tokenizer on stderr.
+    A tokenizer that is in the directory already is kept; if `tokenizer` is None, one is trained on `texts`.
     """
     target = directory / TOKENIZER_DIRECTORY
     if target.exists():
@@ -190,7 +228,8 @@ def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJo
             tokenizer.save(unfinished)
     (directory / DONE_DIRECTORY).mkdir(exist_ok=True)
     engine(jobs, directory, settings.drop_duplicates)
-    done = [json.loads(done_path(directory, job.index).read_bytes()) for job in jobs]
+    paths = sorted((directory / DONE_DIRECTORY).glob("*.json"), key=lambda path: int(path.stem))
+    done = [json.loads(path.read_bytes()) for path in paths]
     report = Report(sum(record["report"]["num_examples"] for record in done),
                     [drop for record in done for drop in record["report"]["drops"]])
     splits = {split: tuple(ShardInfo(**record["shards"][split]) for record in done if split in record["shards"])

@@ -18,8 +18,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from illada_jax.data.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from illada_jax.data.preparing.jobs import DONE_DIRECTORY, Engine, TextJob, group_parts, run_jobs
-from illada_jax.data.preparing.local import make_locally
+from illada_jax.data.preparing.jobs import DONE_DIRECTORY, Engine, TextJob, group_parts, make_locally, run_jobs
 from illada_jax.data.preparing.settings import Settings, given_tokenizer
 from illada_jax.data.sources import registry
 from illada_jax.data.sources.registry import Document, Part
