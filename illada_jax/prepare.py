@@ -15,6 +15,7 @@ worker sees under the same path, and the workers' image must contain this packag
     python -m illada_jax.prepare … --runner=SparkRunner --beam_options='--spark_master_url=spark://HOST:7077'
 """
 
+import functools
 import os
 import pathlib
 import shlex
@@ -22,8 +23,7 @@ import shlex
 from absl import flags
 
 from illada_jax import cli
-from illada_jax.data.preparing.jobs import Engine
-from illada_jax.data.preparing.local import LocalEngine
+from illada_jax.data.preparing.jobs import Engine, make_locally
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
@@ -72,13 +72,14 @@ def _engine() -> Engine:
     if _RUNNER.value == "local":
         if _BEAM_OPTIONS.value:
             raise InputError("--beam_options: needs a --runner other than local")
-        return LocalEngine(_PROCESSES.value or os.cpu_count() or 1)
+        return functools.partial(make_locally, num_processes=_PROCESSES.value or os.cpu_count() or 1)
     try:
         from illada_jax.data.preparing import beam
     except ImportError as error:
         raise InputError(f"--runner={_RUNNER.value}: Apache Beam is not installed; type: "
                          "pip install 'illada_jax[prepare]'") from error
-    return beam.BeamEngine(beam.parse_options(_RUNNER.value, shlex.split(_BEAM_OPTIONS.value)))
+    options = beam.parse_options(_RUNNER.value, shlex.split(_BEAM_OPTIONS.value))
+    return functools.partial(beam.make_on_beam, options=options)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from illada_jax.config import Config, DataConfig
 from illada_jax.data.manifest import MANIFEST, open_shards
@@ -37,48 +36,41 @@ class Component:
     weight: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """Text as tokens.
 
     Attributes:
       tokenizer: the tokenizer of all components.
-      components: the corpora of the mixture; a single one without a mixture.
       train: the training streams, concatenated.
       heldout: the held-out streams, concatenated; empty if nothing is held out.
-      statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora and mixtures.
       fingerprint: identifies tokens and split.
+      components: the corpora of the mixture; a single one without a mixture; none of examples.
+      statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora, mixtures and
+        examples.
     """
 
     tokenizer: Tokenizer
-    components: tuple[Component, ...]
     train: TokenStream
     heldout: TokenStream
-    statistics: dict[str, float]
     fingerprint: str
+    components: tuple[Component, ...] = ()
+    statistics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Examples as tokens: the counterpart of a Corpus in fine-tuning.
+@dataclass(frozen=True, kw_only=True)
+class Examples(Corpus):
+    """Examples as tokens, for fine-tuning.
 
     Attributes:
-      tokenizer: the tokenizer.
-      train: the examples to learn from.
-      heldout: the held-out examples.
-      statistics: empty; see Corpus.
       dropped: report of examples that were left out or cut, a line per reason; may be empty.
       sources: their names, as in the config; `ExampleSet.sources_N` holds indices into them.
-      fingerprint: identifies tokens and split.
     """
 
-    tokenizer: Tokenizer
     train: ExampleSet
     heldout: ExampleSet
-    statistics: dict[str, float]
     dropped: str
     sources: tuple[str, ...]
-    fingerprint: str
 
 
 def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
@@ -136,14 +128,8 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
     if not streams["train"].num_documents:
         raise InputError(f"config.data.sources = {data.sources!r}: no example is left to learn from"
                          + "".join(f"; {line}" for line in manifest.dropped))
-    return Examples(tokenizer, streams["train"], streams["heldout"], manifest.statistics,
-                    "\n".join(manifest.dropped + manifest.divided), manifest.sources, manifest.fingerprint)
-
-
-def report_dropped(examples: Examples) -> None:
-    """Prints on stderr which examples were left out or cut."""
-    if examples.dropped:
-        print(examples.dropped, file=sys.stderr, flush=True)
+    return Examples(tokenizer=tokenizer, **streams, fingerprint=manifest.fingerprint, sources=manifest.sources,
+                    dropped="\n".join(manifest.dropped + manifest.divided))
 
 
 def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[float, ...]) -> Corpus:
@@ -182,15 +168,9 @@ def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
 
 def _cached(data: DataConfig, name: str, prepare_in: Callable[[pathlib.Path], object]) -> pathlib.Path:
     """A directory of the cache, prepared if it is missing. Safe against kills and other processes."""
-    target = _cache_directory(data) / name
+    cache = data.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "illada_jax")
+    target = pathlib.Path(cache).expanduser() / name
     if not (target / MANIFEST).exists():
         with new_directory(target, keep_existing=True) as unfinished:
             prepare_in(unfinished)
     return target
-
-
-def _cache_directory(data: DataConfig) -> pathlib.Path:
-    if data.cache_dir:
-        return pathlib.Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "illada_jax"

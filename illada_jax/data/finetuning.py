@@ -22,23 +22,13 @@ _CACHED_EPOCHS = 3
 
 
 class Epoch(NamedTuple):
-    """One pass over the examples.
-
-    Attributes:
-      order_N: int64 indices of the examples, in the order of the pass.
-      ends_N: int64 cumulative tokens, in that order.
-    """
+    """One pass over the examples: their indices in its order, and the cumulative tokens in that order, int64."""
 
     order_N: np.ndarray
     ends_N: np.ndarray
 
 
-class _Piece(NamedTuple):
-    """Tokens [start, stop) of an example."""
-
-    example: int
-    start: int
-    stop: int
+_Piece = tuple[int, int, int]  # an example, and its tokens [start, stop)
 
 
 class _ExampleBatches(Batches):
@@ -119,7 +109,7 @@ class ConcatenatedExamples(_ExampleBatches):
             length = int(self._examples.lengths_N[example])
             start = within - (int(epoch.ends_N[place]) - length)
             stop = min(length, start + window_end - position)
-            pieces.append(_Piece(example, start, stop))
+            pieces.append((example, start, stop))
             position += stop - start
         return pieces
 
@@ -132,7 +122,7 @@ def _join(read: Callable[[int], np.ndarray], pieces: list[_Piece], dtype: type) 
 def _example_starts(pieces: list[_Piece]) -> np.ndarray:
     """Columns of a window where an example begins."""
     columns = itertools.accumulate((stop - start for _, start, stop in pieces), initial=0)
-    return np.array([column for column, piece in zip(columns, pieces, strict=False) if not piece.start], np.int64)
+    return np.array([column for column, (_, start, _) in zip(columns, pieces, strict=False) if not start], np.int64)
 
 
 class PaddedExamples(_ExampleBatches):
@@ -154,22 +144,19 @@ class PaddedExamples(_ExampleBatches):
         bucket = self._config.sft.bucket
         longest = max((stop for _, _, stop in filter(None, spans)), default=1)
         length = min(-(-longest // bucket) * bucket, self._data.length)
-        tokens = np.full((len(rows), length), self._pad_id, np.int32)
-        maskable = np.zeros((len(rows), length), bool)
-        segments = np.zeros((len(rows), length), np.int32)
         cut_B, place_B = self.length_draws(step)
-        for place, row in enumerate(map(int, rows)):
-            if spans[row] is None:
-                continue
-            example, start, stop = spans[row]
+        windows, starts = [], []
+        for row in map(int, rows):
+            example, start, stop = spans[row] or (0, 0, 0)
             end = start + 1 + int(place_B[row] * (length - start)) if cut_B[row] else length
-            tokens[place, :end] = self._eos_id
-            tokens[place, : min(stop, end)] = self._examples.document(example)[: min(stop, end)]
-            maskable[place, start:end] = True
-            segments[place, :end] = 1
-        positions = np.where(segments, np.arange(length, dtype=np.int32), 0)
-        weights = maskable / np.maximum(maskable.sum(axis=1, keepdims=True), 1)
-        return Batch(tokens, maskable, segments, positions, weights.astype(np.float32))
+            window = np.full(end if spans[row] else 0, self._eos_id, np.int32)
+            window[:stop] = self._examples.document(example)[: min(stop, end)]
+            windows.append(window)
+            starts.append(start)
+        batch = pack(windows, length, self._pad_id)
+        maskable_BL = batch.maskable_BL & (np.arange(length) >= np.array(starts)[:, None])
+        weights_BL = maskable_BL / np.maximum(maskable_BL.sum(axis=1, keepdims=True), 1)
+        return batch._replace(maskable_BL=maskable_BL, weights_BL=weights_BL.astype(np.float32))
 
     def _answer(self, k: int) -> tuple[int, int, int] | None:
         """The example of row k of the run and the columns [start, stop) of its answer; None after the run's end."""

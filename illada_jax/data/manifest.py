@@ -7,11 +7,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from dataclasses import dataclass
 
-from illada_jax.data import shards
 from illada_jax.data.shards import ExampleSet, ShardInfo, TokenStream
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError
@@ -51,7 +51,7 @@ class Manifest:
     dropped: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Identifies tokens and split: a hash over the tokenizer and the shards."""
         content = [self.tokenizer, {name: [info.sha256 for info in infos] for name, infos in self.splits.items()}]
@@ -59,13 +59,7 @@ class Manifest:
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes `manifest.json`."""
-        totals = {
-            split: {f"num_{what}": sum(getattr(info, f"num_{what}") for info in infos)
-                    for what in ("tokens", "documents", "bytes")}
-            for split, infos in self.splits.items()
-        }
-        content = {"format_version": FORMAT_VERSION, "chunk_tokens": shards.CHUNK_TOKENS, "totals": totals,
-                   **dataclasses.asdict(self)}
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 
     @classmethod
@@ -88,18 +82,13 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}")
         try:
-            if content["chunk_tokens"] != shards.CHUNK_TOKENS:
-                raise InputError(f"{path}: chunk_tokens {content['chunk_tokens']!r}, this program reads "
-                                 f"{shards.CHUNK_TOKENS}")
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
             for name in ("sources", "dropped", "divided"):
                 values[name] = tuple(map(str, values[name]))
-            values["splits"] = {split: tuple(ShardInfo(**shard).checked() for shard in values["splits"][split])
+            values["splits"] = {split: tuple(ShardInfo(**shard) for shard in values["splits"][split])
                                 for split in SPLITS}
-            if not isinstance(values["statistics"], dict) or not isinstance(values["has_answers"], bool):
-                raise TypeError("statistics is not an object, or has_answers is not true or false")
-            return cls(**values)
-        except (KeyError, TypeError) as error:
+            return cls(**values | {"statistics": dict(values["statistics"])})
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: malformed: {error}") from error
 
 
@@ -115,7 +104,9 @@ def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str,
     if (tokenizer.fingerprint, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
         raise InputError(f"{directory / MANIFEST}: made with another tokenizer (fingerprint {manifest.tokenizer}, "
                          f"{directory / TOKENIZER_DIRECTORY} has {tokenizer.fingerprint})")
-    _check_sizes(directory, [info for infos in manifest.splits.values() for info in infos])
+    # In threads: on a mounted bucket every stat call is slow, and there may be thousands.
+    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+        list(pool.map(functools.partial(_check_size, directory), itertools.chain(*manifest.splits.values())))
     stream = ExampleSet if manifest.has_answers else TokenStream
     streams = {
         split: stream([(directory, info) for info in infos], manifest.vocab_size, tokenizer.eos_id)
@@ -124,20 +115,12 @@ def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str,
     return manifest, tokenizer, streams
 
 
-def _check_sizes(directory: pathlib.Path, infos: list[ShardInfo]) -> None:
-    """Checks that shards exist and have their size, without reading them."""
-
-    def check(info: ShardInfo) -> None:
-        path = directory / info.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"{path}: shard of the manifest cannot be opened: {error.strerror}") from error
-        if size != info.size:
-            raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or another "
-                             "file; prepare the corpus again")
-
-    # In threads: on a mounted bucket every stat call is slow, and there may be thousands.
-    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
-        for _ in pool.map(check, infos):
-            pass
+def _check_size(directory: pathlib.Path, info: ShardInfo) -> None:
+    path = directory / info.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: shard of the manifest cannot be opened: {error.strerror}") from error
+    if size != info.size:
+        raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or another file; "
+                         "prepare the corpus again")

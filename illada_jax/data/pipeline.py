@@ -129,7 +129,9 @@ class Pipeline(Batches):
         rows = [int(row) for row in rows]
         windows = [self._window(step * self._data.batch_size + row) for row in rows]
         if self._data.random_length_probability:
-            windows = self._shorten(windows, step, rows)
+            cut_B, place_B = self.length_draws(step)
+            windows = [window[: 1 + int(place_B[row] * self._data.length)] if cut_B[row] else window
+                       for window, row in zip(windows, rows, strict=True)]
         starts = self.split(windows, self._document_starts(windows), step, rows)
         return pack(windows, self._data.length, self._pad_id, starts)
 
@@ -151,11 +153,6 @@ class Pipeline(Batches):
         component, nth = self._mixture.place(k)
         return read_window(self._components[component].train, self._orders[component][nth], self._data.length)
 
-    def _shorten(self, windows: list[np.ndarray], step: int, rows: list[int]) -> list[np.ndarray]:
-        cut_B, place_B = self.length_draws(step)
-        return [window[: 1 + int(place_B[row] * self._data.length)] if cut_B[row] else window
-                for window, row in zip(windows, rows, strict=True)]
-
     def _document_starts(self, windows: list[np.ndarray]) -> list[np.ndarray]:
         if not self._data.isolate_documents:
             return super()._document_starts(windows)
@@ -171,20 +168,15 @@ class Mixture:
 
     def place(self, k: int) -> tuple[int, int]:
         """The component of example k, and the number of earlier examples from that component."""
-        left = sum(self._shares)
-        for component, share in enumerate(self._shares):
-            # Of the first k examples that reach this component, this many pass on to later ones.
-            passed, passed_next = k * (left - share) // left, (k + 1) * (left - share) // left
-            if passed == passed_next:
-                return component, k - passed
-            k, left = passed, left - share
-        raise AssertionError("the last component lets nothing pass")
+        before, after = self.counts(k), self.counts(k + 1)
+        component = next(i for i, count in enumerate(before) if count != after[i])
+        return component, before[component]
 
     def counts(self, k: int) -> list[int]:
         """The number of examples from each component among the first k."""
         counts, left = [], sum(self._shares)
         for share in self._shares:
-            passed = k * (left - share) // left
+            passed = k * (left - share) // left  # of k examples that reach this component, on to later ones
             counts.append(k - passed)
             k, left = passed, left - share
         return counts

@@ -39,7 +39,6 @@ class ShardInfo:
       num_tokens: tokens, end tokens included.
       num_documents: documents.
       num_bytes: UTF-8 bytes of their text.
-      num_records: records in the file.
       size: bytes of the file.
       sha256: checksum of the file.
       source: index of the source that its examples are from; 0 for text.
@@ -49,24 +48,25 @@ class ShardInfo:
     num_tokens: int
     num_documents: int
     num_bytes: int
-    num_records: int
     size: int
     sha256: str
     source: int
 
-    def checked(self) -> "ShardInfo":
-        """Itself. Raises TypeError if a value is of another type, or the numbers contradict each other."""
+    def __post_init__(self):
+        """Raises TypeError if a value is of another type, or the numbers contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type or (field.type is int and value < 0):
                 raise TypeError(f"{field.name} of a shard is {value!r}")
         if pathlib.PurePath(self.name).name != self.name or not self.name.isprintable():
             raise TypeError(f"{self.name!r} is not the name of a file in this directory")
-        records = sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
-        if not 0 < self.num_documents <= self.num_tokens or records != self.num_records:
-            raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents in "
-                            f"{self.num_records} records")
-        return self
+        if not 0 < self.num_documents <= self.num_tokens:
+            raise TypeError(f"{self.name} cannot hold {self.num_tokens} tokens of {self.num_documents} documents")
+
+    @property
+    def num_records(self) -> int:
+        """Records in the file."""
+        return sum(-(-number // CHUNK_TOKENS) for number in (self.num_tokens, self.num_documents))
 
 
 class ShardWriter:
@@ -84,7 +84,7 @@ class ShardWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._offsets: list[int] = []
-        self._num_tokens = self._num_bytes = self._num_records = 0
+        self._num_tokens = self._num_bytes = 0
 
     def add(self, ids: Sequence[int], num_bytes: int, is_answer: Sequence[bool] = ()) -> None:
         """Adds a document.
@@ -116,7 +116,7 @@ class ShardWriter:
         self._write_records(np.array(self._offsets, "<u8"))
         with self._writing():
             self._writer.close()
-        info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes, self._num_records,
+        info = ShardInfo(self._path.name, self._num_tokens, len(self._offsets), self._num_bytes,
                          self._temporary.stat().st_size, file_sha256(self._temporary), self._source)
         self._temporary.replace(self._path)
         return info
@@ -128,7 +128,6 @@ class ShardWriter:
                 self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
             for start in range(0, len(values), CHUNK_TOKENS):
                 self._writer.write(values[start : start + CHUNK_TOKENS].tobytes())
-                self._num_records += 1
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -195,17 +194,16 @@ class TokenStream:
         return out
 
     def document(self, index: int) -> np.ndarray:
-        """The ids of a document (int32), its end token included.
+        """The ids of a document (int32), its end token included. Raises IndexError if it is out of range."""
+        return self.read(*self._document_range(index))
 
-        Raises:
-          IndexError: the index is out of range.
-        """
+    def _document_range(self, index: int) -> tuple[int, int]:
+        """Tokens [start, stop) of a document."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        return self.read(self._document_offset(index), self._document_offset(index + 1))
+        return self._document_start(index), self._document_start(index + 1)
 
-    def _document_offset(self, index: int) -> int:
-        """The index of a document's first token in the stream; the end of the stream for index num_documents."""
+    def _document_start(self, index: int) -> int:
         if index == self.num_documents:
             return self.num_tokens
         shard = bisect.bisect_right(self._document_starts, index) - 1
@@ -272,8 +270,7 @@ class ExampleSet(TokenStream):
         offsets = [self._token_starts[shard] + self._offsets(shard, record).astype(np.int64)
                    for shard, (_, info) in enumerate(shards)
                    for record in range(-(-info.num_documents // CHUNK_TOKENS))]
-        self._document_offsets = np.concatenate([*offsets, np.array([self.num_tokens], np.int64)])
-        self.lengths_N = np.diff(self._document_offsets)
+        self.lengths_N = np.diff(np.concatenate([*offsets, np.array([self.num_tokens], np.int64)]))
         self.sources_N = np.repeat(np.array([info.source for _, info in shards], np.int32),
                                    [info.num_documents for _, info in shards])
 
@@ -283,16 +280,13 @@ class ExampleSet(TokenStream):
 
     def is_answer(self, index: int) -> np.ndarray:
         """The answer mask of an example: bool, True for each token of an answer."""
-        return super().read(self._document_offset(index), self._document_offset(index + 1)) < 0
+        return super().read(*self._document_range(index)) < 0
 
     def question(self, index: int) -> Question:
         """An example as a prompt and its last answer."""
         tokens = self.document(index).tolist()
         start, stop = answer_spans(self.is_answer(index))[-1]
         return Question(tokens[:start], tokens[start : stop - 1])
-
-    def _document_offset(self, index: int) -> int:
-        return int(self._document_offsets[index])
 
 
 def answer_spans(is_answer_L: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from illada_jax import model
 from illada_jax.config import Config
-from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples, report_dropped
+from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples
 from illada_jax.data.finetuning import example_batches
 from illada_jax.data.pipeline import Batches, Pipeline
 from illada_jax.data.tokenizers import Tokenizer
@@ -62,7 +62,8 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
         return config, corpus, Pipeline(config, corpus)
     from_checkpoint = config.data.tokenizer == "checkpoint"
     examples = open_examples(config, (initial or open_initial(config)).tokenizer if from_checkpoint else None)
-    report_dropped(examples)
+    if examples.dropped:
+        print(examples.dropped, file=sys.stderr, flush=True)
     config = _stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
     batches = example_batches(config, examples)
     if config.train.epochs:

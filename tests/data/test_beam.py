@@ -1,5 +1,6 @@
 """Preparation on Beam's DirectRunner against the local one. Needs the extra `prepare`."""
 
+import functools
 import json
 
 import pytest
@@ -15,12 +16,12 @@ from apache_beam.options.pipeline_options import (
 )
 
 from illada_jax.data.preparing import jobs
-from illada_jax.data.preparing.beam import BeamEngine, parse_options
+from illada_jax.data.preparing.beam import make_on_beam, parse_options
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 
-
+ENGINE = functools.partial(make_on_beam, options=parse_options("DirectRunner", []))
 @pytest.fixture
 def settings(tmp_path):
     for n in range(6):
@@ -36,8 +37,7 @@ def contents(directory):
 @pytest.mark.parametrize("drop_duplicates", [False, True])
 def test_beam_writes_what_the_local_engine_writes(settings, tmp_path, drop_duplicates):
     settings = Settings(**{**vars(settings), "drop_duplicates": drop_duplicates})
-    engine = BeamEngine(parse_options("DirectRunner", []))
-    manifest = prepare(settings, tmp_path / "beam", engine, progress=False)
+    manifest = prepare(settings, tmp_path / "beam", ENGINE, progress=False)
     prepare(settings, tmp_path / "local", progress=False)
     assert len(manifest.splits["train"]) > 2
     assert contents(tmp_path / "beam") == contents(tmp_path / "local")
@@ -46,16 +46,16 @@ def test_beam_writes_what_the_local_engine_writes(settings, tmp_path, drop_dupli
 def test_beam_goes_on_where_a_local_preparation_stopped(settings, tmp_path, monkeypatch):
     make = jobs.make_shard
 
-    def stop_at_two(directory, job, *rest):
+    def stop_at_two(directory, job):
         if job.index == 2:
             raise KeyboardInterrupt
-        make(directory, job, *rest)
+        make(directory, job)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(jobs, "make_shard", stop_at_two)
         prepare(settings, tmp_path / "out", progress=False)
     made = (tmp_path / "out" / "train-000000.array_record").stat().st_mtime_ns
-    prepare(settings, tmp_path / "out", BeamEngine(parse_options("DirectRunner", [])), progress=False)
+    prepare(settings, tmp_path / "out", ENGINE, progress=False)
     assert (tmp_path / "out" / "train-000000.array_record").stat().st_mtime_ns == made
     prepare(settings, tmp_path / "whole", progress=False)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

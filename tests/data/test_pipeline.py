@@ -36,7 +36,8 @@ def make_pipeline(streams, weights=None, split=0.0, seed=0, **data):
     streams = streams if isinstance(streams, list) else [streams]
     weights = weights or [1 / len(streams)] * len(streams)
     components = tuple(Component(f"c{i}", s, w) for i, (s, w) in enumerate(zip(streams, weights, strict=True)))
-    corpus = Corpus(ByteTokenizer(), components, streams[0], streams[0], {}, "fingerprint")
+    corpus = Corpus(tokenizer=ByteTokenizer(), train=streams[0], heldout=streams[0], fingerprint="fingerprint",
+                    components=components)
     config = Config(data=DataConfig(**{"length": 8, "batch_size": 4} | data), seed=seed,
                     model=ModelConfig(max_length=8192), diffusion=DiffusionConfig(split_probability=split))
     return Pipeline(config, corpus)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from illada_jax.data import corpus as corpus_module
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.manifest import Manifest, open_shards
 from illada_jax.data.preparing import jobs, text
-from illada_jax.data.preparing.local import LocalEngine
+from illada_jax.data.preparing.jobs import make_locally
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.preparing.text import prepare
 from illada_jax.data.sources.registry import Document
@@ -68,9 +69,6 @@ def test_every_document_is_on_one_side_and_counts_are_exact(texts, tmp_path, sha
     for split, stream in streams.items():
         assert stream.num_bytes == sum(len(text.encode()) for text in stored[split])
         assert stream.num_tokens == sum(len(opened.encode(text)) + 1 for text in stored[split])
-        totals = json.loads((tmp_path / "out" / "manifest.json").read_text())["totals"][split]
-        assert totals == {"num_tokens": stream.num_tokens, "num_documents": stream.num_documents,
-                          "num_bytes": stream.num_bytes}
 
 
 def test_groups_are_held_out_as_a_whole(tmp_path):
@@ -84,7 +82,8 @@ def test_groups_are_held_out_as_a_whole(tmp_path):
 def test_processes_do_not_change_a_byte(texts, tmp_path, drop_duplicates):
     settings = settings_for(texts, drop_duplicates=drop_duplicates)
     for processes in (1, 2):
-        prepare(settings, tmp_path / str(processes), LocalEngine(processes, progress=False), progress=False)
+        engine = functools.partial(make_locally, num_processes=processes, progress=False)
+        prepare(settings, tmp_path / str(processes), engine, progress=False)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
@@ -163,7 +162,7 @@ def test_a_target_that_is_taken_is_refused(texts, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_text_leaves_no_corpus_and_is_named(texts, tmp_path, processes):
     (texts / "07.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n' + " " * 9000)
-    engine = LocalEngine(processes, progress=False)
+    engine = functools.partial(make_locally, num_processes=processes, progress=False)
     with pytest.raises(InputError, match=r"07\.jsonl, line 2: no text in the field 'text'"):
         prepare(settings_for(texts, tokenizer="bytes"), tmp_path / "out", engine, progress=False)
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -167,7 +167,6 @@ def other_tokenizer(directory):
     (lambda d: (d / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
     (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: format version None"),
     (lambda d: change_manifest(d, format_version=99), r"manifest\.json: format version 99, this program reads 2"),
-    (lambda d: change_manifest(d, chunk_tokens=99), r"manifest\.json: chunk_tokens 99"),
     (lambda d: change_manifest(d, splits={}), r"manifest\.json: malformed: 'train'"),
     (lambda d: change_manifest(d, has_answers=True), r"train-0: record 0 holds \d+ ids, the manifest says 16"),
     (other_tokenizer, r"manifest\.json: made with another tokenizer"),

@@ -80,8 +80,8 @@ def differences(whole: pathlib.Path, workdir: pathlib.Path) -> list[str]:
         found.append(f"{workdir}: other metrics than {whole}")
     arrays, expected = programs.final_arrays(workdir), programs.final_arrays(whole)
     found += [f"{workdir}: {name} differs" for name in expected if arrays.get(name) != expected[name]]
-    if (workdir / "damaged").exists():
-        found.append(f"{workdir}: a damaged checkpoint was found")
+    if (workdir / "corrupt").exists():
+        found.append(f"{workdir}: a corrupt checkpoint was found")
     return found
 
 

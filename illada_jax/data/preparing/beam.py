@@ -5,47 +5,27 @@ package installed.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from illada_jax.data.preparing.jobs import ShardJob, TextJob, done_path, make_shard
+from illada_jax.data.preparing.jobs import ShardJob, TextJob, make_shard
 from illada_jax.errors import InputError
 
 
-@dataclass(frozen=True)
-class BeamEngine:
-    """A Beam pipeline; see jobs.Engine.
-
-    Attributes:
-      options: the runner and its options.
-    """
-
-    options: PipelineOptions
-
-    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
-        """See jobs.Engine."""
-        missing = [job for job in jobs if not done_path(directory, job.index).exists()]
-        with beam.Pipeline(options=self.options) as pipeline:
-            keyed = pipeline | "missing" >> beam.Create([(job.index, job) for job in missing]) | beam.Reshuffle()
-            duplicates = pipeline | "none" >> beam.Create([])
-            if drop_duplicates:
-                duplicates = (
-                    pipeline
-                    | "all" >> beam.Create(jobs)
-                    | "spread" >> beam.Reshuffle()
-                    | beam.FlatMap(_places_by_digest)
-                    | "same text" >> beam.GroupByKey()
-                    | beam.FlatMap(_later_places)
-                )
-            (
-                {"job": keyed, "duplicates": duplicates}
-                | beam.CoGroupByKey()
-                | "make" >> beam.Map(_make, directory)
-            )
+def make_on_beam(jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool, options: PipelineOptions
+                 ) -> None:
+    """An engine (see `jobs.Engine`) of Beam workers; `options` are those of the runner."""
+    with beam.Pipeline(options=options) as pipeline:
+        keyed = pipeline | beam.Create([(job.index, job) for job in jobs]) | beam.Reshuffle()
+        duplicates = pipeline | "none" >> beam.Create([])
+        if drop_duplicates:
+            places = keyed | beam.FlatMap(_places_by_digest) | "same text" >> beam.GroupByKey()
+            duplicates = places | beam.FlatMap(_later_places)
+        {"job": keyed, "duplicates": duplicates} | beam.CoGroupByKey() | "make" >> beam.Map(_make, directory)
 
 
 def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
@@ -72,9 +52,10 @@ def parse_options(runner: str, arguments: Sequence[str]) -> PipelineOptions:
     return options
 
 
-def _places_by_digest(job: TextJob) -> Iterator[tuple[bytes, tuple[int, int]]]:
+def _places_by_digest(of_job: tuple[int, TextJob]) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    index, job = of_job
     for position, digest in enumerate(job.digests()):
-        yield digest.tobytes(), (job.index, position)
+        yield digest.tobytes(), (index, position)
 
 
 def _later_places(same: tuple[bytes, Iterable[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
@@ -85,5 +66,5 @@ def _later_places(same: tuple[bytes, Iterable[tuple[int, int]]]) -> Iterator[tup
 
 def _make(of_job: tuple[int, dict[str, Iterable]], directory: pathlib.Path) -> None:
     _, found = of_job
-    for job in found["job"]:  # none if its shard is done
-        make_shard(directory, job.without(found["duplicates"]))
+    (job,) = found["job"]
+    make_shard(directory, dataclasses.replace(job, duplicates=frozenset(found["duplicates"])))

@@ -1,5 +1,6 @@
 """Examples to token shards with an answer mask."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -7,10 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from illada_jax.data.manifest import Manifest
-from illada_jax.data.preparing.jobs import DONE_DIRECTORY, DropCounter, EncodedDocument, ShardJob, collect, group_parts
-from illada_jax.data.preparing.local import LocalEngine
-from illada_jax.data.preparing.settings import ExampleSettings, save_tokenizer
+from illada_jax.data.preparing.jobs import (
+    DONE_DIRECTORY,
+    EncodedDocument,
+    Report,
+    ShardJob,
+    group_parts,
+    make_locally,
+    run_jobs,
+)
+from illada_jax.data.preparing.settings import ExampleSettings
 from illada_jax.data.sources.examples import Example, RejectedExample
 from illada_jax.data.sources.registry import Part, split_hash
 from illada_jax.data.tokenizers import Tokenizer
@@ -32,24 +39,24 @@ class ExampleJob(ShardJob):
 
     settings: ExampleSettings
 
-    def encode(self, tokenizer: Tokenizer, counter: DropCounter) -> Iterator[EncodedDocument]:
+    def encode(self, tokenizer: Tokenizer, report: Report) -> Iterator[EncodedDocument]:
         """See ShardJob."""
         for part in self.parts:
             for example in part.read():
-                counter.total += 1
+                report.num_examples += 1
                 if isinstance(example, RejectedExample):
-                    counter.add(example)
+                    report.add(example)
                     continue
                 try:
                     conversation = encode_example(example, tokenizer)
                 except InputError as error:
-                    counter.add(RejectedExample(example.where, "chat template", str(error)))
+                    report.add(RejectedExample(example.where, "chat template", str(error)))
                     continue
-                split = self.split_of(split_hash(example.group))
-                for ids, is_answer in self._fit(conversation, example.where, counter):
-                    yield EncodedDocument(split, ids, len(tokenizer.decode(ids).encode()), is_answer)
+                for ids, is_answer in self._fit(conversation, example.where, report):
+                    num_bytes = len(tokenizer.decode(ids).encode())
+                    yield EncodedDocument(ids, num_bytes, split_hash(example.group), is_answer)
 
-    def _fit(self, conversation: Conversation, where: str, counter: DropCounter) -> Iterator[Conversation]:
+    def _fit(self, conversation: Conversation, where: str, report: Report) -> Iterator[Conversation]:
         """The pieces that an example is stored as: more or less than one if it is longer than a window or row."""
         ids, is_answer = conversation
         limit, rule, windows = self.settings.length, self.settings.over_length, self.settings.format == "illada"
@@ -57,7 +64,7 @@ class ExampleJob(ShardJob):
             yield conversation
             return
         fate = {"drop": "left out", "split": "split", "truncate": "truncated"}[rule]
-        counter.add(RejectedExample(where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens"), fate)
+        report.add(RejectedExample(where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens"), fate)
         if rule == "split" and windows:
             yield conversation  # windows divide the concatenated examples anyway
             return
@@ -67,7 +74,7 @@ class ExampleJob(ShardJob):
             if windows or any(piece.is_answer):
                 yield piece
             else:
-                counter.add(RejectedExample(where, "a piece of a long example without any answer"))
+                report.add(RejectedExample(where, "a piece of a long example without any answer"))
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
@@ -83,7 +90,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
 
 
 def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directory: pathlib.Path,
-                     tokenizer: Tokenizer | None, progress: bool = True) -> Manifest:
+                     tokenizer: Tokenizer | None, progress: bool = True) -> None:
     """Prepares examples, on all cores if there is much to do. Their order is that of the sources.
 
     Args:
@@ -97,18 +104,13 @@ def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directo
               for group in group_parts(of_source, settings.shard_bytes)]
     jobs = [ExampleJob(index=index, parts=group, split_below=settings.split_below, source=source, settings=settings)
             for index, (source, group) in enumerate(groups)]
-    texts = (text for of_source in parts for part in of_source for example in part.read()
-             if isinstance(example, Example) for text in example.texts)
-    tokenizer = save_tokenizer(directory, tokenizer, texts, settings.vocab_size, progress)
+    every = [part for of_source in parts for part in of_source]
+    texts = (text for part in every for example in part.read() if isinstance(example, Example)
+             for text in example.texts)
     num_processes = 1
-    if sum(job.num_bytes for job in jobs) > _WORTH_PROCESSES:
+    if sum(part.num_bytes for part in every) > _WORTH_PROCESSES:
         num_processes = min(len(jobs), os.cpu_count() or 1)
-    (directory / DONE_DIRECTORY).mkdir()
-    LocalEngine(num_processes, progress).make(jobs, directory, drop_duplicates=False)
-    splits, counter = collect(directory, jobs)
+    engine = functools.partial(make_locally, num_processes=num_processes, progress=progress)
+    manifest = run_jobs(settings, directory, jobs, tokenizer, texts, engine, progress)
     shutil.rmtree(directory / DONE_DIRECTORY)
-    manifest = Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction,
-                        splits, has_answers=True, dropped=counter.lines("left out", "truncated"),
-                        divided=counter.lines("split"))
     manifest.save(directory)
-    return manifest

@@ -1,85 +1,83 @@
 """Jobs: the shards of a preparation, each made from its own parts, in any order, by any process.
 
-An engine runs them: `local.py` on the cores of this machine, `beam.py` on Apache Beam. Both call the functions here.
+An engine runs them: `make_locally` on the cores of this machine, `beam.py` on Apache Beam.
 """
 
 import abc
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import pathlib
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
+import tqdm
 
-from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY
+from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, Manifest
+from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.shards import ShardInfo, ShardWriter
 from illada_jax.data.sources.examples import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
-from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
-from illada_jax.files import write_atomically
+from illada_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.files import new_directory, write_atomically
 
 DONE_DIRECTORY = "done"
 _SHOWN_PLACES = 3  # of each reason
 
+T = TypeVar("T")
 
-class DropCounter:
-    """Counts of examples that were left out or cut, by fate and reason, with the first places.
+
+@dataclass
+class Report:
+    """The examples read, and those left out or cut.
 
     Attributes:
-      total: all examples read.
+      num_examples: all examples read.
+      drops: fate, reason and place of each example that was left out or cut.
     """
 
-    def __init__(self):
-        self.total = 0
-        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        self._places: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    num_examples: int = 0
+    drops: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, rejected: RejectedExample, fate: str = "left out") -> None:
-        """Counts an example."""
+        """Adds an example to the drops."""
         place = rejected.where + (f" ({rejected.detail})" if rejected.detail else "")
-        self._add((fate, rejected.reason), 1, [place])
-
-    def to_json(self) -> dict:
-        """The counts as JSON values, for `merge`."""
-        return {"total": self.total,
-                "drops": [[*key, count, self._places[key]] for key, count in self._counts.items()]}
-
-    def merge(self, later: dict) -> None:
-        """Adds the counts of another counter, of examples that come later in the sources, given by `to_json`."""
-        self.total += later["total"]
-        for fate, reason, count, places in later["drops"]:
-            self._add((fate, reason), count, places)
+        self.drops.append((fate, rejected.reason, place))
 
     def lines(self, *fates: str) -> tuple[str, ...]:
-        """One line per reason, the most frequent first."""
+        """One line per reason with the first places, the most frequent reason first."""
+        places = collections.defaultdict(list)
+        for fate, reason, place in self.drops:
+            places[fate, reason].append(place)
         return tuple(
-            f"{count:,} of {self.total:,} examples {fate}: {reason}: " + "; ".join(self._places[fate, reason])
-            + ("; …" if count > _SHOWN_PLACES else "")
-            for (fate, reason), count in self._counts.most_common() if fate in fates
+            f"{len(found):,} of {self.num_examples:,} examples {fate}: {reason}: " + "; ".join(found[:_SHOWN_PLACES])
+            + ("; …" if len(found) > _SHOWN_PLACES else "")
+            for (fate, reason), found in sorted(places.items(), key=lambda item: -len(item[1])) if fate in fates
         )
-
-    def _add(self, key: tuple[str, str], count: int, places: list[str]) -> None:
-        self._counts[key] += count
-        self._places[key] = (self._places[key] + places)[:_SHOWN_PLACES]
 
 
 class EncodedDocument(NamedTuple):
     """A document or an example as tokens.
 
     Attributes:
-      split: `train` or `heldout`.
       ids: its tokens, the end token included.
       num_bytes: UTF-8 bytes of its text.
+      split_hash: decides its side of the held-out split.
       is_answer: of an example, for each token: it belongs to an answer.
     """
 
-    split: str
     ids: Sequence[int]
     num_bytes: int
+    split_hash: int
     is_answer: Sequence[bool] = ()
 
 
@@ -101,18 +99,9 @@ class ShardJob(abc.ABC):
     split_below: int
     source: int = 0
 
-    @property
-    def num_bytes(self) -> int:
-        """Approximate size of the parts."""
-        return sum(part.num_bytes for part in self.parts)
-
-    def split_of(self, split_hash: int) -> str:
-        """`heldout` or `train`."""
-        return "heldout" if split_hash < self.split_below else "train"
-
     @abc.abstractmethod
-    def encode(self, tokenizer: Tokenizer, counter: DropCounter) -> Iterator[EncodedDocument]:
-        """The documents of the parts as tokens, in order; examples that are left out or cut are counted."""
+    def encode(self, tokenizer: Tokenizer, report: Report) -> Iterator[EncodedDocument]:
+        """The documents of the parts as tokens, in order; examples are reported."""
 
 
 @dataclass(frozen=True)
@@ -136,31 +125,19 @@ class TextJob(ShardJob):
         return np.array([hashlib.blake2b(document.text.encode(), digest_size=16).digest()
                          for document in self._all_documents()], "V16")
 
-    def without(self, duplicates: Iterable[int]) -> "TextJob":
-        """The job with documents left out."""
-        return dataclasses.replace(self, duplicates=frozenset(duplicates))
-
-    def encode(self, tokenizer: Tokenizer, counter: DropCounter) -> Iterator[EncodedDocument]:
+    def encode(self, tokenizer: Tokenizer, report: Report) -> Iterator[EncodedDocument]:
         """See ShardJob."""
         for document in self.documents():
             ids = [*tokenizer.encode(document.text), tokenizer.eos_id]
-            yield EncodedDocument(self.split_of(document.split_hash), ids, len(document.text.encode()))
+            yield EncodedDocument(ids, len(document.text.encode()), document.split_hash)
 
     def _all_documents(self) -> Iterator[Document]:
         return (document for part in self.parts for document in part.read())
 
 
-class Engine(Protocol):
-    """Runs jobs. The shards are the same with every engine, byte for byte."""
-
-    def make(self, jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool) -> None:
-        """Makes the shards that are not done yet.
-
-        Args:
-          jobs: all jobs of the preparation.
-          directory: the target; it holds the tokenizer already.
-          drop_duplicates: leave out documents that repeat the text of an earlier one (TextJob only).
-        """
+# Makes the missing shards of jobs in a directory, of TextJobs without duplicates if the flag is set. The shards are the
+# same with every engine, byte for byte.
+Engine = Callable[[Sequence[ShardJob], pathlib.Path, bool], None]
 
 
 def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
@@ -176,39 +153,87 @@ def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...
     return [tuple(group) for group in groups]
 
 
-def make_shard(directory: pathlib.Path, job: ShardJob, advance: Callable[[int], object] = lambda num_bytes: None
-               ) -> None:
-    """Makes the shard of a job, of either split, and records that it is done.
-
-    Args:
-      directory: the target of the preparation, which holds the tokenizer.
-      job: the job.
-      advance: called with the bytes of every document.
-    """
+def make_shard(directory: pathlib.Path, job: ShardJob) -> None:
+    """Makes the shard of a job, of either split, and records that it is done, unless it is done already."""
+    path = directory / DONE_DIRECTORY / f"{job.index:06d}.json"
+    if path.exists():
+        return
     tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
     writers = {split: ShardWriter(directory / f"{split}-{job.index:06d}.array_record", tokenizer.vocab_size,
                                   job.has_answers, job.source) for split in SPLITS}
-    counter = DropCounter()
-    for document in job.encode(tokenizer, counter):
-        writers[document.split].add(document.ids, document.num_bytes, document.is_answer)
-        advance(document.num_bytes)
+    report = Report()
+    for document in job.encode(tokenizer, report):
+        split = "heldout" if document.split_hash < job.split_below else "train"
+        writers[split].add(document.ids, document.num_bytes, document.is_answer)
     infos = {split: writer.close() for split, writer in writers.items()}
     done = {"shards": {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None},
-            "drops": counter.to_json()}
-    write_atomically(done_path(directory, job.index), json.dumps(done))
+            "report": dataclasses.asdict(report)}
+    write_atomically(path, json.dumps(done))
 
 
-def done_path(directory: pathlib.Path, index: int) -> pathlib.Path:
-    """The record that a job is done, with its shards and drops."""
-    return directory / DONE_DIRECTORY / f"{index:06d}.json"
+def make_locally(jobs: Sequence[ShardJob], directory: pathlib.Path, drop_duplicates: bool, num_processes: int = 1,
+                 progress: bool = True) -> None:
+    """An engine of processes on this machine; 1 is this process. Shows bars on a terminal."""
+    run = functools.partial(_run, num_processes=num_processes, progress=progress)
+    if drop_duplicates:
+        digests = list(run("looking for duplicates", TextJob.digests, jobs))
+        _, first = np.unique(np.concatenate(digests), return_index=True)
+        repeated = np.ones(sum(map(len, digests)), bool)
+        repeated[first] = False
+        per_job = np.split(repeated, np.cumsum(list(map(len, digests)))[:-1])
+        jobs = [dataclasses.replace(job, duplicates=frozenset(np.flatnonzero(positions).tolist()))
+                for job, positions in zip(jobs, per_job, strict=True)]
+    for _ in run("tokenizing", functools.partial(make_shard, directory), jobs):
+        pass
 
 
-def collect(directory: pathlib.Path, jobs: Sequence[ShardJob]) -> tuple[dict[str, tuple[ShardInfo, ...]], DropCounter]:
-    """The shards of every split, in the order of the jobs, and the drops. All jobs must be done."""
-    done = [json.loads(done_path(directory, job.index).read_bytes()) for job in jobs]
-    counter = DropCounter()
-    for record in done:
-        counter.merge(record["drops"])
+def _run(what: str, function: Callable[[ShardJob], T], jobs: Sequence[ShardJob], num_processes: int, progress: bool
+         ) -> Iterator[T]:
+    """Yields the function of every job, in order. The first error cancels the rest."""
+    bar = functools.partial(tqdm.tqdm, desc=what, total=len(jobs), unit="shard", disable=None if progress else True)
+    if num_processes == 1:
+        yield from bar(map(function, jobs))
+        return
+    # Not forked: the parent may run threads (progress bar, gRPC) whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _die_with_parent) as pool:
+        yield from bar(pool.map(function, jobs))
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is killed: the parent's next run repeats the work."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJob], tokenizer: Tokenizer | None,
+             texts: Iterable[str], engine: Engine, progress: bool) -> Manifest:
+    """Saves the tokenizer, makes the missing shards, and returns the manifest, not yet saved.
+
+    A tokenizer that is in the directory already is kept; if `tokenizer` is None, one is trained on `texts`.
+    """
+    target = directory / TOKENIZER_DIRECTORY
+    if target.exists():
+        tokenizer = load_tokenizer(target)
+    else:
+        if tokenizer is None:
+            if progress:
+                print(f"training a SentencePiece tokenizer of {settings.vocab_size:,} ids", file=sys.stderr, flush=True)
+            tokenizer = train_sentencepiece(texts, settings.vocab_size)
+        with new_directory(target) as unfinished:
+            tokenizer.save(unfinished)
+    (directory / DONE_DIRECTORY).mkdir(exist_ok=True)
+    engine(jobs, directory, settings.drop_duplicates)
+    paths = sorted((directory / DONE_DIRECTORY).glob("*.json"), key=lambda path: int(path.stem))
+    done = [json.loads(path.read_bytes()) for path in paths]
+    report = Report(sum(record["report"]["num_examples"] for record in done),
+                    [drop for record in done for drop in record["report"]["drops"]])
     splits = {split: tuple(ShardInfo(**record["shards"][split]) for record in done if split in record["shards"])
               for split in SPLITS}
-    return splits, counter
+    return Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction, splits,
+                    has_answers=any(job.has_answers for job in jobs), dropped=report.lines("left out", "truncated"),
+                    divided=report.lines("split"))

@@ -3,18 +3,15 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from illada_jax.data.manifest import FORMAT_VERSION, TOKENIZER_DIRECTORY
+from illada_jax.data.manifest import FORMAT_VERSION
 from illada_jax.data.shards import file_sha256
 from illada_jax.data.sources.registry import Part
-from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.files import new_directory
 
 _PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
 
@@ -96,36 +93,9 @@ def given_tokenizer(name: str) -> Tokenizer | None:
     if name == "sentencepiece":
         return None
     tokenizer = load_tokenizer(name)
-    check_lossless(tokenizer, name)
-    return tokenizer
-
-
-def check_lossless(tokenizer: Tokenizer, name: str) -> None:
-    """Checks that difficult text survives encoding and decoding.
-
-    Raises:
-      InputError: it does not; `name` is the tokenizer's name in the message.
-    """
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
         at = next((i for i, (a, b) in enumerate(zip(_PROBE, back, strict=False)) if a != b), len(back))
         raise InputError(f"tokenizer {name}: not lossless: {_PROBE[at:at + 8]!r} comes back as {back[at:at + 8]!r}; "
                          "use a byte-level tokenizer, or one with byte fallback")
-
-
-def save_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer | None, texts: Iterable[str], vocab_size: int,
-                   progress: bool) -> Tokenizer:
-    """Saves the tokenizer of a preparation in its directory and returns it; one saved there before is kept.
-
-    If `tokenizer` is None, one of `vocab_size` ids is trained on `texts`.
-    """
-    target = directory / TOKENIZER_DIRECTORY
-    if target.exists():
-        return load_tokenizer(target)
-    if tokenizer is None:
-        if progress:
-            print(f"training a SentencePiece tokenizer of {vocab_size:,} ids", file=sys.stderr, flush=True)
-        tokenizer = train_sentencepiece(texts, vocab_size)
-    with new_directory(target) as unfinished:
-        tokenizer.save(unfinished)
     return tokenizer
