@@ -1,6 +1,6 @@
 """The console command: `illada COMMAND …` is `python -m illada_jax.MODULE …`.
 
-    illada generate --prompt="The with statement" --watch
+    illada generate --prompt="If the process is not" --watch
     illada train --config=experiments/quickstart.py
     illada help generate
 
@@ -32,7 +32,7 @@ def usage() -> str:
 
 {commands}
 examples:
-  illada generate --prompt="The with statement" --watch
+  illada generate --prompt="If the process is not" --watch
   illada generate --chat
   illada train --config=experiments/quickstart.py
   illada help train"""

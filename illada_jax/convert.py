@@ -1,6 +1,6 @@
 """Converts models: official weights to a workdir, a workdir to the official layout, either one to eight bits.
 
-    python -m illada_jax.convert --source=LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
+    python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
     python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
     python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
 

@@ -1,6 +1,6 @@
 """Evaluates a model on tasks of lm-evaluation-harness (extra: eval) and records every setting.
 
-    python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=local_arc_easy --limit=100
+    python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=own_sudoku --limit=100
     python -m illada_jax.evaluate --checkpoint=GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset=illada-base/hellaswag
     python -m illada_jax.evaluate --checkpoint=… --preset=illada-instruct/math --set=max_new_tokens=512
     python -m illada_jax.evaluate --list_presets

@@ -1,11 +1,11 @@
 """Continues prompts, or fills gaps in them, with a trained model.
 
-    python -m illada_jax.generate --prompt="The with statement" --watch
+    python -m illada_jax.generate --prompt="If the process is not" --watch
     python -m illada_jax.generate --checkpoint=workdirs/quickstart --prompt="Return the" --max_new_tokens=32
-    python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is [[mask:6]] sequence."
-    python -m illada_jax.generate --checkpoint=LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The capital of"
+    python -m illada_jax.generate --checkpoint=workdirs/quickstart --infill --prompt="A list is[[mask:6]] sequence."
+    python -m illada_jax.generate --checkpoint=GSAI-ML/LLaDA-8B-Base --dtype=bfloat16 --quantize=int8 --prompt="The"
     python -m illada_jax.generate --checkpoint=workdirs/quickstart --input=prompts.jsonl --results=results.jsonl
-    python -m illada_jax.generate --prompt="Return the" --trace=out.html
+    python -m illada_jax.generate --prompt="Return True if the file" --trace=out.html
     python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=confidence=random
     python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=reveal=threshold,threshold=0.6
     python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat

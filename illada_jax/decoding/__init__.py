@@ -5,7 +5,7 @@ Begin with `query`, the contract of a network (`LogitsFn`) and the one function 
 loop that all strategies share, `decoder` feeds it prompts of any length, `sampling` chooses tokens, `thinking` bounds
 the length of a reasoning, `gaps` parses texts with `[[mask:N]]`. A row's tokens do not depend on the other rows.
 
-May import the foundation, but not training: any function that returns logits can be decoded.
+May import model, parallel and what these import, but not training: any function that returns logits can be decoded.
 """
 
 from illada_jax.decoding.decoder import Decoded, Decoder

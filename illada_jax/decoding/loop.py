@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -106,7 +107,9 @@ def next_length(length_B, limit_B, block_length: int):
 @functools.partial(jax.jit, static_argnames=("rules",))
 def run_blocks(logits_fn: LogitsFn, carry: Carry, num_blocks: jax.Array, *, rules: Rules) -> Carry:
     """Decodes until all rows are done, the canvas is full, or `num_blocks` (traced) blocks are written."""
-    canvas_length = carry.tokens_BL.shape[1]
+    batch, canvas_length = carry.tokens_BL.shape
+    chex.assert_shape([carry.reveal_step_BL, carry.log_prob_BL], (batch, canvas_length))
+    chex.assert_shape([carry.length_B, carry.prompt_B, carry.limit_B, carry.done_B, carry.steps_B], (batch,))
 
     def has_work(state):
         carry, blocks = state

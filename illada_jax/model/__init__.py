@@ -2,7 +2,8 @@
 
 Begin with `functional`, the interface of the package: `init_params`, `hidden`, `head`, `make_logits_fn`. `transformer`
 is the network (bidirectional, RMSNorm, SwiGLU, rotary positions, grouped queries), `attention` its attention back ends,
-`cache` the keys and values cached in decoding, `int8` eight-bit weights, `flops` the operations by formula.
+`cache` the keys and values cached in decoding, `dense` and `embedding` the matrix product and the look-up over a mesh,
+`int8` eight-bit weights, `flops` the operations by formula.
 
 May import only the config: it knows nothing of masks, losses or decoding.
 """

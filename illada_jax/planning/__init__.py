@@ -4,5 +4,5 @@ Begin with `plan.make_plan`, or with the command, `illada_jax.aot`, which also c
 step, decoder or scorer exactly as they run, `hlo` reads the compiled program, `checks` looks for buffers that no device
 should hold, `chips` has the figures of the chips, `roofline` derives times from both, `render` makes tables.
 
-Stands at the top, beside the commands: it may import everything.
+May import training, decoding and scoring, whose programs it compiles; only the command imports it.
 """

@@ -4,7 +4,7 @@ Begin with `scorer.Scorer`, which scores (context, candidate) pairs by one of tw
 in order of confidence) and `monte_carlo` (LLaDA: the likelihood bound over random masks). `log_probs` evaluates the
 network for both. `illada_jax.evaluation` builds benchmarks on it.
 
-May import the foundation and decoding. Like decoding, it takes any function that returns logits.
+May import decoding and all packages below it. Like decoding, it takes any function that returns logits.
 """
 
 from illada_jax.scoring.scorer import Score, ScoreConfig, Scorer

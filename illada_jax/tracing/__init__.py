@@ -2,8 +2,8 @@
 
 Begin with `compare`, which decodes a prompt with several strategies, and `write_page`, which shows traces side by side
 on one HTML page. `trace` rebuilds a trace from a result of the decoder, `strategies` describes settings in words, and
-`page` (with `page.html`, `page.css`, `page.js`), `picture` and `terminal` render traces. The package may import
-everything below the commands; only commands import it.
+`page` (with `page.html`, `page.css`, `page.js`), `picture` and `terminal` render traces. May import
+decoding and all packages below it; only commands import it.
 """
 
 from illada_jax.tracing.page import write_page
