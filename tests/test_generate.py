@@ -210,11 +210,11 @@ def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(api.LanguageModel, "as_completed", three_then_stop)
         assert run(*arguments)[0] == 130
-    kept = results.read_text()
-    assert kept.count("\n") == 3
-    results.write_text(kept + '{"index": 6, "pro')  # a line that was being written
+    saved = results.read_text()
+    assert saved.count("\n") == 3
+    results.write_text(saved + '{"index": 6, "pro')  # a line that was being written
     assert run(*arguments)[0] is None
-    assert results.read_text().startswith(kept)
+    assert results.read_text().startswith(saved)
     lines = sorted(map(json.loads, results.read_text().splitlines()), key=lambda line: line["index"])
     assert [line["tokens"] for line in lines] == [result.tokens for result in whole]
 

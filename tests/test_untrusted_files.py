@@ -89,6 +89,6 @@ def test_a_checkpoint_that_claims_to_be_larger_than_its_arrays_is_refused(tmp_pa
     forged = {**meta, "checksum": checksum(meta, tokenizer_files)}
     (checkpoint / "meta" / "metadata").write_text(json.dumps(forged))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=r"checkpoints/1: damaged: .*there is no other checkpoint"):
+    with pytest.raises(InputError, match=r"checkpoints/1: corrupt: .*there is no other checkpoint"):
         load_model(tmp_path / "run")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB

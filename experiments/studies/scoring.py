@@ -105,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {}
     for checkpoint, path in arguments.task:
         items, name = read_items(path, arguments.limit), pathlib.Path(path).stem
-        kept = arguments.results / f"{name}-{len(items)}.json"
-        task = json.loads(kept.read_text()) if kept.exists() else {
+        saved = arguments.results / f"{name}-{len(items)}.json"
+        task = json.loads(saved.read_text()) if saved.exists() else {
             "answers": [item["answer"] for item in items], "methods": {}}
         for method in METHODS:
             if method not in task["methods"]:
                 task["methods"][method] = evaluate(api.load(checkpoint), items, method)
-                kept.write_text(json.dumps(task))
+                saved.write_text(json.dumps(task))
                 print(f"{name}: {method} is finished", flush=True)
         found[name] = task
     print(report(found, arguments.results))

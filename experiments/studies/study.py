@@ -122,8 +122,8 @@ def _quickstart() -> ml_collections.ConfigDict:
 
 def train_base(directory: pathlib.Path) -> None:
     """Trains the base model, or continues."""
-    for name, wanted in base_configs(directory).items():
-        config, examples, batches = open_data(wanted)
+    for name, expected in base_configs(directory).items():
+        config, examples, batches = open_data(expected)
         last = config.train.stop_step or config.train.steps
         if not (directory / name / "checkpoints" / str(last)).is_dir():
             print(f"the base model: {name}", flush=True)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes (goodput), and a watchdog that ends a process in which nothing happens."""
+"""The time of a run by phase (goodput), and a watchdog that ends a process that makes no progress."""
 
 import collections
 import contextlib

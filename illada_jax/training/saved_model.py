@@ -225,7 +225,7 @@ def _explain_corruption(directory: epath.Path) -> Iterator[None]:
         steps = sorted(step for step in ocp.utils.checkpoint_steps(directory.parent) if str(step) != directory.name)
         others = ", ".join(str(directory.parent / str(step)) for step in steps)
         advice = f"other checkpoints: {others}" if others else "there is no other checkpoint in its workdir"
-        raise InputError(f"{directory}: damaged: {error}; {advice}") from error
+        raise InputError(f"{directory}: corrupt: {error}; {advice}") from error
 
 
 def open_initial(config: Config) -> SavedModel | None:

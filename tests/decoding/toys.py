@@ -52,7 +52,7 @@ def transformer(seed: int = 0, config: ModelConfig = TRANSFORMER):
 
 
 def network_of(config: ModelConfig, params):
-    """What the oracle calls, of a transformer."""
+    """A transformer behind the interface that the oracle calls."""
     forward = _forward(config)
 
     def network(canvas):

@@ -8,9 +8,9 @@ from illada_jax.errors import EXIT_RESUMABLE
 from tests.faults import programs
 
 
-def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Signals) -> str:
+def told_to_stop(directory: pathlib.Path, workdir: pathlib.Path, number: signal.Signals) -> str:
     """Sends a signal during training and resumes; describes a failure, or returns an empty text."""
-    command = programs.train_command(place, workdir)
+    command = programs.train_command(directory, workdir)
     process = _training(command, workdir, 3)
     process.send_signal(number)
     output = "".join(process.communicate(timeout=300))
@@ -24,9 +24,9 @@ def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Sign
     return "" if {saved, saved + 1} <= set(steps) else f"lines of metrics at {steps[-3:]}, saved at {saved}"
 
 
-def second_trainer(place: pathlib.Path, workdir: pathlib.Path) -> str:
+def second_trainer(directory: pathlib.Path, workdir: pathlib.Path) -> str:
     """Starts a second trainer in the same workdir; describes a failure, or returns an empty text."""
-    command = programs.train_command(place, workdir)
+    command = programs.train_command(directory, workdir)
     first = _training(command, workdir, 1)
     code, output = programs.run(command)
     error = output.strip().splitlines()[-1]

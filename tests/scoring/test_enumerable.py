@@ -1,4 +1,4 @@
-"""Where everything can be enumerated: a network of true conditionals over four tokens of three symbols."""
+"""Scores by enumeration, of a network of true conditionals over four tokens of three symbols."""
 
 import itertools
 import math

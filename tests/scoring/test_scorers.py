@@ -88,13 +88,13 @@ def test_alone_or_in_a_batch(networks, settings):
     """Batch size, order and other pairs change nothing; two runs of one batch are equal bit for bit."""
     logits_fn, network = networks
     alone = [scorer(logits_fn, batch_size=1, **settings).score([pair])[0] for pair in PAIRS]
-    together = scorer(logits_fn, batch_size=8, **settings).score(PAIRS)
-    assert scorer(logits_fn, batch_size=8, **settings).score(PAIRS) == together
+    batched = scorer(logits_fn, batch_size=8, **settings).score(PAIRS)
+    assert scorer(logits_fn, batch_size=8, **settings).score(PAIRS) == batched
     shuffled = np.random.default_rng(1).permutation(len(PAIRS))
     reordered = scorer(logits_fn, batch_size=2, **settings).score([PAIRS[i] for i in shuffled])
     back = [reordered[i] for i in np.argsort(shuffled)]
     near_ties = 0
-    for pair, one, two, three in zip(PAIRS, alone, together, back, strict=True):
+    for pair, one, two, three in zip(PAIRS, alone, batched, back, strict=True):
         if not np.allclose([two.value, three.value], one.value, atol=1e-5, rtol=1e-6):
             assert "method" not in settings
             assert reference.confidence(network, *pair, IDS, **settings)[2] < NEAR

@@ -1,4 +1,4 @@
-"""What `generate --watch` draws."""
+"""The drawings of `generate --watch`."""
 
 import io
 import re

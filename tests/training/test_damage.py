@@ -62,8 +62,8 @@ def test_the_newest_whole_checkpoint_is_found(run, finished, tmp_path, capsys, d
     DAMAGE[damage](tmp_path / "run" / "checkpoints" / "6")
     outcome, lines = run(tmp_path / "run", **COMMON)
     warning = capsys.readouterr().err
-    assert f"{tmp_path}/run/checkpoints/6: damaged: " in warning
-    assert f"moved to {tmp_path}/run/damaged/6.0" in warning and (tmp_path / "run" / "damaged" / "6.0").is_dir()
+    assert f"{tmp_path}/run/checkpoints/6: corrupt: " in warning
+    assert f"moved to {tmp_path}/run/corrupt/6.0" in warning and (tmp_path / "run" / "corrupt" / "6.0").is_dir()
     assert outcome.step == 6
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(outcome.state.params), params)
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 3, 4, 6]
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path, damage, dtype):
     """The message names it, and the other checkpoints."""
     shutil.copytree(finished[0], tmp_path / "run")
     DAMAGE[damage](tmp_path / "run" / "checkpoints" / "6")
-    with pytest.raises(InputError, match=r"run/checkpoints/6(/params)?: (damaged: |not a checkpoint)"):
+    with pytest.raises(InputError, match=r"run/checkpoints/6(/params)?: (corrupt: |not a checkpoint)"):
         load_model(tmp_path / "run", dtype)
     assert load_model(tmp_path / "run" / "checkpoints" / "4", dtype).step == 4
 
