@@ -10,7 +10,7 @@
     python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=reveal=threshold,threshold=0.6
     python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
-Without --checkpoint a small model of the package is used. Settings default to those of the checkpoint's config. Several
+Without --checkpoint, a small bundled model is used. Settings default to those of the checkpoint's config. Several
 `--prompt` are decoded together. `--output=json` prints one line per prompt with its text, tokens, network evaluations
 (nfe) and seconds. `--input` reads lines such as {"prompt": "…"}.
 

@@ -153,7 +153,7 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--config.decode.reveal=typo", "config.decode.reveal = 'typo': must be one of"),
-    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 lies outside the vocabulary of"),
+    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 is outside the vocabulary of"),
     ("--config.decode.block_length=1000", "must"),
 ])
 def test_bad_decode_settings_are_refused_before_training(directory, tmp_path, flag, message):

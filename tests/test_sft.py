@@ -34,8 +34,8 @@ def conversation(name, filler):
 
 def tiny(directory, **changes):
     return {
-        "data.sources": (f"chat:{directory}/talk.jsonl",), "data.cache_dir": str(directory / "cache"), "data.length": 64,
-        "data.batch_size": 12, "data.heldout_fraction": 0.2, "sft.bucket": 64, "model.d_model": 32,
+        "data.sources": (f"chat:{directory}/talk.jsonl",), "data.cache_dir": str(directory / "cache"),
+        "data.length": 64, "data.batch_size": 12, "data.heldout_fraction": 0.2, "sft.bucket": 64, "model.d_model": 32,
         "model.num_layers": 2, "model.head_dim": 8, "model.d_ff": 64, "model.scan_unroll": 2, "model.max_length": 96,
         "optimizer.warmup_steps": 5, "eval.rows": 8, "eval.every_epochs": 0.0, "eval.every": 10_000,
         "decode.block_length": 8, "decode.steps_per_block": 8, "decode.max_new_tokens": 16, "train.epochs": 150,

@@ -55,7 +55,7 @@ class ShardInfo:
     source: int
 
     def checked(self) -> "ShardInfo":
-        """Itself. Raises TypeError if a value is of another type, or the numbers contradict each other."""
+        """Returns self. Raises TypeError if a value has the wrong type or the numbers contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type or (field.type is int and value < 0):
@@ -91,7 +91,7 @@ class ShardWriter:
 
         Args:
           ids: its tokens, the end token included.
-          num_bytes: bytes of UTF-8 that they stand for.
+          num_bytes: UTF-8 bytes of its text.
           is_answer: for examples, True for each token of an answer.
         """
         values = np.array(ids, self._dtype)

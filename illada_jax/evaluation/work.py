@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers of a chunk, JSON-compatible, and the network evaluations that they took."""
+    """The answers of a chunk, JSON-compatible, and the number of network evaluations for them."""
 
     answers: list[Any]
     evaluations: int
@@ -49,7 +49,7 @@ class Work:
     """Answers requests in chunks.
 
     Attributes:
-      directory: for finished chunks; None keeps none.
+      directory: for finished chunks; None saves none.
       fingerprint: of everything besides the requests that answers depend on; saved chunks with another fingerprint are
         ignored.
       chunk: approximate number of requests per chunk.

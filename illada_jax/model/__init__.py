@@ -4,7 +4,7 @@ Begin with `functional`, the interface of the package: `init_params`, `hidden`, 
 is the network (bidirectional, RMSNorm, SwiGLU, rotary positions, grouped queries), `attention` its attention back ends,
 `cache` the keys and values cached in decoding, `int8` eight-bit weights, `flops` the operations by formula.
 
-May import only the config: it knows nothing of masks, losses or decoding.
+May import only the config: it does not depend on masks, losses or decoding.
 """
 
 from illada_jax.model.cache import make_init_cache

@@ -139,7 +139,7 @@ def describe_plan(config: Config) -> str:
                  f"{math.ceil(12e12 / tokens):,} steps)")
         total = f", {flops * tokens * config.train.steps:.4g} in total"
     else:
-        steps, total = f"{config.train.epochs} epochs; the number of examples decides how many steps", ""
+        steps, total = f"{config.train.epochs} epochs; the number of examples determines the steps", ""
     lines = [
         f"parameters        {count:,} ({_in_units(count)}), without embedding and head {count - embeddings:,} "
         f"({_in_units(count - embeddings)})",
@@ -163,7 +163,7 @@ def _in_units(number: float) -> str:
 
 
 def _meshes(config: Config) -> list[AbstractMesh]:
-    """The mesh of the config; if an axis is left open, one mesh each for 1, 64 and 256 devices on it that divides."""
+    """The mesh of the config; if an axis is open, one mesh for each of its sizes 1, 64 and 256 that fits the config."""
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     meshes = []
     for count in (1, 64, 256) if -1 in sizes else (1,):

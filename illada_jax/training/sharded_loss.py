@@ -24,7 +24,7 @@ def sharded_token_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_losses`, with its arguments and results, of a batch whose rows are sharded over `data` and `fsdp`.
 
-    Each device skips positions of weight 0. The sharding of the vocabulary (`tensor`) is left as it is.
+    Each device skips positions of weight 0. The sharding of the vocabulary (`tensor`) is unchanged.
     """
     name, spec = ("embedding", (None, RULES["embed"])) if config.model.tied_head else ("head", (RULES["embed"], None))
 

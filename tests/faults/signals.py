@@ -32,7 +32,7 @@ def second_trainer(directory: pathlib.Path, workdir: pathlib.Path) -> str:
     error = output.strip().splitlines()[-1]
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=300)
-    if code != 2 or f"process {first.pid}" not in error or "trains in this workdir" not in error:
+    if code != 2 or f"process {first.pid}" not in error or "is training in this workdir" not in error:
         return f"the second: exit code {code}: {error}"
     return "" if first.returncode == EXIT_RESUMABLE else f"the first: exit code {first.returncode}"
 

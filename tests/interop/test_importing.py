@@ -81,11 +81,11 @@ def test_ids_by_flag_then_config_then_tokenizer_then_family(tmp_path):
     vocab["<other>"] = vocab.pop("<[MASK]>")
     (path / "tokenizer.json").write_text(json.dumps(description))
     assert interop.load_model(path).tokenizer.mask_id == 5  # the family's
-    with pytest.raises(InputError, match="the id of eot, 300, lies outside the vocabulary of 272"):
+    with pytest.raises(InputError, match="the id of eot, 300, is outside the vocabulary of 272"):
         interop.load_model(path, special_ids={"eot": 300})
     with pytest.raises(InputError, match="unknown name 'end'"):
         interop.load_model(path, special_ids={"end": 3})
-    with pytest.raises(InputError, match="the id of mask, 300, lies outside the vocabulary of 272"):
+    with pytest.raises(InputError, match="the id of mask, 300, is outside the vocabulary of 272"):
         interop.load_model(path, special_ids={"mask": 300})
     with pytest.raises(InputError, match="MASK must not share its id 7 with EOS or BOS"):
         interop.load_model(path, special_ids={"mask": 7})

@@ -187,9 +187,9 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
     ("llada-gqa-tied", {"block_type": "sequential"}, "block_type = 'sequential': not supported; must be 'llama'"),
     ("llada-gqa-tied", {"alibi": True}, "alibi = True: not supported"),
     ("llada-gqa-tied", {"weight_tying": False}, "1 missing tensor: model.transformer.ff_out.weight"),
-    ("llada-gqa-tied", {"mask_token_id": 100_000}, "the id of mask, 100000, lies outside the vocabulary of 272"),
-    ("llada-gqa-tied", {"eos_token_id": [257, 100_000]}, "the id of eos, 100000, lies outside the vocabulary of 272"),
-    ("llada-gqa-tied", {"eos_token_id": ["</s>"]}, "the id of eos, '</s>', lies outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"mask_token_id": 100_000}, "the id of mask, 100000, is outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": [257, 100_000]}, "the id of eos, 100000, is outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": ["</s>"]}, "the id of eos, '</s>', is outside the vocabulary of 272"),
 ])
 def test_configs_that_are_not_supported(tmp_path, case, change, message):
     fails(checkpoint(tmp_path, case, **change), str(tmp_path / case), message)

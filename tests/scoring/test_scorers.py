@@ -234,7 +234,7 @@ def test_masks_of_monte_carlo():
 @pytest.mark.parametrize("pairs, message", [
     ([([4], [])], "pair 0: the candidate is empty"),
     ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 after it exceed the"),
-    ([([4], [11])], "id 11 lies outside the vocabulary of 11"),
+    ([([4], [11])], "id 11 is outside the vocabulary of 11"),
     ([([IDS.mask], [5])], "contains MASK (id 0)"),
 ])
 def test_bad_pairs(networks, pairs, message):

@@ -56,7 +56,7 @@ def test_halt_says_what_to_type_and_that_works(run, tmp_path):
         run(tmp_path / "w", poison=poisoned(6, value=value), **COMMON)
     message = str(caught.value)
     assert "\n" not in message and "bad numbers at step 6: loss " in message
-    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is of step 4. " in message
+    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is from step 4. " in message
     assert "--config.faults.action=skip" in message and "--config.faults.action=rollback" in message
     assert [path.name for path in (tmp_path / "w" / "checkpoints").iterdir()] == ["4"]
 

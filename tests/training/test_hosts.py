@@ -135,7 +135,7 @@ def test_sigterm_to_one_saves_on_all_and_a_killed_run_resumes(run, start, tmp_pa
     started = start(2, workdir, *LONG)
     wait_for_steps(workdir, 25, started)
     (code, _, error), = finish(start(1, workdir, *LONG))
-    assert code == 2 and f"process {started[0].pid} on " in error and "trains in this workdir; stop it" in error
+    assert code == 2 and f"process {started[0].pid} on " in error and "is training in this workdir; stop it" in error
     started[1].send_signal(signal.SIGTERM)
     results = finish(started)
     for code, _, error in results:

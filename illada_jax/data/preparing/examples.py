@@ -50,7 +50,7 @@ class ExampleJob(ShardJob):
                     yield EncodedDocument(split, ids, len(tokenizer.decode(ids).encode()), is_answer)
 
     def _fit(self, conversation: Conversation, where: str, counter: DropCounter) -> Iterator[Conversation]:
-        """The pieces that an example is stored as: more or less than one if it is longer than a window or row."""
+        """The pieces to store for an example: none or several if it is longer than a window or row."""
         ids, is_answer = conversation
         limit, rule, windows = self.settings.length, self.settings.over_length, self.settings.format == "illada"
         if len(ids) <= limit:
@@ -74,7 +74,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
     """The tokens of an example: a conversation through the chat template, a pair as prompt + response + EOS.
 
     Raises:
-      InputError: the chat template refuses the conversation.
+      InputError: the chat template rejects the conversation.
     """
     if example.messages:
         return encode_conversation(tokenizer, example.messages)

@@ -27,7 +27,7 @@ _SHOWN_PLACES = 3  # of each reason
 
 
 class DropCounter:
-    """Counts of examples that were left out or cut, by fate and reason, with the first places.
+    """Counts of examples that were left out or cut, by fate and reason, with the first positions of each.
 
     Attributes:
       total: all examples read.
@@ -49,7 +49,7 @@ class DropCounter:
                 "drops": [[*key, count, self._places[key]] for key, count in self._counts.items()]}
 
     def merge(self, later: dict) -> None:
-        """Adds the counts of another counter, of examples that come later in the sources, given by `to_json`."""
+        """Adds the counts, as `to_json` gives them, of examples that come later in the sources."""
         self.total += later["total"]
         for fate, reason, count, places in later["drops"]:
             self._add((fate, reason), count, places)
@@ -74,7 +74,7 @@ class EncodedDocument(NamedTuple):
       split: `train` or `heldout`.
       ids: its tokens, the end token included.
       num_bytes: UTF-8 bytes of its text.
-      is_answer: of an example, for each token: it belongs to an answer.
+      is_answer: for examples, True for each token of an answer.
     """
 
     split: str
@@ -85,7 +85,7 @@ class EncodedDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardJob(abc.ABC):
-    """One shard of each split: all that a process needs to make it.
+    """Everything that a process needs to make one shard of each split.
 
     Attributes:
       index: number of the shard.
@@ -126,7 +126,7 @@ class TextJob(ShardJob):
     duplicates: frozenset[int] = frozenset()
 
     def documents(self) -> Iterator[Document]:
-        """The documents that are kept; empty ones and duplicates are not."""
+        """The documents without empty ones and duplicates."""
         for position, document in enumerate(self._all_documents()):
             if document.text and position not in self.duplicates:
                 yield document
@@ -164,7 +164,7 @@ class Engine(Protocol):
 
 
 def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Puts consecutive parts together until they fill a shard."""
+    """Groups consecutive parts until they fill a shard."""
     groups: list[list[Part]] = []
     size = 0
     for part in parts:
@@ -178,7 +178,7 @@ def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...
 
 def make_shard(directory: pathlib.Path, job: ShardJob, advance: Callable[[int], object] = lambda num_bytes: None
                ) -> None:
-    """Makes the shard of a job, of either split, and records that it is done.
+    """Makes the shards of a job, one of each split, and records that it is done.
 
     Args:
       directory: the target of the preparation, which holds the tokenizer.

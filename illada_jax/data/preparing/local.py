@@ -26,7 +26,7 @@ class LocalEngine:
     """Processes on this machine; see jobs.Engine.
 
     Attributes:
-      num_processes: how many; 1 is this process.
+      num_processes: number of processes; 1 works in this process.
       progress: show a bar on stderr.
     """
 
@@ -82,7 +82,7 @@ def _in_processes(function: Callable[[S], T], jobs: Sequence[S], num_processes: 
 
 
 def _die_with_parent() -> None:
-    """Ends this process when its parent is killed: the parent's next run repeats the work."""
+    """Ends this process when its parent dies, whose next run repeats the work."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

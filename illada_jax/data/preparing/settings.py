@@ -1,4 +1,4 @@
-"""Settings of a preparation, and what follows from them: the tokenizer, and the key of a cached corpus."""
+"""Settings of a preparation, and the tokenizer and the cache key that follow from them."""
 
 import dataclasses
 import hashlib
@@ -104,7 +104,7 @@ def check_lossless(tokenizer: Tokenizer, name: str) -> None:
     """Checks that difficult text survives encoding and decoding.
 
     Raises:
-      InputError: it does not; `name` is the tokenizer's name in the message.
+      InputError: it does not; the message calls the tokenizer `name`.
     """
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
@@ -115,7 +115,7 @@ def check_lossless(tokenizer: Tokenizer, name: str) -> None:
 
 def save_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer | None, texts: Iterable[str], vocab_size: int,
                    progress: bool) -> Tokenizer:
-    """Saves the tokenizer of a preparation in its directory and returns it; one saved there before is kept.
+    """Saves the tokenizer of a preparation in its directory and returns it; reuses one that is already there.
 
     If `tokenizer` is None, one of `vocab_size` ids is trained on `texts`.
     """

@@ -1,7 +1,7 @@
 """Text to token shards, for `python -m illada_jax.prepare` and for small corpora that are prepared on the fly.
 
 A preparation begins with a plan: the parts of all sources, grouped into shards. A shard depends on its parts, the
-tokenizer and the split only. So any number of processes can make shards, in any order, and a preparation that was
+tokenizer and the split only, so any number of processes can make shards, in any order, and a preparation that was
 killed continues with the missing shards. The manifest is written last.
 """
 
@@ -64,7 +64,7 @@ def prepare(settings: Settings, directory: pathlib.Path, engine: Engine | None =
         if not any((directory / DONE_DIRECTORY).iterdir()):
             shutil.rmtree(directory)  # nothing to continue: a corrected command can use the target
         raise
-    _remove_leftovers(directory)  # of cluster workers that were given up
+    _remove_leftovers(directory)  # of failed cluster workers
     manifest.save(directory)
     shutil.rmtree(directory / DONE_DIRECTORY)
     (directory / _PLAN).unlink()
@@ -123,7 +123,7 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
 
 
 def _stamp(files: Iterable[pathlib.Path]) -> str:
-    """A hash of sizes and times of modification, which reads no file."""
+    """A hash of sizes and modification times; reads no file."""
     status = [path.stat() for path in files]
     return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in status]).encode()).hexdigest()[:16]
 
