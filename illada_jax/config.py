@@ -127,7 +127,7 @@ class DataConfig(Section):
     cache_dir: str = ""  # of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
     length: PositiveInt = 64  # tokens of a training window (L)
     batch_size: PositiveInt = 8  # rows of the global batch (B)
-    isolate_documents: bool = False  # each document (or example) in a window is a segment of its own
+    isolate_documents: bool = False  # each document (or example) in a window is its own segment
     # Probability that a batch or row (see `random_length_of`) is cut to a length drawn from 1 … length and padded
     # (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With sft.format = llada, rows keep their prompt
     # and a random share of the padded answer. Then the model does not learn to infer an answer's length from the length

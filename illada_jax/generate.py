@@ -179,7 +179,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     """The settings of one `--beside`, by name. Raises InputError for an unknown key or an invalid value."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.find("=") > 0 for part in parts):
-        raise InputError(f"--beside={text}: must be KEY=VALUE, or several separated by commas")
+        raise InputError(f"--beside={text}: must be KEY=VALUE, or several, separated by commas")
     values = flags.FlagValues()
     define_settings(values)
     try:

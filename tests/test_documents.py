@@ -1,4 +1,4 @@
-"""Documents are right: links, files, commands and settings that they name, examples in docstrings, package guides."""
+"""Documents are correct: links, files, commands and settings that they name, examples in docstrings, package guides."""
 
 import doctest
 import functools

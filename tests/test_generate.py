@@ -42,7 +42,7 @@ def test_settings_override_the_checkpoint(lm):
 
 
 def test_the_boost_writes_end_of_thinking(lm):
-    """The push is towards the tokenizer's own ids, and strong enough at once to write them one after the other."""
+    """The boost promotes the tokenizer's own ids, strongly enough to write them one after the other at once."""
     settings = {"max_new_tokens": 16, "block_length": 16, "end_of_thinking_boost": 1e6, "end_of_thinking_power": 0.0}
     result = lm.generate(["abc"], **settings)[0]
     assert "</think>" in result.text and "</think>" not in lm.generate(["abc"])[0].text

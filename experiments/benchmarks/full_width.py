@@ -95,7 +95,7 @@ def equal(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def run_apart(function, *arguments):
-    """Calls a function in a process of its own: a child's peak memory is at least its parent's."""
+    """Calls a function in a separate process: a child's peak memory is at least its parent's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

@@ -8,7 +8,7 @@ The paper's ablation at a small size. `--task CHECKPOINT ITEMS` may be repeated;
 choices and the index of the answer, and candidates are compared by their sums per token. `choice by confidence` finds
 the best candidate without finishing those that cannot win (`Scorer.choose`). `agrees` is the share of choices equal to
 those of the confidence score, `evaluations` the rows that the network computes for an item; times are processor times
-without compiling. Finished rows are kept in the results directory and not computed again. Some minutes on one core.
+without compiling. Finished rows are saved in the results directory and not computed again. Some minutes on one core.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Shared code of the studies: cells (a training run and what it decodes), kept as JSON, and tables of means.
+"""Shared code of the studies: cells (a training run and its decoded answers), saved as JSON, and tables of means.
 
 All cells start from one base model, as fine-tuning starts from a pre-trained one. It is trained on other examples of
 the same tasks, in iLLaDA's windows. Evaluation prompts are held out from the base and from the cells, as the split

@@ -136,7 +136,7 @@ def _example_starts(pieces: list[_Piece]) -> np.ndarray:
 
 
 class PaddedExamples(_ExampleBatches):
-    """LLaDA: one example per row; the prompt is never masked, the answer is padded with EOS, which is learnt.
+    """LLaDA: one example per row; the prompt is never masked, the answer is padded with EOS, which is learned.
 
     Rows are as long as the longest row of the GLOBAL batch, rounded up to a multiple of sft.bucket: a function
     of the step and the order, and the one exception to the law that a row does not depend on others. The weight of a

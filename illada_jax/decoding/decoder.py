@@ -115,7 +115,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     thinking_ids = settings.end_of_thinking_ids or ids.end_of_thinking
     if boost and not thinking_ids:
         raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
-                          "as there is no tokenizer that encodes </think>")
+                          "because there is no tokenizer to encode </think>")
     return Rules(
         # Rows carry their budgets and keys: a change of these fields does not compile again.
         settings=dataclasses.replace(settings, max_new_tokens=1, length="variable", batch_size=1, seed=0),
@@ -303,7 +303,7 @@ class Decoder:
 
 
 def new_row(request: Request, key_2: np.ndarray, done: bool = False) -> Carry:
-    """The initial state of one row, on a canvas of its own length."""
+    """The initial state of one row, on a canvas of the length of its tokens."""
     length = len(request.tokens)
     return Carry(
         tokens_BL=np.array([request.tokens], np.int32),

@@ -194,7 +194,7 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,
           rules: Rules) -> Carry:
-    """Predicts a token for every masked slot and writes the surest of them."""
+    """Predicts a token for every masked slot and writes the most confident ones."""
     masked_BQ = masked_slots(carry, block, rules)
     settings = rules.settings
     if rules.thinking_ids:

@@ -50,7 +50,7 @@ def stratified_times(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def sample_times(key: jax.Array, segments_BL: jax.Array, sampling: str) -> jax.Array:
-    """Time of every position; the positions of a segment share one, since each segment is a sequence of its own.
+    """Time of every position; the positions of a segment share one, since each segment is a separate sequence.
 
     Args:
       key: key of the step.

@@ -1,6 +1,6 @@
 """Resumable work: requests are cut into chunks, distributed over processes, saved to disk and returned in order.
 
-A chunk is computed, saved and, after an interruption, repeated as a whole. So a resumed run gives bit for bit the
+A chunk is computed, saved and, after an interruption, repeated as a whole. So a resumed run gives, bit for bit, the
 numbers of an uninterrupted one, and several processes give those of one.
 """
 

@@ -120,7 +120,7 @@ def fetch(tree: Any) -> Any:
 
 
 def hard_exit(code: int) -> None:
-    """Ends this process at once; an ordinary exit would wait for the other processes. JAX then aborts those."""
+    """Ends this process at once; an ordinary exit would wait for the others. JAX then aborts the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

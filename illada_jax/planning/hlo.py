@@ -1,7 +1,7 @@
 """Reads the text of a compiled TPU program: the cycles, bytes and collectives that a device executes, loops unrolled.
 
 The compiler writes its own estimate of cycles into each fusion; collectives and kernels (Pallas) carry none. The text
-states neither all trip counts of loops nor which collectives cross slices: both are derived here.
+gives neither all trip counts of loops nor the collectives that cross slices: both are derived here.
 """
 
 import collections

@@ -21,7 +21,7 @@ class PartialCandidate:
     Attributes:
       query: the row; its hidden columns are those that are still to be revealed.
       value: the sum so far in nats. Further terms are at most 0, so this is an upper bound on the score.
-      greedy: True while greedy decoding, the surest tokens first, would have written the same.
+      greedy: True while greedy decoding, the most confident tokens first, would have written the same.
     """
 
     query: Query

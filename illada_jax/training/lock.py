@@ -1,4 +1,4 @@
-"""One trainer per workdir: a lock file that the operating system frees when its owner ends."""
+"""One trainer per workdir: a lock file that the operating system releases when its owner exits."""
 
 import contextlib
 import errno
@@ -22,8 +22,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def only_trainer(workdir: epath.Path) -> Iterator[None]:
     """Holds the lock of `workdir`, in the primary process, while the context is open.
 
-    A killed owner frees the lock, a stopped one (SIGSTOP) does not. On buckets, which have no locks, the scheduler must
-    start only one trainer per workdir. On file systems without locks a warning says so.
+    A killed owner releases the lock, a stopped one (SIGSTOP) does not. On buckets, which have no locks, the scheduler
+    must start only one trainer per workdir. On file systems without locks a warning says so.
 
     Raises:
       InputError: on all processes; another trainer holds the lock, or the lock file cannot be written.

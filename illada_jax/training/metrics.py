@@ -43,7 +43,7 @@ class MetricWriter:
         self._published = time.monotonic()
         self._file = (self._local / NAME).open("a")
         if tensorboard:
-            # Imported here, as it takes a second.
+            # Imported here because it takes a second.
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)

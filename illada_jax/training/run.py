@@ -120,7 +120,7 @@ def check_memory(config: Config, mesh: Mesh) -> None:
         raise InputError(
             f"the model does not fit: params, gradients and optimizer need {needed:,.1f} GiB on each of "
             f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Instead: add --dry_run to print the plan; "
-            "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; take a "
+            "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; use a "
             "smaller config such as --config=experiments/quickstart.py; or start it on a pod, see tpu/README.md")
 
 

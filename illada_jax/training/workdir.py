@@ -20,7 +20,7 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     """Creates the workdir, or recognises one that an earlier process of this run created. For one process.
 
     Returns:
-      The config that the workdir was made with, as a dict; None if it is new.
+      The config that the workdir was created with, as a dict; None if it is new.
 
     Raises:
       InputError: the workdir cannot be written, or holds something else.

@@ -1,4 +1,4 @@
-"""Sources of examples: what is bad is named and counted, never dropped in silence; tasks are right."""
+"""Sources of examples: bad ones are named and counted, never silently dropped; tasks are correct."""
 
 import gzip
 import json

@@ -92,8 +92,8 @@ def test_bad_files_are_named(tmp_path, kind, name, content, message):
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("text:/nowhere/at/all.txt", "no such file"),
-    ("text", "which files"),
-    ("jsonl:#field", "which files"),
+    ("text", "names no files"),
+    ("jsonl:#field", "names no files"),
     ("poetry:x", "unknown kind 'poetry'; known: jsonl, python_docs, python_source, sudoku, text"),
     ("prepared:x", "already prepared"),
     ("sudoku:9", "takes no argument"),

@@ -24,7 +24,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, directory: pathlib.Path,
                     flags: Sequence[str], seed: int = 0) -> tuple[dict[str, int], list[str]]:
-    """Trains `tiny` to its end in `workdir` and kills it `count` times on the way.
+    """Trains `tiny` to its end in `workdir` and kills it `count` times meanwhile.
 
     Args:
       whole: workdir of the unkilled run.

@@ -34,7 +34,7 @@ def in_namespace(directory: pathlib.Path, count: int) -> list[tuple[str, str]] |
 
 
 def limited_files(directory: pathlib.Path, count: int) -> list[tuple[str, str]]:
-    """Like `in_namespace`, without a file system of its own: limits the size of files."""
+    """Like `in_namespace`, without a separate file system: limits the size of files."""
     found = []
     for number in range(count):
         kilobytes = 4 * (number + 1)

@@ -92,7 +92,7 @@ def test_ids_by_flag_then_config_then_tokenizer_then_family(tmp_path):
 
 
 def test_all_ids_that_end_a_text_end_it(tmp_path):
-    """One in config.json, more in generation_config.json; -1 and an empty list stand for none."""
+    """One in config.json, more in generation_config.json; -1 and an empty list mean none."""
     path = checkpoint(tmp_path, "illada-gqa-tied", eos_token_id=2, pad_token_id=-1, bos_token_id=[])
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, 9], "bos_token_id": 3}))
     loaded = interop.load_model(path)

@@ -1,4 +1,4 @@
-"""The moving average of the params: its values, its checkpoints, who uses it."""
+"""The moving average of the params: its values, its checkpoints, and its uses."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Several processes train as one: same losses, one checkpoint, one end, also when one of them dies or hangs."""
+"""Several processes train as one: same losses, one checkpoint, one exit, also when one of them dies or hangs."""
 
 import json
 import os

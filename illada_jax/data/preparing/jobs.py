@@ -1,4 +1,4 @@
-"""Jobs: the shards of a preparation, each made from its own parts, in any order, by any process.
+"""Jobs: each makes the shards of its own parts, in any order, in any process.
 
 An engine runs them: `local.py` on the cores of this machine, `beam.py` on Apache Beam. Both call the functions here.
 """

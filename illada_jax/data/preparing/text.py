@@ -163,7 +163,7 @@ def _small_split(settings: Settings, documents: list[Document]) -> int:
 
 
 def _training_sample(jobs: list[TextJob]) -> Iterator[str]:
-    """Training text from the beginning of each shard's parts, the same share of each."""
+    """Training text: the beginning of each shard's parts, the same share of each."""
     share = _TRAINING_BYTES // len(jobs)
     for job in jobs:
         left = share

@@ -154,7 +154,7 @@ def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _answer_start(tokenizer: Tokenizer, before: list[dict[str, str]], ids: list[int]) -> int:
     """The index, in the ids of the whole conversation, at which the answer to `before` begins."""
-    # A generation prompt may open a thought that finished turns do not show; then the turn's header is learnt too.
+    # A generation prompt may open a thought that finished turns do not show; then the turn's header is learned too.
     for add_generation_prompt in (True, False):
         prefix = encode_chat(tokenizer, before, add_generation_prompt) if before else []
         if ids[: len(prefix)] == prefix:
@@ -194,7 +194,7 @@ def _protect(contents: list[str], specials: _Specials, template: str) -> tuple[l
     protected = []
     for content in contents:
         content = specials.pattern.sub(lambda match: placeholders[match.group()], content)
-        # Half a token at the edge of a content must not be completed by the text that the template writes beside it.
+        # Half a token at the edge of a content must not be completed by the template's adjacent text.
         bare = content.strip()
         before = edge if bare.startswith(specials.endings) else ""
         after = edge if bare.endswith(specials.beginnings) else ""
