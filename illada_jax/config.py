@@ -310,11 +310,11 @@ class DecodeConfig(Section):
     block_length: PositiveInt = 32  # tokens of a block
     steps_per_block: PositiveInt = 32  # steps per block with reveal = schedule; block_length writes one token per step
     reveal: str = "schedule"  # positions per step: by `schedule`, `threshold`, `factor` or `entropy_bound`
-    threshold: FractionAbove0 = 0.9  # of the reveal strategy of that name
-    factor: PositiveFloat = 1.0  # of the reveal strategy of that name
-    entropy_bound: NonNegativeFloat = 0.1  # of the reveal strategy of that name, in nats
+    threshold: FractionAbove0 = 0.9  # with reveal = threshold: confidence from which positions are revealed
+    factor: PositiveFloat = 1.0  # with reveal = factor: its bound on (n + 1)·(1 - confidence)
+    entropy_bound: NonNegativeFloat = 0.1  # with reveal = entropy_bound: its bound on the sum of entropies, in nats
     confidence: str = "low_confidence"  # order of positions: `low_confidence`, `margin`, `entropy` or `random`
-    temperature: NonNegativeFloat = 0.0  # of the Gumbel noise on the logits; 0 is greedy
+    temperature: NonNegativeFloat = 0.0  # sampling temperature; 0 is greedy
     top_p: FractionAbove0 = 1.0  # nucleus sampling: total probability of the tokens to sample from; 1 is off
     cfg_scale: NonNegativeFloat = 0.0  # classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none
     suppressed_ids: tuple[int, ...] = ()  # ids that are never written, besides MASK and ids beyond the tokenizer

@@ -82,9 +82,9 @@ def metrics(workdir):
 
 
 def test_rejected_examples_are_reported_and_answers_are_scored(trained):
-    workdir, said = trained
-    assert "1 of 32 examples left out: not JSON: " in said and "line 31" in said
-    assert "left out: neither messages nor prompt and response" in said
+    workdir, printed = trained
+    assert "1 of 32 examples left out: not JSON: " in printed and "line 31" in printed
+    assert "left out: neither messages nor prompt and response" in printed
     last = metrics(workdir)[-1]
     assert last["eval/ended"] >= 0.99 and last["eval/exact_match"] >= 0.9, last
     assert last["eval/nfe"] == 8 and 1 <= last["eval/answer_tokens"] <= 4

