@@ -173,7 +173,7 @@ class Mixture:
         """The component of example k, and the number of earlier examples from that component."""
         left = sum(self._shares)
         for component, share in enumerate(self._shares):
-            # The number of the first k examples that reach this component and pass on to later ones.
+            # Of the first k examples that reach this component, the number that pass on to later ones.
             passed, passed_next = k * (left - share) // left, (k + 1) * (left - share) // left
             if passed == passed_next:
                 return component, k - passed

@@ -82,7 +82,7 @@ def _in_processes(function: Callable[[S], T], jobs: Sequence[S], num_processes: 
 
 
 def _die_with_parent() -> None:
-    """Ends this process when its parent dies, whose next run repeats the work."""
+    """Ends this process when its parent dies; the parent's next run repeats the work."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
