@@ -15,7 +15,7 @@ from illada_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe of iLLaDA at a size of our own."""
+    """The recipe of iLLaDA at a smaller size."""
     c = config.defaults()
     c.model.vocab_size = 155_136
     c.model.d_model = 2048

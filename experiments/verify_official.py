@@ -69,7 +69,7 @@ LIBRARIES = ("jax", "jaxlib", "torch", "transformers", "illada_jax")
 
 
 def main(argv: list[str]) -> None:
-    """Verifies model after model; prints the table of those that were finished, whatever happens to the next."""
+    """Verifies model after model; prints the table of those that were finished, even if the next one fails."""
     del argv
     check_requirements()
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -145,7 +145,7 @@ def verify(name: str, result: dict[str, Any]) -> None:
 
 
 def fetch(name: str) -> pathlib.Path:
-    """The directory of a model: `name` itself, or the snapshot of a Hub id, fetched if need be."""
+    """The directory of a model: `name` itself, or the snapshot of a Hub id, downloaded if necessary."""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name).absolute()
     import huggingface_hub
@@ -182,7 +182,7 @@ def as_messages(prompt: str) -> list[dict[str, str]]:
 
 
 def in_child(function: Callable[[Comparison], dict[str, Any]], inputs: Comparison) -> dict[str, Any]:
-    """Calls a function in a process of its own, whose memory is free again afterwards."""
+    """Calls a function in a separate process, whose memory is freed afterwards."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, inputs).result()

@@ -40,7 +40,7 @@ __all__ = ["Generation", "LanguageModel", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the Python interface on first use, so that commands that need only a part start faster."""
+    """Imports the Python interface on first use, so that commands that do not need it start faster."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from illada_jax import api

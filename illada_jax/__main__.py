@@ -15,12 +15,12 @@ import illada_jax
 
 # Name of each command → its module and its purpose.
 COMMANDS = {
-    "train": ("main", "pre-train or fine-tune a model by a config"),
+    "train": ("main", "pre-train or fine-tune a model from a config"),
     "generate": ("generate", "continue texts, fill gaps, chat"),
     "evaluate": ("evaluate", "run benchmark tasks with recorded settings"),
     "prepare": ("prepare", "turn text into token shards"),
     "convert": ("convert", "import official weights, export your own, quantise to int8"),
-    "aot": ("aot", "compile for TPUs without having any: memory, traffic, bounds"),
+    "aot": ("aot", "compile for TPUs with none attached: memory, traffic, bounds"),
     "plot": ("plot", "plot the metrics of workdirs"),
 }
 

@@ -1,4 +1,4 @@
-"""Compiles the training step, decoder or scorer for TPUs, without having any: memory, and bounds on speed.
+"""Compiles the training step, decoder or scorer for TPUs, with none attached: memory, and bounds on speed.
 
     python -m illada_jax.aot --config=experiments/pretrain_8b.py --topology=v5p:4x4x4
     python -m illada_jax.aot --config=experiments/pretrain_8b.py:v5p-128 --topology=v5p:4x4x4 --num_slices=2 --search
@@ -9,8 +9,8 @@
 
 Needs `pip install 'illada_jax[tpu]'`, a CPU, 3 GiB of memory and one to two minutes per program; no TPU, no corpus and
 no tokenizer. `--compare` reads a list of {"name", "config", "topology"} with optional "num_slices", "mode", "canvas",
-"quantize" and "set" (fields of the config). Both files are written after each case, so it may be interrupted: cases in
-the JSON file with the same config, options and versions are not compiled again.
+"quantize" and "set" (fields of the config). Both files are written after each case, so the command may be interrupted:
+cases in the JSON file with the same config, options and versions are not compiled again.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; field
 TOPOLOGY = flags.DEFINE_string("topology", None, "chips and shape of a slice, such as v5p:4x4x4")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "slices, connected by the data centre network")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "decode", "score"], "the program to compile")
-CANVAS = flags.DEFINE_integer("canvas", 0, "columns of decoding and scoring; 0: the context length of the model", 0)
+CANVAS = flags.DEFINE_integer("canvas", 0, "columns of the canvas to decode or score; 0: the context length", 0)
 QUANTIZE = cli.quantize_flag()
 SEARCH = flags.DEFINE_bool("search", False, "also find the most rows that fit on a device (three or more compilations)")
 EFFICIENCY = flags.DEFINE_float("kernel_efficiency", 0.7, "share of the peak that attention kernels reach", 0.01, 1.0)
@@ -56,7 +56,7 @@ _CHOICES = {"mode": ("train", "decode", "score"), "quantize": ("none", "int8")}
 def main(argv: list[str]) -> None:
     """Makes one plan and prints it, or compares several."""
     del argv
-    jax.config.update("jax_platforms", "cpu")  # leaves accelerators of this machine alone: no arrays are made
+    jax.config.update("jax_platforms", "cpu")  # no arrays are made: leave the accelerators of this machine alone
     if bool(COMPARE.value) == bool(TOPOLOGY.value):
         raise InputError("give --config and --topology, or --compare=FILE")
     if COMPARE.value:
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def compare(path: pathlib.Path) -> None:
-    """Makes the missing plans of a file of cases and prints all; the outputs are written after each plan."""
+    """Compiles the missing plans of a file of cases and prints all; writes the outputs after each plan."""
     cases = {}
     for case in read_cases(path):
         config = load_config(case["config"], case.get("set", {}))
@@ -100,7 +100,7 @@ def compare(path: pathlib.Path) -> None:
 
 
 def _key(result: dict[str, Any]) -> str:
-    """A key of what a result depends on, except the code of this package: remove the JSON file when that changes."""
+    """A key of all that a result depends on except the code of this package: if that changes, delete the JSON file."""
     return json.dumps([result[key] for key in ("case", "versions", "options", "config")], sort_keys=True)
 
 
@@ -111,7 +111,7 @@ def _read_results(path: str) -> list[dict[str, Any]]:
         results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         return [result for result in results if _key(result)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--json={path}: exists and holds no compared plans; name another file") from error
+        raise InputError(f"--json={path}: exists but holds no compared plans; choose another file") from error
 
 
 def _head(results: list[dict[str, Any]], missing: list[str]) -> str:

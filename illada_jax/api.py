@@ -31,7 +31,7 @@ from illada_jax.model import make_init_cache, make_logits_fn
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
-# Settings of the end of an answer; a gap has a given length.
+# Settings that decide where an answer ends; a gap has a given length.
 NOT_FOR_INFILLING = ("max_new_tokens", "over_budget", "length", "stop_ids", "end_of_thinking_boost",
                      "end_of_thinking_power", "end_of_thinking_ids")
 
@@ -56,7 +56,7 @@ def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mes
 
     Args:
       path: a workdir (its newest checkpoint), a checkpoint in it, a Hugging Face directory or Hub id of LLaDA or iLLaDA
-        weights, or `demo` or `demo-chat`, which are part of the package.
+        weights, or `demo` or `demo-chat`, which come with the package.
       dtype: dtype of params and compute.
       mesh: devices to shard params and batches over; None is the first device.
       quantize: `int8` quantises the matrices (not embeddings and norms), for half the memory of bfloat16.
@@ -77,7 +77,7 @@ class LanguageModel:
       params: params of the network.
       tokenizer: its tokenizer.
       mesh: devices that params and batches are sharded over, or None.
-      logits_fn: the network as decoding and scoring take it, see `decoding.query.LogitsFn`.
+      logits_fn: the network as decoding and scoring call it, see `decoding.query.LogitsFn`.
     """
 
     def __init__(self, config: Config, params: Any, tokenizer: Any, mesh: Mesh | None = None):
@@ -131,9 +131,9 @@ class LanguageModel:
           InputError: a prompt or a setting is invalid; the message names it.
         """
         if isinstance(prompts, str):
-            raise InputError("prompts: must be a list of prompts, not a text")
+            raise InputError("prompts: must be a list of prompts, not a string")
         if isinstance(stop, str):
-            raise InputError("stop: must be a list of stop strings, not a text")
+            raise InputError("stop: must be a list of stop strings, not a string")
         if "" in stop:
             raise InputError("stop: a stop string must not be empty")
         if infill and stop:
@@ -192,7 +192,7 @@ class LanguageModel:
 
     def _pairs(self, context: Prompt, candidates: Sequence[Prompt]) -> list[tuple[list[int], list[int]]]:
         if isinstance(candidates, str):
-            raise InputError("candidates: must be a list of candidates, not a text")
+            raise InputError("candidates: must be a list of candidates, not a string")
         return [self.encode_pair(context, candidate) for candidate in candidates]
 
     def scorer(self, **settings: Any) -> Scorer:
@@ -215,13 +215,13 @@ class LanguageModel:
                      for part in (context, candidate))
 
     def logits(self, tokens_BL: Any) -> jax.Array:
-        """Logits of every position, float32 [B, L, V], for inspection: the whole array is in memory.
+        """Logits of every position, float32 [B, L, V], for inspection: the whole array is held in memory.
 
         Args:
           tokens_BL: int ids, all rows of one length; MASK (`tokenizer.mask_id`) at positions to predict.
 
         Raises:
-          InputError: the ids are not a rectangle of integers, exceed the context, or lie outside the vocabulary.
+          InputError: the ids are not a rectangle of integers, exceed the context, or are outside the vocabulary.
 
         >>> import illada_jax
         >>> lm = illada_jax.load("demo")

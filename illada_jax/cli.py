@@ -1,4 +1,4 @@
-"""Shared by all commands: parsing of absl flags, one-line errors, exit codes, and the flags that several have."""
+"""Code shared by all commands: parsing of absl flags, one-line errors, exit codes, and common flags."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 flags.disclaim_key_flags()  # shared flags belong to the --help of the command that adds them
 
-# Errors of the storage rather than of the program.
+# Errors of the storage, not of the program.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO,
                    errno.ESTALE)
 
@@ -69,7 +69,7 @@ class ModelFlags:
 
     def load(self, default: str = "") -> "api.LanguageModel":
         """Loads the model named by the flags, or else `default`. Raises InputError if there is neither."""
-        # Imported here, as `prepare` shares this module and starts ten times faster without JAX.
+        # Imported here because `prepare` shares this module and starts ten times faster without JAX.
         import jax
 
         from illada_jax import api
@@ -105,7 +105,7 @@ def given_ids(special_ids: dict[str, flags.Flag]) -> dict[str, int]:
 def processes_flag() -> flags.Flag:
     """Adds --processes to the calling command."""
     return _shared(flags.DEFINE_string, "processes", "",
-                   "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,PROCESSES,INDEX_OF_THIS_ONE")
+                   "several processes: auto (TPU pods, GKE, SLURM), or ADDRESS:PORT,NUM_PROCESSES,PROCESS_ID")
 
 
 def _shared(define: Callable[..., object], name: str, *arguments: Any) -> flags.Flag:
@@ -118,7 +118,7 @@ def _shared(define: Callable[..., object], name: str, *arguments: Any) -> flags.
 
 
 def hint(text: str) -> None:
-    """Prints a suggestion or a default that was chosen, at a terminal only: not into a pipe or a log."""
+    """Prints a suggestion or a chosen default to a terminal, never into a pipe or a log."""
     if sys.stderr.isatty():
         print(f"({text})", file=sys.stderr)
 
@@ -130,7 +130,7 @@ def _parse(argv: list[str]) -> list[str]:
         sys.stdout.flush()
         sys.exit(0)
     except flags.Error as error:
-        # The error of the config file itself is more helpful than that it cannot be parsed.
+        # The error of the config file itself is more helpful than absl's, which says that it cannot be parsed.
         cause = error
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__

@@ -21,7 +21,7 @@ _FLOAT32_MAX = 3.4e38
 
 
 class Rule(NamedTuple):
-    """A condition on a value, with what an error message says of it."""
+    """A condition on a value, and its wording in error messages."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -36,7 +36,7 @@ PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeInt = Annotated[int, _NON_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
 IntOrMinus1 = Annotated[int, Rule("must be 0 or more, or -1", lambda x: x >= -1)]
-AxisSize = Annotated[int, Rule("must be 1 or more, or -1 for what remains", lambda x: x >= 1 or x == -1)]
+AxisSize = Annotated[int, Rule("must be 1 or more, or -1 for all remaining devices", lambda x: x >= 1 or x == -1)]
 MultipleOf128 = Annotated[int, Rule("must be a multiple of 128", lambda x: x > 0 and x % 128 == 0)]
 NonEmptyTexts = Annotated[tuple[str, ...], _NOT_EMPTY]
 Fraction = Annotated[float, Rule("must lie in [0, 1]", lambda x: 0 <= x <= 1)]
@@ -58,7 +58,7 @@ class Section:
                 self.require(each.name, rule.holds(getattr(self, each.name)), rule.allowed)
 
     def require(self, name: str, condition: bool, allowed: str) -> None:
-        """Raises a ConfigError about the field `name`, which must be as `allowed` says, if `condition` is False."""
+        """Raises a ConfigError that names the field and what is `allowed`, unless `condition` is True."""
         section = type(self).__name__.removesuffix("Config").lower()
         _require(condition, f"{section}.{name}".lstrip("."), getattr(self, name), allowed)
 
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt = 2  # key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
     head_dim: PositiveInt = 32  # width of a head (H), even
     d_ff: PositiveInt = 384  # width of the SwiGLU feed-forward (F)
-    max_length: PositiveInt = 256  # the context length: the longest sequence that is trained on or decoded, in tokens
+    max_length: PositiveInt = 256  # the context length: the longest sequence to train on or decode, in tokens
     rope_theta: PositiveFloat = 500_000.0  # base of the rotary frequencies
     norm_eps: PositiveFloat = 1e-6  # epsilon of RMSNorm
     tied_head: bool = True  # the LM head is the transposed embedding
@@ -127,7 +127,7 @@ class DataConfig(Section):
     cache_dir: str = ""  # of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
     length: PositiveInt = 64  # tokens of a training window (L)
     batch_size: PositiveInt = 8  # rows of the global batch (B)
-    isolate_documents: bool = False  # each document (or example) in a window is a segment of its own
+    isolate_documents: bool = False  # each document (or example) in a window is its own segment
     # Probability that a batch or row (see `random_length_of`) is cut to a length drawn from 1 … length and padded
     # (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With sft.format = llada, rows keep their prompt
     # and a random share of the padded answer. Then the model does not learn to infer an answer's length from the length
@@ -192,7 +192,7 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8  # Adam's epsilon
     weight_decay: NonNegativeFloat = 0.1  # decoupled, of matrices (not norms); with `muon` of those of the layers only
     clip_norm: NonNegativeFloat = 1.0  # global norm that gradients are clipped to; 0 never clips
-    # Decay of a moving average of the params, which is saved, evaluated, and used by all who load the checkpoint; at
+    # Decay of a moving average of the params, which is saved, evaluated, and preferred when a checkpoint is loaded; at
     # step t the decay is at most (1 + t) / (10 + t). 0 keeps no average and costs nothing.
     ema_decay: FractionBelow1 = 0.0
 
@@ -265,7 +265,7 @@ class FaultsConfig(Section):
     never applied. Steps are checked at every line of metrics (train.log_every) and before every save.
     """
 
-    # `halt` stops with an error that says what to type. `skip` continues without the update. `rollback` restores the
+    # `halt` stops with an error that says how to continue. `skip` continues without the update. `rollback` restores the
     # newest scheduled checkpoint (every checkpoint.every steps) after which a step was good, and continues with the
     # step after the bad one.
     action: Literal["halt", "skip", "rollback"] = "halt"
@@ -281,7 +281,7 @@ class EvalConfig(Section):
     """Evaluation during training, see `illada_jax/evaluation/evaluators.py`."""
 
     every: PositiveInt = 1000  # steps between evaluations; the last step is always evaluated
-    every_epochs: NonNegativeFloat = 0.0  # with train.epochs: epochs between evaluations; 0 leaves it to `every`
+    every_epochs: NonNegativeFloat = 0.0  # with train.epochs: epochs between evaluations; 0 uses `every`
     evaluators: tuple[str, ...] = ("bits_per_byte",)  # names of the evaluators that run at every evaluation
     final: tuple[str, ...] = ()  # names of the evaluators that run once after the last step, for the final report
     batch_size: PositiveInt = 32  # rows per evaluation batch
@@ -310,11 +310,11 @@ class DecodeConfig(Section):
     block_length: PositiveInt = 32  # tokens of a block
     steps_per_block: PositiveInt = 32  # steps per block with reveal = schedule; block_length writes one token per step
     reveal: str = "schedule"  # positions per step: by `schedule`, `threshold`, `factor` or `entropy_bound`
-    threshold: FractionAbove0 = 0.9  # of the reveal strategy of that name
-    factor: PositiveFloat = 1.0  # of the reveal strategy of that name
-    entropy_bound: NonNegativeFloat = 0.1  # of the reveal strategy of that name, in nats
-    confidence: str = "low_confidence"  # order: `low_confidence`, `margin`, `entropy` or `random`
-    temperature: NonNegativeFloat = 0.0  # of the Gumbel noise on the logits; 0 is greedy
+    threshold: FractionAbove0 = 0.9  # with reveal = threshold: confidence from which positions are revealed
+    factor: PositiveFloat = 1.0  # with reveal = factor: its bound on (n + 1)·(1 - confidence)
+    entropy_bound: NonNegativeFloat = 0.1  # with reveal = entropy_bound: its bound on the sum of entropies, in nats
+    confidence: str = "low_confidence"  # order of positions: `low_confidence`, `margin`, `entropy` or `random`
+    temperature: NonNegativeFloat = 0.0  # sampling temperature; 0 is greedy
     top_p: FractionAbove0 = 1.0  # nucleus sampling: total probability of the tokens to sample from; 1 is off
     cfg_scale: NonNegativeFloat = 0.0  # classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none
     suppressed_ids: tuple[int, ...] = ()  # ids that are never written, besides MASK and ids beyond the tokenizer
@@ -323,12 +323,12 @@ class DecodeConfig(Section):
     # EOS and EoT are the last to be written (LLaDA's option of that name). As in LLaDA's public code, at a temperature
     # above 0 this holds for EoT only.
     confidence_eos_eot_inf: bool = False
-    eot_id: IntOrMinus1 = -1  # id of EoT (end of turn); -1 where there is none
+    eot_id: IntOrMinus1 = -1  # id of EoT (end of turn); -1 if there is none
     end_of_thinking_boost: NonNegativeFloat = 0.0  # push towards `</think>` (`decoding/thinking.py`); iLLaDA: 100
     end_of_thinking_power: NonNegativeFloat = 3.0  # 3 in the paper, 1 for HumanEval
     end_of_thinking_ids: tuple[int, ...] = ()  # empty takes the tokenizer's for `</think>`
-    # Keys and values kept within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of all
-    # columns outside of the block, masks included). Approximations, as of the last refresh.
+    # Keys and values cached within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of all
+    # columns outside the block, masks included). Cached values are approximate: those of the last refresh.
     cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh: NonNegativeInt = 0  # steps between refreshes of the cache within a block; 0: at its start only
     batch_size: PositiveInt = 8  # rows decoded at the same time; results do not depend on it
@@ -354,7 +354,7 @@ class InitConfig(Section):
 
 @dataclass(frozen=True)
 class Config(Section):
-    """A whole experiment; each section has a class of its own."""
+    """A whole experiment; each section has its own class."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -392,7 +392,7 @@ class Config(Section):
             self._check_schedule()
         if self.model.vocab_size:
             self.diffusion.require("mask_id", self.diffusion.mask_id < self.model.vocab_size,
-                                   f"lies outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
+                                   f"is outside the vocabulary (model.vocab_size = {self.model.vocab_size})")
 
     def _check_schedule(self) -> None:
         self.train.require("stop_step", self.train.stop_step <= self.train.steps,
@@ -422,7 +422,7 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Config, or a section, as plain dicts. Tuples stay tuples; JSON makes lists of them, and `from_dict` tuples."""
+    """Config, or a section, as plain dicts. Tuples stay tuples; `from_dict` also accepts the lists of JSON."""
     return dataclasses.asdict(config)
 
 
@@ -458,12 +458,12 @@ def from_saved(values: dict[str, Any]) -> Config:
     return from_dict(complete)
 
 
-# Fields of the model that affect how it is computed, and those that affect no parameter either.
+# Fields of the model that only select how it is computed, and all fields on which no param's shape depends.
 _KERNEL_FIELDS = ("remat", "attention", "attention_block_q", "attention_block_kv", "attention_block_kv_compute",
                   "scan_unroll")
 _COMPUTE_FIELDS = (*_KERNEL_FIELDS, "dtype", "init_std", "max_length")
 
-# Sections and fields that may differ on resume: how far, where or how observably a run goes, or a schedule to come.
+# Sections and fields that may differ on resume: length, devices, reports and outputs of a run, and its future decay.
 RESUMABLE = (
     "train", "mesh", "checkpoint", "faults", "eval", "decode", "data.cache_dir", "data.num_threads",
     *(f"model.{name}" for name in _KERNEL_FIELDS), "optimizer.decay_start", "optimizer.decay_steps",
@@ -533,7 +533,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), key, value, "must be a section with keys of its own")
+        _require(isinstance(value, dict), key, value, "must be a section with its own keys")
         return _build(hint, value, f"{key}.")
     if origin is Literal:
         choices = typing.get_args(hint)
@@ -549,7 +549,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is int:
         _require(abs(value) < 2**53, key, value, "must be less than 2**53")
     if hint is float:
-        # What holds for them also has to hold in float32.
+        # The rules of a field must hold in float32, too.
         _require(abs(value) < _FLOAT32_MAX, key, value, "must be a finite float32")
         return float(value)
     return value

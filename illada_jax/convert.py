@@ -1,10 +1,10 @@
-"""Converts models: official weights to a workdir, a workdir to the official layout, either one to eight bits.
+"""Converts models: official weights to a workdir, a workdir to the official layout, either one to int8.
 
     python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Instruct --target=workdirs/llada_8b_instruct
     python -m illada_jax.convert --source=GSAI-ML/iLLaDA-8B-Base --target=workdirs/illada_8b --quantize=int8
     python -m illada_jax.convert --source=workdirs/quickstart --target=exported/quickstart --dtype=bfloat16
 
-The source decides the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a workdir
+The source sets the direction: a Hugging Face directory or Hub id (safetensors of LLaDA or iLLaDA) becomes a workdir
 for generate, evaluate and `--config.init.checkpoint`; a workdir becomes a Hugging Face directory, or a smaller workdir
 with `--quantize=int8`. The target appears whole or, after an error or Ctrl-C, not at all. JAX_PLATFORMS=cpu converts in
 host memory.

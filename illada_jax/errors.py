@@ -1,6 +1,6 @@
 """Errors that the user can fix."""
 
-# Exit codes of commands, beside 0 (done) and 1 (an error of the program).
+# Exit codes of commands, besides 0 (success) and 1 (an unexpected error).
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: the same command, started on all hosts, continues from the newest checkpoint
 EXIT_INTERRUPTED = 130  # as shells report for SIGINT
@@ -20,4 +20,4 @@ class StorageError(InputError):
 
 
 class ConfigError(InputError):
-    """A configuration key is unknown, or its value has the wrong type, is out of range or conflicts with another."""
+    """A configuration key is unknown, or its value has the wrong type, is out of range or in conflict with another."""

@@ -38,7 +38,7 @@ PROCESSES = cli.processes_flag()
 TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval or of --include_path")
 PRESET = flags.DEFINE_string("preset", "", "setup of a published number, see --list_presets")
 LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
-INCLUDE_PATH = flags.DEFINE_string("include_path", None, "directory of more tasks")
+INCLUDE_PATH = flags.DEFINE_string("include_path", None, "directory with additional tasks")
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples in the prompt", lower_bound=0)
 LIMIT = flags.DEFINE_integer("limit", None, "evaluate the first items of each task only", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "settings: key=value,key=value; help lists them")
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def read_flags() -> tuple[Settings, dict[str, Any]]:
-    """(Settings, the manifest's section `evaluation`) from preset and flags; an InputError names an invalid flag."""
+    """(Settings, the manifest's section `evaluation`) from preset and flags. Raises InputError for an invalid flag."""
     preset = presets.find_preset(PRESET.value) if PRESET.value else None
     if preset and preset.autoregressive:
         raise InputError(f"--preset={preset.name}: not a diffusion model; run instead: {preset.command}")
@@ -131,7 +131,7 @@ def load_tasks(evaluation: dict[str, Any]) -> Any:
 
 
 def write_manifest(directory: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest before the evaluation starts; an InputError if the directory holds another evaluation."""
+    """Writes the manifest before the evaluation. Raises InputError if the directory holds another evaluation."""
     path = directory / "manifest.json"
     if path.exists():
         different = config_lib.differences(json.loads(path.read_text()), manifest)

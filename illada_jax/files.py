@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all.
 
-Until it is finished, content lies beside its target under a temporary name, which also tells what a killed process has
-left behind. Paths may be local or, through etils.epath, on a bucket.
+Content is written beside its target under a temporary name, and renamed when it is complete. The name identifies what
+a killed process left behind. Paths may be local or, through etils.epath, on a bucket.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ def new_directory(target: epath.Path, keep_existing: bool = False) -> Iterator[e
     """Yields an empty directory that becomes `target` when the block ends, and is removed when it fails.
 
     Args:
-      target: must not exist by then, or be empty.
-      keep_existing: where another process was faster, its result stays and no error is raised.
+      target: must not exist when the block ends, or be empty.
+      keep_existing: if another process finished first, keep its result and raise no error.
     """
     temporary = temporary_path(target)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,6 +55,6 @@ def new_directory(target: epath.Path, keep_existing: bool = False) -> Iterator[e
 
 
 def remove_leftovers(target: epath.Path) -> None:
-    """Removes what killed processes had begun to write as `target`; for targets that one process writes at a time."""
+    """Removes unfinished writes of `target` by killed processes; for targets that one process writes at a time."""
     for leftover in target.parent.glob(f"{target.name}{_MARK}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

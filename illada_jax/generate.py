@@ -10,7 +10,7 @@
     python -m illada_jax.generate --prompt="Return the" --trace=out.html --beside=reveal=threshold,threshold=0.6
     python -m illada_jax.generate --checkpoint=workdirs/sft_quickstart --chat
 
-Without --checkpoint a small model of the package is used. Settings default to those of the checkpoint's config. Several
+Without --checkpoint, a small bundled model is used. Settings default to those of the checkpoint's config. Several
 `--prompt` are decoded together. `--output=json` prints one line per prompt with its text, tokens, network evaluations
 (nfe) and seconds. `--input` reads lines such as {"prompt": "…"}.
 
@@ -179,7 +179,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     """The settings of one `--beside`, by name. Raises InputError for an unknown key or an invalid value."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.find("=") > 0 for part in parts):
-        raise InputError(f"--beside={text}: must be KEY=VALUE, or several separated by commas")
+        raise InputError(f"--beside={text}: must be KEY=VALUE, or several, separated by commas")
     values = flags.FlagValues()
     define_settings(values)
     try:

@@ -1,4 +1,4 @@
-"""Random keys: each is folded from the seed, a purpose, a step and a row, and never reused."""
+"""Random keys, each folded from the seed, a purpose, a step and a row, and never reused."""
 
 import enum
 

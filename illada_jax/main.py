@@ -58,14 +58,14 @@ def read_config() -> tuple[Config, str]:
         raise InputError(f"--config={path}: no such file; one is experiments/quickstart.py")
     try:
         return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
-    except OSError as error:  # ml_collections raises errors of the file when the config is used
+    except OSError as error:  # ml_collections reads the file when the config is first used
         raise InputError(f"--config={path}: {' '.join(str(error).split())}") from error
 
 
 def dry_run(config: Config) -> None:
     """Prints the plan and, if the corpus exists, the start of each row of the first batch. Allocates no model."""
     try:
-        # A plan needs no network: a Hub id is not opened.
+        # A plan must not need the network, so a Hub id is not opened.
         local = config.init.checkpoint and epath.Path(config.init.checkpoint).is_dir()
         resolved, corpus, batches = run_setup.open_data(config, open_model(config.init.checkpoint) if local else None)
     except ConfigError:
@@ -100,7 +100,7 @@ def main(_: list[str]) -> int:
     try:
         return run(config, workdir, profile_steps)
     except Exception as error:
-        # Every process raises an InputError, except that of its own storage.
+        # All processes raise an InputError together, unless it comes from their own storage.
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
         return hosts.hard_exit(report_failure(error))

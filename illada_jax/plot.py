@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if output.suffix not in SUFFIXES:
         raise InputError(f"--figure={output}: the suffix must be {', '.join(SUFFIXES)}")
     if not output.parent.is_dir():
-        raise InputError(f"--figure={output}: there is no directory {output.parent}")
+        raise InputError(f"--figure={output}: the directory {output.parent} does not exist")
     if len(argv) < 2:
         raise InputError("name at least one workdir, for example: python -m illada_jax.plot workdirs/quickstart")
     runs = {workdir: read_lines(epath.Path(workdir)) for workdir in argv[1:]}

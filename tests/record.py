@@ -1,4 +1,4 @@
-"""A record of what a rewrite must not change, and a comparison of two of them.
+"""Records of all results that a rewrite must not change, and their comparison.
 
     python -m tests.record make RECORD.json
     python -m tests.record compare BEFORE.json AFTER.json [--map=RENAMED.json]

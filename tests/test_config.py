@@ -1,4 +1,4 @@
-"""Configs are checked: keys, types, values, combinations; and every field is read by something."""
+"""Configs are checked: keys, types, values, combinations; and every field is used."""
 
 import ast
 import dataclasses
@@ -116,7 +116,7 @@ def test_every_experiment_is_valid_and_says_its_command(path):
 
 
 def test_every_field_is_read():
-    """A field that nothing outside config.py reads is a promise that nobody keeps."""
+    """Every field is read by a module other than config.py."""
     read = set()
     for path in (ROOT / "illada_jax").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -134,7 +134,7 @@ def test_every_field_is_read():
 
 
 def test_every_field_is_documented():
-    """Beside it or above it; the names of two say everything."""
+    """Every field has a comment beside or above it, except two whose names suffice."""
     for cls in (f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)):
         lines = inspect.getsource(cls).splitlines()
         for field in dataclasses.fields(cls):

@@ -65,10 +65,10 @@ def test_eight_bits_at_load_and_as_a_checkpoint_are_the_same(tmp_path, workdir):
         assert isinstance(stored.params["head"], Int8) and isinstance(stored.params["layers"]["mlp"]["up"], Int8)
         jax.tree.map(np.testing.assert_array_equal, at_load.params["layers"]["mlp"], stored.params["layers"]["mlp"])
         assert api.load(str(converted), quantize="int8").params["head"].values.dtype == "int8"
-        with pytest.raises(InputError, match="its weights have eight bits"):
+        with pytest.raises(InputError, match="its weights are int8"):
             check_initial(saved, saved.config, saved.tokenizer)
         for quantize in ("none", "int8"):
-            with pytest.raises(InputError, match="its weights have eight bits"):
+            with pytest.raises(InputError, match="its weights are int8"):
                 run(converted, tmp_path / "never", quantize=quantize)
     assert open_saved_model(tmp_path / "b").step == 30 and not (tmp_path / "never").exists()
 

@@ -1,4 +1,4 @@
-"""Documents are right: links, files, commands and settings that they name, examples in docstrings, package guides."""
+"""Documents are correct: links, files, commands and settings that they name, examples in docstrings, package guides."""
 
 import doctest
 import functools
@@ -116,7 +116,7 @@ def test_the_glossary_is_sorted_and_part_of_the_reference():
 
 
 def test_readme_is_short_and_answers_first():
-    """What it is, how to start and where the loss is, on the first screen."""
+    """The first screen says what the package is, how to start and where the loss is."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 160
     screen = "\n".join(lines[:45])

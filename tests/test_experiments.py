@@ -58,7 +58,7 @@ def test_sizes_are_the_published_ones(name, parameters, without_embedding, token
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_of_the_papers_resolve_as_pinned(name):
-    """A field that is younger than the file may stand at its default; else `tests/fixtures/make_configs.py`."""
+    """A field that is newer than the file may have its default; else `tests/fixtures/make_configs.py`."""
     golden = json.loads((FIXTURES / f"{name}.json").read_text())
     now = json.loads(json.dumps(dump(load(EXPERIMENTS / f"{name}.py"))))
     defaults = config_lib.to_dict(Config())

@@ -42,7 +42,7 @@ def test_settings_override_the_checkpoint(lm):
 
 
 def test_the_boost_writes_end_of_thinking(lm):
-    """The push is towards the tokenizer's own ids, and strong enough at once to write them one after the other."""
+    """The boost promotes the tokenizer's own ids, strongly enough to write them one after the other at once."""
     settings = {"max_new_tokens": 16, "block_length": 16, "end_of_thinking_boost": 1e6, "end_of_thinking_power": 0.0}
     result = lm.generate(["abc"], **settings)[0]
     assert "</think>" in result.text and "</think>" not in lm.generate(["abc"])[0].text
@@ -91,12 +91,12 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.infill([f"[[mask:{'9' * 5000}]]"]), "malformed gap; write [[mask:N]]"),
     (lambda lm: lm.infill(["a[[mask:1]]"], stop=["b"]), "stop: not allowed in infilling"),
     (lambda lm: lm.infill(["a[[mask:1]]"], max_new_tokens=4), "max_new_tokens: not allowed in infilling"),
-    (lambda lm: lm.generate(["abc"], stop="ab"), "stop: must be a list of stop strings, not a text"),
+    (lambda lm: lm.generate(["abc"], stop="ab"), "stop: must be a list of stop strings, not a string"),
     (lambda lm: lm.generate(["abc"], temperature=float("inf")), "config.decode.temperature = inf: must be a finite"),
     (lambda lm: lm.generate(["abc"], temperature=float("nan")), "config.decode.temperature = nan"),
     (lambda lm: lm.generate(["abc"], seed=2**32), "config.decode.seed = 4294967296: must be less than 2**32"),
     (lambda lm: lm.generate(["abc"], eot_id=-2), "config.decode.eot_id = -2"),
-    (lambda lm: lm.generate(["abc"], eot_id=5000), "config.decode.eot_id = 5000: lies outside the vocabulary"),
+    (lambda lm: lm.generate(["abc"], eot_id=5000), "config.decode.eot_id = 5000: is outside the vocabulary"),
     (lambda lm: lm.generate(["abc"], stop=[""]), "a stop string must not be empty"),
     (lambda lm: lm.generate(["abc"], max_new_token=4), "config.decode.max_new_token: unknown key; known here: max_new"),
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
@@ -210,11 +210,11 @@ def test_results_are_resumed_after_an_interruption(run, lm, monkeypatch, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(api.LanguageModel, "as_completed", three_then_stop)
         assert run(*arguments)[0] == 130
-    kept = results.read_text()
-    assert kept.count("\n") == 3
-    results.write_text(kept + '{"index": 6, "pro')  # a line that was being written
+    saved = results.read_text()
+    assert saved.count("\n") == 3
+    results.write_text(saved + '{"index": 6, "pro')  # a line that was being written
     assert run(*arguments)[0] is None
-    assert results.read_text().startswith(kept)
+    assert results.read_text().startswith(saved)
     lines = sorted(map(json.loads, results.read_text().splitlines()), key=lambda line: line["index"])
     assert [line["tokens"] for line in lines] == [result.tokens for result in whole]
 

@@ -1,4 +1,4 @@
-"""A file imports only what lies below it, every file has its place, and no import goes round."""
+"""A file imports only lower layers, every file belongs to a layer, and no import is circular."""
 
 import ast
 import pathlib
@@ -80,7 +80,7 @@ def test_nobody_imports_a_command():
 
 
 def test_no_import_goes_round():
-    """Imports inside functions count too: none is there to dodge a circle."""
+    """Imports inside functions count too: none hides a circle."""
     edges = {name: {other for other in imports(path) if other in MODULES and other != name and other != "illada_jax"}
              for name, path in MODULES.items() if name != "illada_jax"}
     state: dict[str, str] = {}

@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     """A directory with text and a corpus cache."""
     path = tmp_path_factory.mktemp("main")
     rng = np.random.default_rng(0)
@@ -27,10 +27,10 @@ def place(tmp_path_factory):
     return path
 
 
-def command(place, *changes, config="experiments/quickstart.py", module="main"):
+def command(directory, *changes, config="experiments/quickstart.py", module="main"):
     tiny = {
-        "data.sources": f"('text:{place}/text',)", "data.tokenizer": "bytes", "data.heldout_fraction": 0.2,
-        "data.cache_dir": place / "cache", "data.length": 32, "data.batch_size": 8, "model.d_model": 16,
+        "data.sources": f"('text:{directory}/text',)", "data.tokenizer": "bytes", "data.heldout_fraction": 0.2,
+        "data.cache_dir": directory / "cache", "data.length": 32, "data.batch_size": 8, "model.d_model": 16,
         "model.num_layers": 2, "model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 8, "model.d_ff": 32,
         "model.scan_unroll": 1, "train.steps": 4, "train.logits_chunk": 0, "optimizer.warmup_steps": 1,
         "optimizer.decay_steps": 2, "eval.windows": 4, "eval.every": 100, "checkpoint.every": 100,
@@ -66,8 +66,8 @@ def run(arguments, cwd=ROOT):
         (["more"], "'more'"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(place, tmp_path, changes, message):
-    result = run(command(place, f"--workdir={tmp_path / 'w'}", *changes))
+def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, changes, message):
+    result = run(command(directory, f"--workdir={tmp_path / 'w'}", *changes))
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -93,10 +93,10 @@ def test_a_missing_config_is_named():
     assert "Traceback" not in result.stderr
 
 
-def test_trained_stopped_resumed_and_used(place, tmp_path):
+def test_trained_stopped_resumed_and_used(directory, tmp_path):
     """SIGTERM saves and exits with 75; the same command continues; the result can be decoded."""
     workdir = tmp_path / "w"
-    arguments = command(place, f"--workdir={workdir}", "--config.train.steps=4000", "--config.train.log_every=10",
+    arguments = command(directory, f"--workdir={workdir}", "--config.train.steps=4000", "--config.train.log_every=10",
                         "--config.optimizer.decay_steps=0", "--config.train.tensorboard=False")
     process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
@@ -122,9 +122,9 @@ def test_trained_stopped_resumed_and_used(place, tmp_path):
     assert {"prompt", "text", "tokens", "nfe", "seconds"} <= json.loads(result.stdout).keys()
 
 
-def test_the_final_report_infills_and_samples(place, tmp_path):
+def test_the_final_report_infills_and_samples(directory, tmp_path):
     """Without --workdir, outputs go to workdirs/NAME in the current directory."""
-    result = run(command(place, "--config.eval.final=('bits_per_byte','infill','samples')",
+    result = run(command(directory, "--config.eval.final=('bits_per_byte','infill','samples')",
                          config=ROOT / "experiments" / "quickstart.py"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "workdirs" / "quickstart" / "checkpoints" / "4").is_dir()
@@ -153,11 +153,11 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--config.decode.reveal=typo", "config.decode.reveal = 'typo': must be one of"),
-    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 lies outside the vocabulary of"),
+    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 is outside the vocabulary of"),
     ("--config.decode.block_length=1000", "must"),
 ])
-def test_bad_decode_settings_are_refused_before_training(place, tmp_path, flag, message):
+def test_bad_decode_settings_are_refused_before_training(directory, tmp_path, flag, message):
     for dry in ([], ["--dry_run"]):
-        result = run(command(place, f"--workdir={tmp_path / 'run'}", flag, *dry))
+        result = run(command(directory, f"--workdir={tmp_path / 'run'}", flag, *dry))
         assert result.returncode == 2 and message in result.stderr, result.stderr[-2000:]
         assert not (tmp_path / "run").exists()

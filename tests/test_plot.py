@@ -49,7 +49,7 @@ def test_runs_are_drawn_over_each_other(tmp_path):
     ([], "name at least one workdir"),
     (["nowhere"], "nowhere: contains no metrics.jsonl"),
     (["nowhere", "--figure=a.jpeg"], "must be .png, .svg, .pdf"),
-    (["nowhere", "--figure=missing/a.png"], "there is no directory missing"),
+    (["nowhere", "--figure=missing/a.png"], "the directory missing does not exist"),
 ])
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -32,10 +32,10 @@ def conversation(name, filler):
                          {"role": "user", "content": "who?"}, {"role": "assistant", "content": name}]}
 
 
-def tiny(place, **changes):
+def tiny(directory, **changes):
     return {
-        "data.sources": (f"chat:{place}/talk.jsonl",), "data.cache_dir": str(place / "cache"), "data.length": 64,
-        "data.batch_size": 12, "data.heldout_fraction": 0.2, "sft.bucket": 64, "model.d_model": 32,
+        "data.sources": (f"chat:{directory}/talk.jsonl",), "data.cache_dir": str(directory / "cache"),
+        "data.length": 64, "data.batch_size": 12, "data.heldout_fraction": 0.2, "sft.bucket": 64, "model.d_model": 32,
         "model.num_layers": 2, "model.head_dim": 8, "model.d_ff": 64, "model.scan_unroll": 2, "model.max_length": 96,
         "optimizer.warmup_steps": 5, "eval.rows": 8, "eval.every_epochs": 0.0, "eval.every": 10_000,
         "decode.block_length": 8, "decode.steps_per_block": 8, "decode.max_new_tokens": 16, "train.epochs": 150,
@@ -47,23 +47,23 @@ def run(*arguments, stdin=None):
                           capture_output=True, text=True, timeout=300)
 
 
-def run_main(place, workdir, **changes):
+def run_main(directory, workdir, **changes):
     return run("illada_jax.main", "--config=experiments/sft_quickstart.py", f"--workdir={workdir}",
-               *(f"--config.{key}={value}" for key, value in tiny(place, **changes).items()))
+               *(f"--config.{key}={value}" for key, value in tiny(directory, **changes).items()))
 
 
-def opened(place, **changes):
+def opened(directory, **changes):
     """The config, examples and batches of the same run, in this process."""
     spec = importlib.util.spec_from_file_location("quickstart", ROOT / "experiments" / "sft_quickstart.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     values = module.get_config()
-    values.update_from_flattened_dict(tiny(place, **changes))
+    values.update_from_flattened_dict(tiny(directory, **changes))
     return run_setup.open_data(config.from_config_dict(values))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("sft")
     lines = [json.dumps(conversation(name, "!" * n)) for name in NAMES for n in range(10)]
     (path / "talk.jsonl").write_text("\n".join([*lines, '{"messages": ', json.dumps({"prompt": "x"})]) + "\n")
@@ -71,10 +71,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(place):
-    done = run_main(place, place / "run")
+def trained(directory):
+    done = run_main(directory, directory / "run")
     assert done.returncode == 0, done.stderr
-    return place / "run", done.stderr
+    return directory / "run", done.stderr
 
 
 def metrics(workdir):
@@ -82,9 +82,9 @@ def metrics(workdir):
 
 
 def test_rejected_examples_are_reported_and_answers_are_scored(trained):
-    workdir, said = trained
-    assert "1 of 32 examples left out: not JSON: " in said and "line 31" in said
-    assert "left out: neither messages nor prompt and response" in said
+    workdir, printed = trained
+    assert "1 of 32 examples left out: not JSON: " in printed and "line 31" in printed
+    assert "left out: neither messages nor prompt and response" in printed
     last = metrics(workdir)[-1]
     assert last["eval/ended"] >= 0.99 and last["eval/exact_match"] >= 0.9, last
     assert last["eval/nfe"] == 8 and 1 <= last["eval/answer_tokens"] <= 4
@@ -114,8 +114,8 @@ def test_chat_goes_with_no_other_mode(option):
     assert got.returncode == 2 and got.stderr.startswith("error: --chat: cannot be combined with --"), got.stderr
 
 
-def losses(place, workdir, form, **changes):
-    settled, examples, batches = opened(place, **{"sft.format": form, "train.epochs": 4, "train.log_every": 1,
+def losses(directory, workdir, form, **changes):
+    settled, examples, batches = opened(directory, **{"sft.format": form, "train.epochs": 4, "train.log_every": 1,
                                                   "optimizer.warmup_steps": 1, "optimizer.name": "adamw",
                                                   "model.num_layers": 1, "model.scan_unroll": 1, **changes})
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
@@ -124,27 +124,27 @@ def losses(place, workdir, form, **changes):
 
 
 @pytest.mark.parametrize("form", ["illada", "llada"])
-def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(place, tmp_path, form):
-    whole = losses(place, tmp_path / "whole", form)
-    losses(place, tmp_path / "parts", form, **{"train.stop_step": 3})
-    assert len(whole) >= 6 and losses(place, tmp_path / "parts", form) == whole
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(directory, tmp_path, form):
+    whole = losses(directory, tmp_path / "whole", form)
+    losses(directory, tmp_path / "parts", form, **{"train.stop_step": 3})
+    assert len(whole) >= 6 and losses(directory, tmp_path / "parts", form) == whole
 
 
-def test_initialising_from_a_checkpoint_uses_its_tokenizer(place, trained):
+def test_initialising_from_a_checkpoint_uses_its_tokenizer(directory, trained):
     changes = {"init.checkpoint": str(trained[0]), "data.tokenizer": "checkpoint", "train.epochs": 3,
                "optimizer.warmup_steps": 1}
-    settled, examples, batches = opened(place, **changes)
+    settled, examples, batches = opened(directory, **changes)
     mesh = make_mesh(settled.mesh, jax.devices()[:1])
     evaluators = make_evaluators(("exact_match",), settled, examples, batches, mesh)
-    outcome = train(RunSetup(settled, epath.Path(place / "second"), mesh, batches, examples.tokenizer, evaluators))
+    outcome = train(RunSetup(settled, epath.Path(directory / "second"), mesh, batches, examples.tokenizer, evaluators))
     assert outcome.final["eval/exact_match"] >= 0.5  # far more than three epochs from scratch would teach
-    other, *_ = opened(place, **changes, **{"model.num_layers": 4})
+    other, *_ = opened(directory, **changes, **{"model.num_layers": 4})
     with pytest.raises(InputError, match=r"another architecture: model.num_layers: 2 → 4"):
-        train(RunSetup(other, epath.Path(place / "third"), mesh, batches, examples.tokenizer, {}))
+        train(RunSetup(other, epath.Path(directory / "third"), mesh, batches, examples.tokenizer, {}))
     pieces = train_sentencepiece(["who is it"] * 9, 270)
     with pytest.raises(InputError, match="it was trained with another tokenizer"):
-        train(RunSetup(settled, epath.Path(place / "third"), mesh, batches, pieces, {}))
-    assert not (place / "third").exists()
+        train(RunSetup(settled, epath.Path(directory / "third"), mesh, batches, pieces, {}))
+    assert not (directory / "third").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -158,16 +158,16 @@ def test_initialising_from_a_checkpoint_uses_its_tokenizer(place, trained):
     ({"optimizer.decay_steps": 5}, "one of them must be 0"),
     ({"data.weights": (1.0,)}, "weights are for prepared corpora"),
 ])
-def test_bad_settings(place, changes, message):
+def test_bad_settings(directory, changes, message):
     with pytest.raises(InputError, match=message):
-        opened(place, **changes)
+        opened(directory, **changes)
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(place):
-    got = run_main(place, place / "bad", **{"eval.answer_metric": "similar"})
+def test_bad_input_is_one_line_and_leaves_nothing(directory):
+    got = run_main(directory, directory / "bad", **{"eval.answer_metric": "similar"})
     assert got.returncode == 2
     assert "config.eval.answer_metric = 'similar': must be one of 'exact', 'numeric'" in got.stderr
-    assert "Traceback" not in got.stderr and not (place / "bad").exists()
+    assert "Traceback" not in got.stderr and not (directory / "bad").exists()
 
 
 def test_epochs_decide_steps_and_schedule(tmp_path):

@@ -1,4 +1,4 @@
-"""What the studies count and report."""
+"""Counts and reports of the studies."""
 
 import importlib
 import json
@@ -56,13 +56,13 @@ def fake(cell):
             "decoded": {name: {**decoded, "tokens": cost} for name, cost in costs.items()}}
 
 
-@pytest.mark.parametrize(("name", "wanted"), [
+@pytest.mark.parametrize(("name", "expected"), [
     ("variable_length", "| llada | canvas | 0.600 ± 0.058 | 32 ± 0 | 20,001 ± 1 |" + " 0.100 ± 0.000 | 0.000 ± 0.000"
      " | 0.100 ± 0.000 | 20 ± 0 |"),
     ("epochs", "| 9 | 0.750 ± 0.000 |"),
     ("split_isolation", "| 0.3 | no | 3 | 0.600 ± 0.058 |"),
 ])
-def test_finished_cells_make_a_table(modules, tmp_path, monkeypatch, capsys, name, wanted):
+def test_finished_cells_make_a_table(modules, tmp_path, monkeypatch, capsys, name, expected):
     module = modules[name]
     for cell in module.CELLS[:-1]:
         (tmp_path / f"{cell.name}.json").write_text(json.dumps(fake(cell)))
@@ -73,8 +73,8 @@ def test_finished_cells_make_a_table(modules, tmp_path, monkeypatch, capsys, nam
     for cell in module.CELLS[-1:]:
         (tmp_path / f"{cell.name}.json").write_text(json.dumps(fake(cell)))
     modules["study"].main(module.__doc__, module.CELLS, module.report)
-    assert wanted in capsys.readouterr().out
-    assert wanted in (tmp_path / f"{name}.md").read_text()
+    assert expected in capsys.readouterr().out
+    assert expected in (tmp_path / f"{name}.md").read_text()
 
 
 def test_scoring_counts_what_is_right_and_what_it_costs(modules, tmp_path, monkeypatch):

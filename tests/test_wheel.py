@@ -31,20 +31,21 @@ def run(*command: object, cwd: pathlib.Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def fresh_bin(tmp_path_factory):
     """The `bin` directory of an environment that has the wheel, and its dependencies from that of the tests."""
-    place = tmp_path_factory.mktemp("wheel")
+    directory = tmp_path_factory.mktemp("wheel")
     # From a copy: building in the repository would leave files there, and could include leftovers.
-    copy = place / "copy"
+    copy = directory / "copy"
     shutil.copytree(ROOT / "illada_jax", copy / "illada_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     pip = (sys.executable, "-m", "pip")
-    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", place, copy, cwd=place)
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", directory, copy, cwd=directory)
     shutil.rmtree(copy)
-    (wheel,) = place.glob("*.whl")
+    (wheel,) = directory.glob("*.whl")
     assert wheel.name == f"illada_jax-{illada_jax.__version__}-py3-none-any.whl"
-    environment = place / "environment"
+    environment = directory / "environment"
     venv.create(environment)
-    run(*pip, "--python", environment / "bin" / "python", "install", "-q", "--no-deps", "--no-index", wheel, cwd=place)
+    run(*pip, "--python", environment / "bin" / "python", "install", "-q", "--no-deps", "--no-index", wheel,
+        cwd=directory)
     # Paths in a .pth file come last, and .pth files in them are not followed: an editable install stays out.
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))

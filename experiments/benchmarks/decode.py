@@ -224,9 +224,9 @@ def quality_table(checkpoint: str) -> None:
             print(f"{name:18} {cache:7} {written / sum(r.nfe for r in results):10.2f} {seconds:8.2f} "
                   f"{agreement(results, exact):10.3f} {score(results):7.3f}", flush=True)
     for dtype in params:
-        together = decode(one_per_step, dtype, prompts)
+        batched = decode(one_per_step, dtype, prompts)
         alone = [decode(one_per_step, dtype, [prompt])[0] for prompt in prompts]
-        print(f"alone and in a batch, {dtype}: {agreement(together, alone):.4f} of the tokens are equal")
+        print(f"alone and in a batch, {dtype}: {agreement(batched, alone):.4f} of the tokens are equal")
 
 
 def agreement(results: Sequence[Decoded], exact: Sequence[Decoded]) -> float:

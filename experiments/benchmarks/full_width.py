@@ -95,7 +95,7 @@ def equal(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def run_apart(function, *arguments):
-    """Calls a function in a process of its own: a child's peak memory is at least its parent's."""
+    """Calls a function in a separate process: a child's peak memory is at least its parent's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -112,9 +112,9 @@ def run(*arguments: str) -> tuple[float, int, str]:
     return time.monotonic() - started, usage.ru_maxrss * 1024, printed
 
 
-def commands(place: pathlib.Path) -> dict[str, list[str]]:
-    """The commands to run on the checkpoint in `place`, in this order, by name."""
-    source, workdir, new = place / "source", place / "workdir", _NEW_TOKENS.value
+def commands(directory: pathlib.Path) -> dict[str, list[str]]:
+    """The commands to run on the checkpoint in `directory`, in this order, by name."""
+    source, workdir, new = directory / "source", directory / "workdir", _NEW_TOKENS.value
     load = "import illada_jax; illada_jax.load({!r}, dtype='bfloat16', quantize={!r})"
     return {
         "import": ["-m", "illada_jax.convert", f"--source={source}", f"--target={workdir}"],
@@ -123,7 +123,7 @@ def commands(place: pathlib.Path) -> dict[str, list[str]]:
         f"decode {new} tokens": [
             "-m", "illada_jax.generate", f"--checkpoint={source}", f"--prompt={PROMPT}", "--output=json",
             f"--max_new_tokens={new}", f"--block_length={new}"],
-        "export": ["-m", "illada_jax.convert", f"--source={workdir}", f"--target={place / 'back'}",
+        "export": ["-m", "illada_jax.convert", f"--source={workdir}", f"--target={directory / 'back'}",
                    f"--shard_gigabytes={_SHARD_GIGABYTES.value}"],
     }
 
@@ -133,9 +133,9 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as made:
         places = {tiny: pathlib.Path(made) / ("tiny" if tiny else "full") for tiny in (True, False)}
         sizes = {}
-        for tiny, place in places.items():
-            place.mkdir()
-            sizes[tiny] = run_apart(write_checkpoint, place / "source", _LAYERS.value, tiny,
+        for tiny, directory in places.items():
+            directory.mkdir()
+            sizes[tiny] = run_apart(write_checkpoint, directory / "source", _LAYERS.value, tiny,
                                     int(_SHARD_GIGABYTES.value * GB))
         full, files = sizes[False], len(list((places[False] / "source").glob("*.safetensors")))
         print(f"{full.tensors / GB:.2f} GB in {files} files, the largest tensor {full.largest / GB:.2f} GB\n")

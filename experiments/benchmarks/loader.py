@@ -39,7 +39,7 @@ _IDS_PER_CORPUS = 80
 
 
 def write_corpus(directory: pathlib.Path, num_tokens: int, num_shards: int, seed: int) -> None:
-    """Writes random tokens in documents of about 1,000; each seed has a range of ids of its own."""
+    """Writes random tokens in documents of about 1,000; each seed has its own range of ids."""
     tokenizer, draw, infos = ByteTokenizer(), np.random.default_rng(seed), []
     tokenizer.save(directory / "tokenizer")
     for n in range(num_shards):

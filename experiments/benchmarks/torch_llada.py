@@ -48,7 +48,7 @@ class Network:
 
 
 def fixed_length(network, prompt, ids, max_new_tokens, block_length, steps_per_block, **options):
-    """LLaDA: all masks are there from the start and are revealed block by block. Greedy. Returns the new tokens."""
+    """LLaDA: all masks are present from the start and are revealed block by block. Greedy. Returns the new tokens."""
     canvas = torch.tensor(list(prompt) + [ids["mask"]] * max_new_tokens)
     for start in range(len(prompt), len(canvas), block_length):
         denoise(network, canvas, len(prompt), start, start + block_length, steps_per_block, ids, **options)

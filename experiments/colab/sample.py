@@ -159,9 +159,9 @@ written_at = np.array(trace.written_at)
 new = np.flatnonzero(written_at >= 0)
 sure = np.full((trace.num_steps, len(new)), np.nan)
 for step, columns in enumerate(trace.candidates):
-    for place, column in enumerate(new):
+    for index, column in enumerate(new):
         if column in columns:
-            sure[step, place] = columns[column][0].probability
+            sure[step, index] = columns[column][0].probability
 
 figure, axes = plt.subplots(figsize=(11, 6.5))
 image = axes.imshow(sure, cmap="viridis", norm=matplotlib.colors.LogNorm(0.01, 1, clip=True), aspect="auto")

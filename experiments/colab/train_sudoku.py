@@ -140,7 +140,7 @@ def solve(params, step):
     """The share of solved puzzles, and the answer to one of them."""
     lm = LanguageModel(config, params, corpus.tokenizer, mesh)
     answers = [result.text for result in lm.generate([f"{text}=" for text, _, _ in PUZZLES])]
-    right = [answer == wanted for answer, (_, _, wanted) in zip(answers, PUZZLES, strict=True)]
+    right = [answer == expected for answer, (_, _, expected) in zip(answers, PUZZLES, strict=True)]
     return {"eval/solved": float(np.mean(right)), "eval/one_puzzle": answers[PUZZLES.index((puzzle, "=", solution))]}
 
 

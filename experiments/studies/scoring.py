@@ -8,7 +8,7 @@ The paper's ablation at a small size. `--task CHECKPOINT ITEMS` may be repeated;
 choices and the index of the answer, and candidates are compared by their sums per token. `choice by confidence` finds
 the best candidate without finishing those that cannot win (`Scorer.choose`). `agrees` is the share of choices equal to
 those of the confidence score, `evaluations` the rows that the network computes for an item; times are processor times
-without compiling. Finished rows are kept in the results directory and not computed again. Some minutes on one core.
+without compiling. Finished rows are saved in the results directory and not computed again. Some minutes on one core.
 """
 
 import argparse
@@ -105,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {}
     for checkpoint, path in arguments.task:
         items, name = read_items(path, arguments.limit), pathlib.Path(path).stem
-        kept = arguments.results / f"{name}-{len(items)}.json"
-        task = json.loads(kept.read_text()) if kept.exists() else {
+        saved = arguments.results / f"{name}-{len(items)}.json"
+        task = json.loads(saved.read_text()) if saved.exists() else {
             "answers": [item["answer"] for item in items], "methods": {}}
         for method in METHODS:
             if method not in task["methods"]:
                 task["methods"][method] = evaluate(api.load(checkpoint), items, method)
-                kept.write_text(json.dumps(task))
+                saved.write_text(json.dumps(task))
                 print(f"{name}: {method} is finished", flush=True)
         found[name] = task
     print(report(found, arguments.results))

@@ -1,4 +1,4 @@
-"""Shared code of the studies: cells (a training run and what it decodes), kept as JSON, and tables of means.
+"""Shared code of the studies: cells (a training run and its decoded answers), saved as JSON, and tables of means.
 
 All cells start from one base model, as fine-tuning starts from a pre-trained one. It is trained on other examples of
 the same tasks, in iLLaDA's windows. Evaluation prompts are held out from the base and from the cells, as the split
@@ -122,8 +122,8 @@ def _quickstart() -> ml_collections.ConfigDict:
 
 def train_base(directory: pathlib.Path) -> None:
     """Trains the base model, or continues."""
-    for name, wanted in base_configs(directory).items():
-        config, examples, batches = open_data(wanted)
+    for name, expected in base_configs(directory).items():
+        config, examples, batches = open_data(expected)
         last = config.train.stop_step or config.train.steps
         if not (directory / name / "checkpoints" / str(last)).is_dir():
             print(f"the base model: {name}", flush=True)

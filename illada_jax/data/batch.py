@@ -1,4 +1,4 @@
-"""The struct that data passes to training. NumPy only: `data` does not import JAX."""
+"""The struct that is passed from data to training. NumPy only: `data` does not import JAX."""
 
 from typing import NamedTuple
 

@@ -76,7 +76,7 @@ class Examples(Corpus):
 def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """Opens the text of a config.
 
-    Sources other than `prepared:DIR` are prepared into the cache unless they are there; the key is a hash of their
+    Sources other than `prepared:DIR` are prepared into the cache unless they are in it; the key is a hash of their
     content, the tokenizer and the settings.
 
     Args:
@@ -100,7 +100,7 @@ def open_corpus(data: DataConfig, progress: bool = True) -> Corpus:
 
 
 def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: bool = True) -> Examples:
-    """Opens the examples of a config; prepares them into the cache unless they are there.
+    """Opens the examples of a config; prepares them into the cache unless they are in it.
 
     Args:
       config: the config; the key in the cache is a hash of files, tokenizer and the settings that matter.
@@ -108,8 +108,8 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
       progress: show a bar on stderr while preparing.
 
     Raises:
-      InputError: a source or the tokenizer cannot be read, no example is left to learn from, or one was left out and
-        config.sft.strict forbids that; names it.
+      InputError: a source or the tokenizer cannot be read, no example is left to learn from, or one was left out
+        although config.sft.strict is set; names it.
     """
     data, sft = config.data, config.sft
     if data.weights:
@@ -159,8 +159,8 @@ def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
     parts = list_parts(data.sources)
     size = sum(part.num_bytes for part in parts)
     if size > _LARGEST_BYTES:
-        raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB are too much to prepare on "
-                         f"the fly; type: python -m illada_jax.prepare --source={','.join(data.sources)} --target=DIR "
+        raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB, too large to prepare on "
+                         f"the fly; run: python -m illada_jax.prepare --source={','.join(data.sources)} --target=DIR "
                          f"--tokenizer={data.tokenizer}, then set config.data.sources to ('prepared:DIR',)")
     key = content_key(settings, parts, given_tokenizer(data.tokenizer))
     return _cached(data, key, lambda target: prepare(settings, target, progress=progress))

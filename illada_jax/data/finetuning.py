@@ -1,7 +1,7 @@
 """Batches of examples: iLLaDA's windows of concatenated examples and LLaDA's padded rows (papers, fine-tuning).
 
 The order of an epoch is a permutation drawn from (seed, epoch). So the order of any epoch, and with it the cumulative
-lengths, is known without going through earlier epochs. Windows and batches cross the boundaries of epochs.
+lengths, is known without replaying earlier epochs. Windows and batches cross the boundaries of epochs.
 """
 
 import functools
@@ -126,12 +126,12 @@ def _example_starts(pieces: list[_Piece]) -> np.ndarray:
 
 
 class PaddedExamples(_ExampleBatches):
-    """LLaDA: one example per row; the prompt is never masked, the answer is padded with EOS, which is learnt.
+    """LLaDA: one example per row; the prompt is never masked, the answer is padded with EOS, which is learned.
 
-    Rows are as long as the longest row of the GLOBAL batch, rounded up to a multiple of sft.bucket. That is a function
-    of the step and the order, and the one exception to the law that a row does not depend on its neighbours. The weight
-    of a position is 1 / (length of the answer with its padding), so each row weighs 1. One answer of a conversation is
-    drawn in each epoch; the turns before it are the prompt, the turns after it are left out (LLaDA paper, appendix).
+    Rows are as long as the longest row of the GLOBAL batch, rounded up to a multiple of sft.bucket: a function
+    of the step and the order, and the one exception to the law that a row does not depend on others. The weight of a
+    position is 1 / (length of the answer with its padding), so each row weighs 1. One answer of a conversation is drawn
+    in each epoch; the turns before it are the prompt, the turns after it are left out (LLaDA paper, appendix).
     """
 
     def __init__(self, config: Config, examples: Examples):

@@ -1,4 +1,4 @@
-"""Prepared corpora: a directory of token shards and their tokenizer, with a manifest that makes them a whole.
+"""Prepared corpora: directories of token shards with their tokenizer and a manifest that describes them.
 
 Every file is written atomically, `manifest.json` last: a directory without it is unfinished.
 """
@@ -73,7 +73,7 @@ class Manifest:
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing: never finished); type: "
+            raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing: never finished); run: "
                              "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
                              f"--target={directory}") from error
         except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def open_shards(directory: pathlib.Path) -> tuple[Manifest, Tokenizer, dict[str,
     """Opens a prepared directory: manifest, tokenizer, and a stream for each split.
 
     Raises:
-      InputError: the directory is unfinished, a shard does not have its size, or the tokenizer is not the one that
+      InputError: the directory is unfinished, a shard has the wrong size, or the tokenizer is not the one that
         made the shards; names the file.
     """
     manifest = Manifest.load(directory)
@@ -122,5 +122,5 @@ def _check_size(directory: pathlib.Path, info: ShardInfo) -> None:
     except OSError as error:
         raise InputError(f"{path}: shard of the manifest cannot be opened: {error.strerror}") from error
     if size != info.size:
-        raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or another file; "
+        raise InputError(f"{path}: has {size} bytes, the manifest says {info.size}: truncated or replaced; "
                          "prepare the corpus again")

@@ -1,8 +1,8 @@
 """Batches of a training run with random access, read ahead through Grain.
 
 The content of a row is a function of (config, data, step, row) alone (law 1): row r of step s is example
-order[s·B + r]. A host asks for the rows that its devices hold; a resumed run asks for the step at which it stopped.
-Nothing is saved for that.
+order[s·B + r]. A host asks for the rows that its devices hold; a resumed run asks for the step at which it stopped,
+without any saved state.
 """
 
 import abc
@@ -20,7 +20,7 @@ from illada_jax.errors import InputError
 
 _BUFFERED_STEPS = 16
 _RANDOM_LENGTH, _SPLIT = 1, 2  # purposes of random draws, part of the format of a run; see `Batches.step_draws`
-_WEIGHT_UNITS = 2**40  # weights of a mixture as integers, so that nothing is rounded however long the run is
+_WEIGHT_UNITS = 2**40  # weights of a mixture as integers, so that nothing is rounded, however long the run
 
 
 class Batches(abc.ABC):
@@ -76,7 +76,7 @@ class Batches(abc.ABC):
         return generator.random((self._data.batch_size, 2))
 
     def length_draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a step that are cut short, bool [B], and where, float [B] in [0, 1) (config.data)."""
+        """Rows of a step to cut short, bool [B], and the positions of the cuts, float [B] in [0, 1) (config.data)."""
         draws_B2 = self.step_draws(step, _RANDOM_LENGTH)
         if self._data.random_length_of == "batch":
             draws_B2 = np.broadcast_to(draws_B2[0], draws_B2.shape)
@@ -99,7 +99,7 @@ class Batches(abc.ABC):
         return result
 
     def _document_starts(self, windows: list[np.ndarray]) -> list[np.ndarray]:
-        """For each window the columns, besides 0, where a document begins that is a segment of its own."""
+        """For each window the columns, besides 0, at which a document begins that is its own segment."""
         return [np.empty(0, np.int64)] * len(windows)
 
 

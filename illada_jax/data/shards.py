@@ -91,7 +91,7 @@ class ShardWriter:
 
         Args:
           ids: its tokens, the end token included.
-          num_bytes: bytes of UTF-8 that they stand for.
+          num_bytes: UTF-8 bytes of its text.
           is_answer: for examples, True for each token of an answer.
         """
         values = np.array(ids, self._dtype)

@@ -1,6 +1,6 @@
 """Confidence in each masked position: positions are revealed in descending order of it.
 
-A confidence is a function of a `Prediction` that returns float32 [B, Q], at most 0, larger is surer. All are logarithms
+A confidence is a function of a `Prediction` that returns float32 [B, Q], at most 0; larger is surer. All are logarithms
 of a number in (0, 1], so that every reveal strategy combines with every confidence. To add one, write it here and enter
 it in CONFIDENCES under its name in `config.decode.confidence`.
 """

@@ -89,7 +89,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     more, `slice_length` columns are evaluated.
 
     Raises:
-      ConfigError: a strategy is unknown (the message lists the known ones), the network has no cache, an id lies
+      ConfigError: a strategy is unknown (the message lists the known ones), the network has no cache, an id is
         outside the vocabulary, or no id is left to choose.
     """
     for key, known in (("reveal", REVEALS), ("confidence", CONFIDENCES)):
@@ -99,9 +99,9 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     for key in ("suppressed_ids", "stop_ids", "end_of_thinking_ids"):
         for id_ in getattr(settings, key):
             if not 0 <= id_ < ids.vocab_size:
-                raise ConfigError(f"config.decode.{key}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
+                raise ConfigError(f"config.decode.{key}: id {id_} is outside the vocabulary of {ids.vocab_size}")
     if settings.eot_id >= ids.vocab_size:
-        raise ConfigError(f"config.decode.eot_id = {settings.eot_id}: lies outside the vocabulary of {ids.vocab_size}")
+        raise ConfigError(f"config.decode.eot_id = {settings.eot_id}: is outside the vocabulary of {ids.vocab_size}")
     if settings.cache != "none" and init_cache is None:
         raise ConfigError(f"config.decode.cache = {settings.cache!r}: this network has no cache; set it to 'none'")
     suppressed = {ids.mask, *settings.suppressed_ids, *ids.unused}
@@ -115,7 +115,7 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     thinking_ids = settings.end_of_thinking_ids or ids.end_of_thinking
     if boost and not thinking_ids:
         raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
-                          "as there is no tokenizer that encodes </think>")
+                          "because there is no tokenizer to encode </think>")
     return Rules(
         # Rows carry their budgets and keys: a change of these fields does not compile again.
         settings=dataclasses.replace(settings, max_new_tokens=1, length="variable", batch_size=1, seed=0),
@@ -205,7 +205,7 @@ class Decoder:
         mask = self.ids.mask
         for id_ in tokens:
             if not 0 <= id_ < self.ids.vocab_size:
-                raise InputError(f"prompt {index}: id {id_} lies outside the vocabulary of {self.ids.vocab_size}")
+                raise InputError(f"prompt {index}: id {id_} is outside the vocabulary of {self.ids.vocab_size}")
         if infill:
             if mask not in tokens:
                 raise InputError(f"text {index}: no gap to fill (no MASK, id {mask})")
@@ -221,7 +221,7 @@ class Decoder:
         return Request(index, canvas, len(tokens), len(tokens) + budget, "length")
 
     def _budget(self, index: int, prompt_length: int) -> int:
-        """New tokens that fit into the context, at most those asked for."""
+        """Number of new tokens: max_new_tokens, or as many as fit into the context."""
         available = self.max_length - prompt_length
         budget = self.settings.max_new_tokens
         if available < 1:
@@ -303,7 +303,7 @@ class Decoder:
 
 
 def new_row(request: Request, key_2: np.ndarray, done: bool = False) -> Carry:
-    """The initial state of one row, on a canvas of its own length."""
+    """The initial state of one row, on a canvas of the length of its tokens."""
     length = len(request.tokens)
     return Carry(
         tokens_BL=np.array([request.tokens], np.int32),

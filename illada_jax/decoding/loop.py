@@ -4,7 +4,7 @@ A row starts at column 0 of its canvas and is padded on the right, so that posit
 where the row ends. The three kinds of decoding differ only in the initial row:
 
   variable length (iLLaDA): the canvas ends after the prompt and grows by one block of masks at a time, up to limit_B;
-  fixed length (LLaDA): all masks are there from the start, length_B == limit_B;
+  fixed length (LLaDA): all masks are present from the start, length_B == limit_B;
   infilling: the masks are gaps anywhere in the text, and length_B == limit_B.
 
 In all three a block is the first `block_length` masked columns from the left. All rows denoise their blocks in
@@ -41,7 +41,7 @@ class Rules:
       suppressed_ids: ids that are never chosen, MASK among them.
       last_ids: ids that are written last.
       stop_ids: a row is done after the first block that contains one of them.
-      thinking_ids: the end-of-thinking string that is boosted; empty is no boost.
+      thinking_ids: the end-of-thinking string to boost; empty: no boost.
       init_cache: `(rows, canvas length) -> empty cache`; None evaluates the whole canvas at every step. Pass the same
         object for the same network, or the loop compiles again.
       slice_length: columns that are evaluated between refreshes: the block; with a prefix cache also all later masks.
@@ -137,7 +137,7 @@ def decode_block(logits_fn: LogitsFn, carry: Carry, rules: Rules) -> Carry:
         logits_BQV, cache = block_logits(logits_fn, carry, block, cache, step, rules)
         return write(carry, block, logits_BQV, total_B, step, rules), cache, step + 1
 
-    # There is nothing to cache where the slice is the whole canvas. Guidance evaluates two rows for each.
+    # If the slice is the whole canvas, there is nothing to cache. Guidance evaluates two rows for each.
     rows, canvas_length = carry.tokens_BL.shape
     cache = None
     if rules.init_cache is not None and rules.slice_length < canvas_length:
@@ -197,7 +197,7 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,
           rules: Rules) -> Carry:
-    """Predicts a token for every masked slot and writes the surest of them."""
+    """Predicts a token for every masked slot and writes the most confident ones."""
     masked_BQ = masked_slots(carry, block, rules)
     settings = rules.settings
     if rules.thinking_ids:

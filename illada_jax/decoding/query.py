@@ -1,4 +1,4 @@
-"""The contract of a network, `LogitsFn`, and its one query, `guided_logits`, of decoder, scorers and traces alike.
+"""The contract of a network, `LogitsFn`, and `guided_logits`, with which decoder, scorers and traces evaluate it.
 
 Dimensions: B rows, L canvas columns, T columns of a slice, Q queried columns of the slice, V vocabulary.
 """
@@ -16,7 +16,7 @@ END_OF_THINKING = "</think>"
 
 
 class LogitsFn(Protocol):
-    """A network as decoding and scoring see it. As a `jax.tree_util.Partial` it takes its params through jit."""
+    """A network as decoding and scoring call it. As a `jax.tree_util.Partial` it takes its params through jit."""
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array,
                  query_columns_BQ: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
@@ -81,8 +81,8 @@ class SpecialIds(NamedTuple):
     Attributes:
       mask, eos, bos, pad: the special tokens.
       vocab_size: ids of the tokenizer. The network's V may be larger; ids from vocab_size on are never chosen.
-      end_of_thinking: ids of the string that the end-of-thinking boost promotes, unless the settings name others.
-      unused: ids of the tokenizer that stand for nothing; never chosen.
+      end_of_thinking: ids of the string that the end-of-thinking boost promotes, unless the settings give others.
+      unused: ids of the tokenizer without a token; never chosen.
     """
 
     mask: int

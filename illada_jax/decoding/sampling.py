@@ -1,4 +1,4 @@
-"""Choice of a token for every position of the active block: logit masks, nucleus, temperature and Gumbel noise."""
+"""Choosing a token for every position of the active block: logit masks, nucleus, temperature and Gumbel noise."""
 
 import math
 
@@ -9,7 +9,7 @@ import numpy as np
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import Prediction, argmax, log_softmax
 
-# Purposes of random keys. Seeds depend on the numbers: never renumber.
+# Purposes of random keys. Samples depend on the numbers: never renumber them.
 _TOKEN, _ORDER, _NUM_PURPOSES = 0, 1, 2
 
 
@@ -26,7 +26,7 @@ def _step_keys(keys_B2: jax.Array, purpose: int, steps_B: jax.Array) -> jax.Arra
 
 def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | None = None) -> jax.Array:
     """Sets the logits of the given ids, and of those from vocab_size on, to -inf."""
-    # A table, as a tokenizer may leave hundreds of ids unused.
+    # A table, because a tokenizer may leave hundreds of ids unused.
     never_V = np.zeros(logits_BQV.shape[-1], bool)
     never_V[[id_ for id_ in ids if id_ < never_V.size]] = True
     never_V[never_V.size if vocab_size is None else vocab_size :] = True
@@ -36,7 +36,7 @@ def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | N
 def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
     """Keeps the most probable tokens with a total mass of at least top_p; sets the others to -inf.
 
-    Tokens as probable as the last one kept are kept, too (nucleus sampling, Holtzman et al., 2020).
+    Tokens that tie with the last one are kept, too (nucleus sampling, Holtzman et al., 2020).
     """
     sorted_BQV = -jnp.sort(-logits_BQV, axis=-1)
     probs_BQV = jax.nn.softmax(sorted_BQV, axis=-1)

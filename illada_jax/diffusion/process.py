@@ -50,7 +50,7 @@ def stratified_times(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def sample_times(key: jax.Array, segments_BL: jax.Array, sampling: str) -> jax.Array:
-    """Time of every position; the positions of a segment share one, since each segment is a sequence of its own.
+    """Time of every position; the positions of a segment share one, since each segment is a separate sequence.
 
     Args:
       key: key of the step.
@@ -92,9 +92,9 @@ def corrupt(key: jax.Array, batch: Batch, config: DiffusionConfig) -> Corrupted:
 def corrupt_fixed_count(key: jax.Array, batch: Batch, mask_id: int) -> Corrupted:
     """Masks a uniformly drawn COUNT l in {1 … n} of each row's n maskable tokens, without replacement (LLaDA, eq. 6).
 
-    The estimator n/l · Σ CE of a row is an unbiased estimate of the same bound with less variance and without eps:
+    n/l · Σ CE of a row is an unbiased estimate of the same bound, with less variance and without eps:
     `p_BL` is l/n, so that the same loss applies. Counts are stratified over the rows. A row without a maskable token
-    stays as it is.
+    is unchanged.
     """
     time_key, mask_key = jax.random.split(key)
     batch_size, length = batch.tokens_BL.shape

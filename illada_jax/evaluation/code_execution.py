@@ -5,7 +5,7 @@ read-only, and an empty /tmp: no home directory, no other file, no environment v
 the size of /tmp and rlimits per process bound what a program can use; if memory still runs out, the kernel kills the
 program first.
 
-A program passes if it ran to its end: leaving early or printing a verdict fails. A program that inspects the memory of
+A program passes if it runs to its end: exiting early or printing a verdict fails. A program that inspects the memory of
 its own process to find the token that says so can forge the verdict; this is out of scope.
 """
 
@@ -171,7 +171,7 @@ def program_tasks(index: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def metric_for(mode: str, manager: Any, names: Sequence[str]) -> Iterator[None]:
     """Within the block, tasks that load the metric `code_eval` get the sandboxed one (sandbox) or lm-eval's (unsafe).
 
-    Raises InputError if one of the tasks runs programs by other means, outside of the sandbox.
+    Raises InputError if one of the tasks runs programs by other means, outside the sandbox.
     """
     if mode == "unsafe":
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own consent

@@ -1,4 +1,4 @@
-"""Runs one generated program; `code_execution.py` starts this file in the sandbox, which does not show the package.
+"""Runs one generated program; `code_execution.py` starts this file in the sandbox, where the package is not visible.
 
 Standard input holds one line of JSON: the program, a secret token and the limits. Standard output gets `STARTED`, then
 the token if the program ran to its end, or else the error that it raised.
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def run(task: dict) -> None:
-    """Runs the program in a module of its own, reports and exits."""
+    """Runs the program in its own module, reports the verdict and exits."""
     report = os.dup(1)
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

@@ -1,7 +1,7 @@
 """Evaluators, which run during training: the bound on held-out text, samples, infilling and exact match.
 
 An evaluator is a function (params, step) → {name: number or text}. `main` builds those that `config.eval` names and
-passes them to the training loop, which knows nothing of decoding.
+passes them to the training loop, which does not depend on decoding.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _TABLE_ROWS = 6
 
 
 class EvaluatorContext(NamedTuple):
-    """Everything of a run that evaluators are built from; `pipeline` makes windows of held-out text."""
+    """The parts of a run that evaluators are built from; `pipeline` makes windows of held-out text."""
 
     config: Config
     corpus: Corpus | Examples
@@ -82,7 +82,7 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
 
     Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error of the
     ratio over windows covers both the random masks and the choice of text. Mask counts are stratified within a batch,
-    so it errs on the large side.
+    so the estimate errs on the high side.
     """
     config, corpus, pipeline, mesh = context
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)

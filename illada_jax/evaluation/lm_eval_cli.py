@@ -26,7 +26,7 @@ class IlladaJax(LmEvalModel):
 
     def __init__(self, checkpoint: str = "", batch_size: int | str | None = None, max_batch_size: Any = None,
                  device: str | None = None, **arguments: Any):
-        """Loads the model; `arguments` are `dtype`, `quantize` and settings. An InputError names a wrong one."""
+        """Loads the model; `arguments` are `dtype`, `quantize` and settings. Raises InputError for an invalid one."""
         del max_batch_size, device  # batch sizes are not searched; JAX chooses the device
         if not checkpoint:
             raise InputError("--model_args checkpoint=…: is required")

@@ -39,7 +39,7 @@ class LmEvalModel(LM):
     """
 
     def __init__(self, lm: LanguageModel, settings: Settings | None = None, work: Work | None = None):
-        """Wraps a model; `work` keeps finished requests."""
+        """Wraps a model; `work` saves finished requests."""
         super().__init__()
         self.lm = lm
         self.settings = settings or Settings()
@@ -136,7 +136,7 @@ class LmEvalModel(LM):
         think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
-        # A special token does not show in the text.
+        # A special token does not appear in the text.
         token = self.lm.tokenizer.special_tokens.get(think_end)
         if token is not None and token in result.tokens:
             last = len(result.tokens) - result.tokens[::-1].index(token)

@@ -46,7 +46,7 @@ def _version(name: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, followed by `+` if tracked files differ; None outside of a git checkout."""
+    """The commit of the checkout, followed by `+` if tracked files differ; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.check_output(command, cwd=pathlib.Path(__file__).parent, stderr=subprocess.DEVNULL,

@@ -167,7 +167,7 @@ _LLADA_DIFFUSION = {"gsm8k-diffusion": 69.4, "math-diffusion": 31.9}
 
 def _presets(model: str, checkpoint: str, rows: dict[str, tuple[dict[str, Any], str]],
              others: dict[str, float] | None = None) -> Iterator[tuple[str, Preset]]:
-    """Presets by name; `others` has published numbers that the tables do not have."""
+    """Presets by name; `others` has published numbers that are not in the tables."""
     chat = model.endswith("-instruct")
     tasks, published = (_INSTRUCT_TASKS, INSTRUCT) if chat else (_BASE_TASKS, BASE)
     for row, (settings, note) in rows.items():

@@ -15,7 +15,7 @@ from illada_jax.config import DecodeConfig, override
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.scoring.scorer import ScoreConfig
 
-_SEPARATOR = re.compile(r",(?![^(\[]*[)\]])")  # a comma outside of brackets
+_SEPARATOR = re.compile(r",(?![^(\[]*[)\]])")  # a comma outside brackets
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         if key not in KNOWN_SETTINGS:
             raise InputError(f"setting {key!r}: unknown{did_you_mean(key, KNOWN_SETTINGS)}")
     score, decode, lm_eval = ({key: value for key, value in values.items() if key in names} for names in _NAMES)
-    # Finds mistakes before a model is loaded. As in `LanguageModel.generate`, steps_per_block follows block_length.
+    # Finds errors before a model is loaded. As in `LanguageModel.generate`, steps_per_block follows block_length.
     steps = decode.get("block_length", DecodeConfig.steps_per_block)
     override(DecodeConfig(), "decode", {"steps_per_block": steps, **decode})
     return Settings(override(ScoreConfig(), "score", score), decode, override(LmEvalConfig(), "lm_eval", lm_eval))

@@ -1,6 +1,6 @@
 """Resumable work: requests are cut into chunks, distributed over processes, saved to disk and returned in order.
 
-A chunk is computed, saved and, after an interruption, repeated as a whole. So a resumed run gives bit for bit the
+A chunk is computed, saved and, after an interruption, repeated as a whole. So a resumed run gives, bit for bit, the
 numbers of an uninterrupted one, and several processes give those of one.
 """
 
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers of a chunk, JSON-compatible, and the network evaluations that they took."""
+    """The answers of a chunk, JSON-compatible, and the number of network evaluations for them."""
 
     answers: list[Any]
     evaluations: int
@@ -49,7 +49,7 @@ class Work:
     """Answers requests in chunks.
 
     Attributes:
-      directory: for finished chunks; None keeps none.
+      directory: for finished chunks; None saves none.
       fingerprint: of everything besides the requests that answers depend on; saved chunks with another fingerprint are
         ignored.
       chunk: approximate number of requests per chunk.

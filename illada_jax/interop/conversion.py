@@ -1,4 +1,4 @@
-"""Conversions: official weights to a workdir, a workdir to the official layout, either one to eight bits."""
+"""Conversions: official weights to a workdir, a workdir to the official layout, either one to int8."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ class Conversion:
         """
         source = open_model(self.source, self.special_ids)
         if source.quantized:
-            raise InputError(f"{self.source}: its weights have eight bits; convert the model they were made from")
+            raise InputError(f"{self.source}: its weights are int8; convert the model they were quantised from")
         config = source.config
         if isinstance(source, HFModel):
             family, dtype = source.family.model_type, self.dtype or config.model.dtype

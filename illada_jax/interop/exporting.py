@@ -19,7 +19,7 @@ from illada_jax.interop.layout import TensorMapping, tensor_mappings
 from illada_jax.interop.tensors import PROGRESS, TensorInfo, write_tensors
 from illada_jax.training.saved_model import SavedModel
 
-_PIECE_BYTES = 1 << 24  # checked for finite values at a time
+_PIECE_BYTES = 1 << 24  # checked at a time for values that are not finite
 _README = """\
 # A masked diffusion language model
 
@@ -34,10 +34,10 @@ python -m illada_jax.generate --checkpoint=DIRECTORY --prompt="..."
 
 
 def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype: np.dtype, shard_bytes: int) -> None:
-    """Writes a Hugging Face directory in the layout of `family`, of a model whose matrices are not Int8.
+    """Writes a model whose matrices are not Int8 as a Hugging Face directory in the layout of `family`.
 
-    It has weights, in float32, bfloat16 or float16 and in files of `shard_bytes`, the config, the tokenizer and the
-    sampler's settings. One param and one tensor are in memory at a time.
+    The directory has weights (float32, bfloat16 or float16, in files of `shard_bytes`), the config, the tokenizer and
+    the sampler's settings. One param and one tensor are in memory at a time.
 
     Raises:
       InputError: the family cannot express the model, its weights overflow in `dtype`, or the target is not empty.

@@ -19,7 +19,7 @@ class Family:
 
     model_type: str  # its name in config.json
     architecture: str  # the class of its modelling file
-    tensors: Mapping[str, str]  # the name of each param's tensor, by path; `{}` stands for the layer
+    tensors: Mapping[str, str]  # the name of each param's tensor, by path; `{}` is the layer's number
     keys: Mapping[str, tuple[str, ...]]  # of config.json that may hold each field of ModelConfig; the first is written
     supported: Mapping[str, tuple[Any, ...]]  # values of further keys; the first is written, unless it is None
     special_ids: Mapping[str, int]  # defaults for ids that neither config nor tokenizer define

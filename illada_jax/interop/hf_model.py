@@ -83,7 +83,7 @@ def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig,
     for name in overrides:
         if name not in (*SPECIAL_NAMES, "eot"):
             raise InputError(f"special_ids: unknown name {name!r}; known: {', '.join(SPECIAL_NAMES)}, eot")
-    # A tokenizer of ours defines all of its ids; one of Hugging Face's may lack some (LLaDA's: MASK).
+    # The tokenizers of this package define all special ids; a Hugging Face tokenizer may lack some (LLaDA's: MASK).
     by_tokenizer = named.special_ids if "special_ids.json" in files else getattr(named, "named_ids", named.special_ids)
     configured = {name: [id_ for values in configs for id_ in _ids(values, name)] for name in SPECIAL_NAMES}
     first = {name: ids[0] for name, ids in configured.items() if ids}
@@ -93,7 +93,7 @@ def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig,
     stop_ids = [] if "eos" in overrides else configured["eos"]
     for name, id_ in (*ids.items(), *(("eos", id_) for id_ in stop_ids), ("eot", overrides.get("eot", 0))):
         if type(id_) is not int or not 0 <= id_ < model.vocab_size:
-            raise InputError(f"{directory}: the id of {name}, {id_!r}, lies outside the vocabulary of "
+            raise InputError(f"{directory}: the id of {name}, {id_!r}, is outside the vocabulary of "
                              f"{model.vocab_size}; give it with --{name}_id")
     if ids["mask"] in (ids["eos"], ids["bos"]):
         raise InputError(f"{directory}: MASK must not share its id {ids['mask']} with EOS or BOS; give it with "
@@ -127,7 +127,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 def _read_decode_config(family: Family, model: ModelConfig, generation: Mapping[str, Any], stop_ids: tuple[int, ...],
                         eot_id: int) -> DecodeConfig:
-    """The sampler: as written by an export of ours, else that of the family."""
+    """The sampler that an export of this package wrote, else that of the family."""
     if DECODE_KEY in generation:
         return config_lib.override(DecodeConfig(), "decode", generation[DECODE_KEY])
     block = min(family.decode.block_length, model.max_length)

@@ -1,6 +1,6 @@
 """Imports the weights of a family's checkpoint into sharded params, tensor by tensor.
 
-Beside the params of this host's devices, host memory holds the slices of one tensor at a time: those mapped from its
+Besides the params of this host's devices, host memory holds the slices of one tensor at a time: those mapped from its
 file and one copy of them.
 """
 

@@ -64,6 +64,6 @@ def _download(hub_id: str) -> pathlib.Path:
         raise InputError(f"{hub_id}: no such directory; downloads from the Hub need illada_jax[hub]") from error
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # of the library, its transport (whose errors it does not wrap) or the disk
+    except Exception as error:  # of the library, the disk, or its transport, whose errors it does not wrap
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{hub_id}: no such directory, and the Hub download failed: {reason}") from error

@@ -95,7 +95,7 @@ class TensorDirectory:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a tensor, and nothing else, from disk."""
-        # Reopened for each slice: the pages of a file that stays mapped count as memory of the process once read.
+        # Reopened for each slice: pages that were read count as memory of the process as long as the file is mapped.
         with safe_open(self.tensors[name].file, framework="np") as file:
             return file.get_slice(name)[index]
 
@@ -119,7 +119,7 @@ def write_tensors(directory: pathlib.Path, tensors: dict[str, TensorInfo], array
                   shard_bytes: int) -> None:
     """Writes tensors, and `arrays` as their values, into files of at most `shard_bytes`, and an index if necessary.
 
-    A tensor that is larger has a file of its own. The `safetensors` package needs all tensors of a file in memory; this
+    A larger tensor has its own file. The `safetensors` package needs all tensors of a file in memory; this
     holds one at a time.
     """
     shards: list[dict[str, TensorInfo]] = [{}]

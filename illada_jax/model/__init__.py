@@ -5,7 +5,7 @@ is the network (bidirectional, RMSNorm, SwiGLU, rotary positions, grouped querie
 `cache` the keys and values cached in decoding, `dense` and `embedding` the matrix product and the look-up over a mesh,
 `int8` eight-bit weights, `flops` the operations by formula.
 
-May import only the config: it knows nothing of masks, losses or decoding.
+May import only the config: it does not depend on masks, losses or decoding.
 """
 
 from illada_jax.model.cache import make_init_cache

@@ -128,6 +128,6 @@ BEST = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 
 
 def attention_fn(config: ModelConfig) -> Callable[..., jax.Array]:
-    """The back end `config.attention`; `auto` is the best one for the default platform."""
+    """The back end `config.attention`; `auto` selects the best one for the default platform."""
     name = BEST[jax.default_backend()] if config.attention == "auto" else config.attention
     return functools.partial(BACK_ENDS[name], config)

@@ -60,7 +60,7 @@ def _logits_function(config: ModelConfig) -> Callable[..., Any]:
 
 
 def make_logits_fn(config: ModelConfig, params: Params) -> jax.tree_util.Partial:
-    """The network as decoding and scoring take it, see `decoding.query.LogitsFn`.
+    """The network as decoding and scoring call it, see `decoding.query.LogitsFn`.
 
     Returns:
       `logits_fn(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache) -> (logits_BQV, cache)`: float32 logits

@@ -160,7 +160,7 @@ class Layer(nn.Module):
         return nn.with_logical_constraint(x_BQD, ACTIVATION_AXES), new_kv if self.returns_kv else None
 
 
-# Results that the forward pass saves for the backward pass, by config.model.remat, beside the input of each layer.
+# Results that the forward pass saves for the backward pass, by config.model.remat, besides the input of each layer.
 # Saving attention gains the most time per byte; the others gain about the same as each other.
 SAVED_NAMES = {
     "full": (),
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        """Declares the embedding, the scanned layers, the final norm and, if untied, the head, whichever is used."""
+        """Declares the embedding, the scanned layers, the final norm and, if untied, the head."""
         c = self.config
         normal = nn.initializers.normal(math.sqrt(1 / (2 * c.d_model)))
         self.embedding_VD = self.param("embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")),

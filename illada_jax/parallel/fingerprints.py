@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def fingerprints(tree: Any) -> dict[str, str]:
     """Fingerprints of the arrays of a pytree, by path; the same on any mesh, and computed on the arrays' devices.
 
-    They detect damage, not forgery: every change of a single element, and all but one in 2^64 of other changes.
+    They detect corruption, not forgery: every change of a single element, and all but one in 2^64 of other changes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get([_sums(leaf) for _, leaf in leaves])

@@ -1,7 +1,7 @@
 """Several processes as one program: they start together, agree on values and end together.
 
-Every function also works, at no cost, in a single process. JAX's coordination service watches the processes: when one
-of them died or was stopped, and so sends no heartbeat for HEARTBEAT_TIMEOUT_SECONDS, JAX aborts all others (SIGABRT).
+Every function also works, at no cost, in a single process. JAX's coordination service watches the processes: if one
+dies or is stopped, and so sends no heartbeat for HEARTBEAT_TIMEOUT_SECONDS, JAX aborts all others (SIGABRT).
 """
 
 import itertools
@@ -32,11 +32,11 @@ def join(processes: str) -> None:
     If the others do not join within five minutes, JAX aborts this process (SIGABRT).
 
     Args:
-      processes: empty for a single process, `auto` where the platform knows (TPU pods, GKE, SLURM), or
-        `ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE`.
+      processes: empty for a single process, `auto` to ask the platform (TPU pods, GKE, SLURM), or
+        `ADDRESS:PORT,NUM_PROCESSES,PROCESS_ID`.
 
     Raises:
-      InputError: `processes` is malformed, or the platform does not know.
+      InputError: `processes` is malformed, or the platform cannot tell.
     """
     if not processes:
         return
@@ -44,8 +44,8 @@ def join(processes: str) -> None:
     valid = (":" in address and len(numbers) == 2 and all(number.isdigit() for number in numbers)
              and int(numbers[1]) < int(numbers[0]))
     if processes != "auto" and not valid:
-        raise InputError(f"--processes={processes}: must be auto, or ADDRESS:PORT,PROCESSES,NUMBER_OF_THIS_ONE "
-                         "(from 0)")
+        raise InputError(f"--processes={processes}: must be auto, or ADDRESS:PORT,NUM_PROCESSES,PROCESS_ID, "
+                         "where ids count from 0")
     try:
         jax.distributed.initialize(*([address, *map(int, numbers)] if valid else []),
                                    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
@@ -62,7 +62,7 @@ def gather(value: Any) -> list[Any]:
     """The JSON values of all processes, by process number, on every process."""
     if jax.process_count() == 1:
         return [json.loads(json.dumps(value))]
-    # Collectives may time out (Gloo connects within 30 s, several TPU slices look for hangs), and one process may
+    # Collectives may time out (Gloo connects within 30 s, multi-slice TPUs detect hangs), and one process may
     # prepare a corpus for hours while the others wait: they wait at a barrier of the coordination service.
     ocp.multihost.get_barrier_sync_fn()(key=f"illada_jax/gather/{next(_barriers)}", timeout_ms=_BARRIER_TIMEOUT_MS)
     text = json.dumps(value).encode()
@@ -120,7 +120,7 @@ def fetch(tree: Any) -> Any:
 
 
 def hard_exit(code: int) -> None:
-    """Ends this process at once; an ordinary exit would wait for the other processes. JAX then aborts those."""
+    """Ends this process at once; an ordinary exit would wait for the others. JAX then aborts the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

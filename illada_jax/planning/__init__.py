@@ -1,4 +1,4 @@
-"""Plans: programs compiled for TPUs without having them, with the memory, work and traffic of the compiled programs.
+"""Plans: programs compiled for TPUs that need not be attached, with their memory, work and traffic.
 
 Begin with `plan.make_plan`, or with the command, `illada_jax.aot`, which also compares plans. `programs` builds the
 step, decoder or scorer exactly as they run, `hlo` reads the compiled program, `checks` looks for buffers that no device

@@ -1,7 +1,7 @@
 """Reads the text of a compiled TPU program: the cycles, bytes and collectives that a device executes, loops unrolled.
 
 The compiler writes its own estimate of cycles into each fusion; collectives and kernels (Pallas) carry none. The text
-states neither all trip counts of loops nor which collectives cross slices: both are derived here.
+gives neither all trip counts of loops nor the collectives that cross slices: both are derived here.
 """
 
 import collections
@@ -32,7 +32,7 @@ _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?((?:%[\w.\
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: element type, dimensions, and True if it lies in on-chip memory rather than in HBM."""
+    """An array: element type, dimensions, and True if it is in on-chip memory rather than in HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -46,7 +46,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `text` is what follows the opcode."""
+    """One line of a computation; `text` is the rest of the line after the opcode."""
 
     name: str
     opcode: str
@@ -263,7 +263,7 @@ def _collectives(module: Module, instruction: Instruction) -> list[tuple[str, fl
 
 
 def _group(text: str, num_devices: int, num_slices: int) -> tuple[int, int]:
-    """(number of devices in a group of a collective, number of slices that they lie in)."""
+    """(number of devices in a group of a collective, number of slices that they span)."""
     per_slice = num_devices // num_slices
     first: list[int] | np.ndarray
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:, device_ids=\([^)]*\))?\s*\{([^}]*)\}", text):

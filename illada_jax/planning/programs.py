@@ -100,8 +100,8 @@ def compile_lowered(lowered: jax.stages.Lowered) -> tuple[str, dict[str, Any]]:
     """Compiles in one to two minutes and 2 GiB, for a model of any depth.
 
     Returns:
-      The text of the program, and figures of one device: its memory in bytes, less of which is in use at the peak than
-      is reserved in total, as there are gaps, and the processor time of the compilation.
+      The text of the program, and figures of one device: its memory in bytes (the peak use is below the reserved total,
+      because there are gaps between arrays), and the CPU time of the compilation.
 
     Raises:
       DoesNotFit: the program needs more memory than a device has; says how much of each.

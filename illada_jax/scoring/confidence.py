@@ -21,7 +21,7 @@ class PartialCandidate:
     Attributes:
       query: the row; its hidden columns are those that are still to be revealed.
       value: the sum so far in nats. Further terms are at most 0, so this is an upper bound on the score.
-      greedy: True while greedy decoding, the surest tokens first, would have written the same.
+      greedy: True while greedy decoding, the most confident tokens first, would have written the same.
     """
 
     query: Query
@@ -55,7 +55,7 @@ def best_candidate(evaluator: LogProbEvaluator, groups: Sequence[Sequence[Partia
 
 
 def advance(evaluator: LogProbEvaluator, candidates: Sequence[PartialCandidate], tokens_per_step: int) -> None:
-    """One evaluation and one step of each candidate, all of which have hidden columns; changes them in place.
+    """Advances each candidate, which must have hidden columns, by one evaluation and one step, in place.
 
     A step reveals `tokens_per_step` tokens. 1 is the paper's score; k approximates it in 1/k of the evaluations.
     """

@@ -21,7 +21,7 @@ from illada_jax.parallel.sharding import batch_sharding
 
 # Columns whose logits are in memory at the same time, twice as many under guidance; more only for a single row.
 _MAX_QUERIED_COLUMNS = 1024
-# Padding to this many costs next to nothing and saves shapes to compile.
+# Padding to this many costs almost nothing and saves compiled shapes.
 _MIN_TARGETS = 4
 
 

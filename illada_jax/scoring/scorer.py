@@ -110,7 +110,7 @@ class Scorer:
         By `confidence` this takes fewer evaluations than `score` and chooses the same: candidates that cannot win are
         not completed.
 
-        Scores are divided by the divisors before comparing, such as lengths; by default by 1.
+        Before comparing, scores are divided by the divisors, such as lengths; by default 1.
 
         Raises:
           InputError: see `score`, or a question has no candidates.
@@ -138,7 +138,7 @@ class Scorer:
                              f"{int(self.settings.eos)} after it exceed the context of {max_length} tokens")
         for id_ in tokens:
             if not 0 <= id_ < ids.vocab_size:
-                raise InputError(f"{name}: id {id_} lies outside the vocabulary of {ids.vocab_size}")
+                raise InputError(f"{name}: id {id_} is outside the vocabulary of {ids.vocab_size}")
         if ids.mask in tokens:
             raise InputError(f"{name}: contains MASK (id {ids.mask}), which cannot be scored")
         return Query(np.array(tokens, np.int32), np.arange(len(before), len(before) + len(candidate)), len(before))

@@ -1,4 +1,4 @@
-"""Traces: every state of a text while it was written, and the candidates of the network on the way.
+"""Traces: every state of a text while it was written, and the candidates of the network at each step.
 
 Begin with `compare`, which decodes a prompt with several strategies, and `write_page`, which shows traces side by side
 on one HTML page. `trace` rebuilds a trace from a result of the decoder, `strategies` describes settings in words, and

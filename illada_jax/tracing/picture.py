@@ -36,7 +36,7 @@ def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
     if path.suffix == ".png":
         _frame(trace, trace.num_steps, font, small, by_order=True).save(path)
         return
-    # Frame s marks the tokens of step s - 1; the last frame marks nothing, for reading.
+    # Frame s marks the tokens of step s - 1; the last frame marks nothing, so that it can be read.
     frames = [_frame(trace, step, font, small, by_order=False) for step in range(trace.num_steps + 1)]
     # Long texts play faster, as on the page: about ten seconds in total.
     step_ms = int(min(400, max(60, 10000 / max(trace.num_steps, 1))))
@@ -134,7 +134,7 @@ def _layout(trace: Trace) -> tuple[list[list[tuple[int, int, str]]], int]:
         for number, part in enumerate(piece.split("\n")):
             if number:
                 line, at = line + 1, 0
-            if at and at + len(part.rstrip()) > _COLUMNS >= len(part):  # wrap before a token if it fits on a line
+            if at and at + len(part.rstrip()) > _COLUMNS >= len(part):  # wrap before a token that fits on a line
                 line, at, part = line + 1, 0, part.removeprefix(" ")
             while part:
                 if at >= _COLUMNS:

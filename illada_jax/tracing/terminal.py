@@ -65,7 +65,7 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
     """The canvas after `now` steps: tokens coloured by log-probability, the newest reversed, masks as lines.
 
     The line of a mask is as long as the token that is written there later, if known, so that the text does not move.
-    Borders stand between blocks of `block_length`, if it is not 0; `key` adds a key to the colours.
+    Borders separate blocks of `block_length`, if it is not 0; `key` adds a key to the colours.
     """
     step = np.asarray(generation.canvas_step)
     canvas = np.asarray(generation.canvas)

@@ -1,6 +1,6 @@
 """Traces: the states of a canvas, rebuilt from the steps that wrote its columns, with candidates.
 
-The network evaluates the rebuilt states again to find the candidates, so that decoding does not have to keep them.
+The network evaluates the rebuilt states again to find the candidates, so that decoding does not have to record them.
 
 Dimensions: B rows (one), L canvas columns, Q queried columns, K candidates, V vocabulary.
 """

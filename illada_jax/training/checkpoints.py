@@ -43,7 +43,7 @@ _REASON_LENGTH = 200  # characters of a library's message, from its end, which h
 
 
 def _is_not_a_repetition(record: logging.LogRecord) -> bool:
-    """False for failed writes of Orbax, which logs hundreds of lines about an error that it also raises."""
+    """False for Orbax's messages about failed writes: hundreds of lines about an error that it also raises."""
     return record.levelno < logging.ERROR or not (
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
 
@@ -87,7 +87,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # a last save would wait for processes that died
+            return  # waiting for a save could mean waiting for dead processes
         try:
             with self._writing():
                 self._manager.wait_until_finished()
@@ -111,9 +111,9 @@ class Checkpoints:
             text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
             reason = getattr(error, "strerror", None) or text
             complete = ocp.utils.checkpoint_steps(self._manager.directory)
-            newest = f"the newest complete one is of step {max(complete)}" if complete else "there is no complete one"
-            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix that "
-                               "and repeat the command to resume") from error
+            newest = f"the newest complete one is from step {max(complete)}" if complete else "there is no complete one"
+            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix the "
+                               "cause and repeat the command to resume") from error
 
     @property
     def latest_step(self) -> int | None:
@@ -143,7 +143,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, FaultCounts] | None:
         """Restores the newest complete checkpoint onto the shardings of `abstract`; None if there is none.
 
-        With `before`, of the checkpoints before that step the newest that the schedule (checkpoint.every) wrote. A
+        With `before`, restores the newest checkpoint before that step that the schedule (checkpoint.every) wrote. A
         corrupt checkpoint is reported on stderr and moved to `WORKDIR/corrupt`, and the previous one is tried. A
         moving average that `abstract` has and the checkpoint lacks starts at its params.
 
@@ -179,7 +179,7 @@ class Checkpoints:
             recorded = restored.meta.get("fingerprints", {}).get(name)
             different = first_difference(fingerprints(restored[name]), recorded) if recorded else None
             if different is not None:
-                raise CorruptCheckpointError(f"{name}/{different} differs from what was saved")
+                raise CorruptCheckpointError(f"{name}/{different} does not match its fingerprint")
         if restored.meta["corpus_fingerprint"] != self._meta["corpus_fingerprint"]:
             raise InputError(
                 f"{self._manager.directory}: this run was trained on another corpus or tokenizer (fingerprint "

@@ -1,4 +1,4 @@
-"""Where the time of a run goes (goodput), and a watchdog that ends a process in which nothing happens."""
+"""The time of a run by phase (goodput), and a watchdog that ends a process that makes no progress."""
 
 import collections
 import contextlib
@@ -62,7 +62,7 @@ def earlier_seconds(lines: list[dict[str, Any]], start: int) -> dict[str, float]
 
 @contextlib.contextmanager
 def watchdog(clock: Clock, seconds: float) -> Iterator[None]:
-    """Ends this process with EXIT_RESUMABLE when no step ends for too long while the context is open.
+    """Ends this process with EXIT_RESUMABLE when no step ends for too long within the context.
 
     Start-up, evaluations and checkpoints may take LONG_PHASE times as long as a step. A message and the stacks of all
     threads go to stderr first. JAX notices the end and aborts the other processes. 0 seconds disable the watchdog.

@@ -1,8 +1,8 @@
 """Bad steps: their numbers are not finite, or their cross-entropy exceeds a limit (config.faults).
 
 The step itself skips the update (`training/step.py`). The reaction is decided here when the loop fetches the metrics of
-several steps, so that no step waits for the host. A rollback restores a scheduled checkpoint, which every process of
-the run has, interrupted or not: so an interrupted run takes the same path.
+several steps, so that no step waits for the host. A rollback restores a scheduled checkpoint, which a run has
+whether it was interrupted or not: so an interrupted run takes the same path.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class FaultCounts(NamedTuple):
     """Faults of a run so far; part of its checkpoints."""
 
     skipped: int = 0  # steps without an update
-    rollbacks: int = 0  # returns to a checkpoint
+    rollbacks: int = 0  # restorations of a checkpoint
     rate: float = 1.0  # current factor of the learning rate
 
     def metrics(self) -> dict[str, float]:
@@ -76,7 +76,7 @@ class FaultWatch:
 
     def _decide(self, step: int, what: str, saved: int | None, action: str) -> None:
         what = f"bad numbers at step {step}: {what}"
-        newest = "nothing has been saved yet" if saved is None else f"the newest checkpoint is of step {saved}"
+        newest = "nothing has been saved yet" if saved is None else f"the newest checkpoint is from step {saved}"
         if action == "halt":
             raise InputError(
                 f"{what}; {newest}. Run the same command with --config.faults.action=skip to skip the updates of bad "

@@ -1,4 +1,4 @@
-"""One trainer per workdir: a lock file that the operating system frees when its owner ends."""
+"""One trainer per workdir: a lock file that the operating system releases when its owner exits."""
 
 import contextlib
 import errno
@@ -22,8 +22,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def only_trainer(workdir: epath.Path) -> Iterator[None]:
     """Holds the lock of `workdir`, in the primary process, while the context is open.
 
-    A killed owner frees the lock, a stopped one (SIGSTOP) does not. On buckets, which have no locks, the scheduler must
-    start one trainer per workdir. On file systems without locks a warning says so.
+    A killed owner releases the lock, a stopped one (SIGSTOP) does not. On buckets, which have no locks, the scheduler
+    must start only one trainer per workdir. On file systems without locks a warning says so.
 
     Raises:
       InputError: on all processes; another trainer holds the lock, or the lock file cannot be written.
@@ -45,7 +45,7 @@ def _acquire(lock: filelock.FileLock, workdir: epath.Path) -> None:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except filelock.Timeout:
         owner = path.read_text().strip() or "another process"
-        raise InputError(f"{workdir}: {owner} trains in this workdir; stop it, or use another workdir") from None
+        raise InputError(f"{workdir}: {owner} is training in this workdir; stop it, or use another workdir") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise StorageError(f"{path}: the file cannot be written: {error.strerror or error}") from error

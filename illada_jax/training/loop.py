@@ -97,7 +97,7 @@ def train(setup: RunSetup) -> Outcome:
 
         state, counts = restore()
         if earlier is not None:
-            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # now that nothing has been refused
+            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))
@@ -134,7 +134,7 @@ class _Loop:
         self._profiler = Profiler(setup.workdir, setup.profile_steps)
         self._plateau = PlateauWatch.of(setup.config)
         self._plateau_reported = False
-        for line in recent:  # of metrics, from an earlier life of the run
+        for line in recent:  # of metrics, written before the restart
             if "train/loss" in line:
                 self._plateau.add(line["step"], *sums_of_curve(line))
         self._log_started = time.perf_counter()
@@ -154,13 +154,13 @@ class _Loop:
                 return self._run(state, start, saved, told_to_stop)
             except RollBack as fault:
                 bad = fault.step
-            # Outside the handler: the exception holds a reference to the state that is given up.
+            # Outside the handler: the exception holds a reference to the discarded state.
             state = None
             start = bad + 1
             state, saved = self._roll_back(bad)
 
     def _roll_back(self, bad: int) -> tuple[TrainState, int]:
-        """(State for the step after a bad one, with the arrays of an earlier checkpoint; the step of that)."""
+        """(State for the step after a bad one, with the arrays of an earlier checkpoint; the checkpoint's step)."""
         step = bad + 1
         self._clock.enter("checkpoint", step)
         # The checkpoint before, after which at least one step was good; after a younger one none was.
@@ -187,7 +187,7 @@ class _Loop:
                   disable=None if hosts.is_primary() else True) as bar:
             while step < stop and not told_to_stop(step):
                 self._profiler.before(step, state)
-                if step > start:  # before it is start-up, which includes compiling the step
+                if step > start:  # until then the phase is start-up, which includes compiling the step
                     self._clock.enter("data", step)
                 rows = next(batches)
                 if step > start:

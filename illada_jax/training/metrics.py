@@ -27,7 +27,7 @@ class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager."""
 
     def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
-        """Opens the files and drops lines after `start_step`, at which this process starts: a restart repeats them."""
+        """Opens the files and drops lines after `start_step`, where this process starts: it writes them again."""
         self._file = None
         self._events = None
         if jax.process_index():
@@ -43,7 +43,7 @@ class MetricWriter:
         self._published = time.monotonic()
         self._file = (self._local / NAME).open("a")
         if tensorboard:
-            # Imported here, as it takes a second.
+            # Imported here because it takes a second.
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
@@ -78,8 +78,8 @@ class MetricWriter:
             if time.monotonic() - self._published > _PUBLISH_SECONDS:
                 self.publish()
         except OSError as error:
-            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. Fix that, then "
-                               "run the same command again") from error
+            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. Fix the cause, "
+                               "then run the same command again") from error
 
     def publish(self) -> None:
         """Copies the metrics to a remote workdir; unpublished metrics are lost if the process dies."""

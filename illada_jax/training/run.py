@@ -121,7 +121,7 @@ def check_memory(config: Config, mesh: Mesh) -> None:
         raise InputError(
             f"the model does not fit: params, gradients and optimizer need {needed:,.1f} GiB on each of "
             f"{mesh.size} devices, which have {available / GIB:,.1f} GiB. Instead: add --dry_run to print the plan; "
-            "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; take a "
+            "compile it for a pod without having one, python -m illada_jax.aot --config=… --topology=v5p:4x4x4; use a "
             "smaller config such as --config=experiments/quickstart.py; or start it on a pod, see tpu/README.md")
 
 
@@ -140,7 +140,7 @@ def describe_plan(config: Config) -> str:
                  f"{math.ceil(12e12 / tokens):,} steps)")
         total = f", {flops * tokens * config.train.steps:.4g} in total"
     else:
-        steps, total = f"{config.train.epochs} epochs; the number of examples decides how many steps", ""
+        steps, total = f"{config.train.epochs} epochs; the number of examples determines the steps", ""
     lines = [
         f"parameters        {count:,} ({_in_units(count)}), without embedding and head {count - embeddings:,} "
         f"({_in_units(count - embeddings)})",
@@ -164,7 +164,7 @@ def _in_units(number: float) -> str:
 
 
 def _meshes(config: Config) -> list[AbstractMesh]:
-    """The mesh of the config; if an axis is left open, one mesh each for 1, 64 and 256 devices on it that divides."""
+    """The mesh of the config; if an axis is open, one mesh for each of its sizes 1, 64 and 256 that fits the config."""
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     meshes = []
     for count in (1, 64, 256) if -1 in sizes else (1,):

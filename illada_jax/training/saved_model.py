@@ -1,4 +1,4 @@
-"""A checkpoint read without its optimizer: onto any mesh, whole or param by param, rounded to eight bits or not."""
+"""A checkpoint read without its optimizer: onto any mesh, whole or param by param, optionally as int8."""
 
 import base64
 import contextlib
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 1 << 26  # of converted weights on disk: reading an array of one 
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint cannot be read, or its content differs from what was saved."""
+    """A checkpoint cannot be read, or its content does not match its checksums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SavedModel:
         found = fingerprints({path: saved})
         different = first_difference(found, {name: self.fingerprints[name] for name in found})
         if different is not None:
-            raise CorruptCheckpointError(f"{different} differs from what was saved")
+            raise CorruptCheckpointError(f"{different} does not match its fingerprint")
         if isinstance(saved, Int8):
             return saved
         if isinstance(target, Int8):
@@ -120,7 +120,7 @@ class SavedModel:
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, quantized: bool) -> Any:
     """The params in `dtype` (with `quantized`, matrices as Int8) as ShapeDtypeStructs with their shardings.
 
-    They are sharded by the rules on the mesh, or lie on the first device.
+    They are sharded over the mesh by the rules, or placed on the first device.
 
     Raises:
       ConfigError: the mesh does not divide the model.
@@ -196,16 +196,16 @@ def checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> str:
 
 
 def check_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> None:
-    """Raises CorruptCheckpointError if `meta` or the tokenizer files differ from what `with_checksum` saw."""
+    """Raises CorruptCheckpointError if `meta` or the tokenizer files do not match the checksum by `with_checksum`."""
     if meta.get("checksum") != checksum(meta, tokenizer_files):
-        raise CorruptCheckpointError("meta or tokenizer differs from what was saved")
+        raise CorruptCheckpointError("meta or tokenizer does not match the checksum")
 
 
 @contextlib.contextmanager
 def translate_read_errors() -> Iterator[None]:
-    """Turns what Orbax raises for missing, truncated or undecodable files into CorruptCheckpointError.
+    """Turns Orbax's errors about missing, truncated or undecodable files into CorruptCheckpointError.
 
-    Some of it is a bare Exception, so all exceptions are caught; errors of the devices pass through.
+    Some are bare Exceptions, so all exceptions are caught; errors of the devices pass through.
     """
     try:
         yield
@@ -217,7 +217,7 @@ def translate_read_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_corruption(directory: epath.Path) -> Iterator[None]:
-    """Turns corruption into an InputError that names the checkpoint and the others of its workdir."""
+    """Turns a CorruptCheckpointError into an InputError that names the other checkpoints of the workdir."""
     try:
         with translate_read_errors():
             yield
@@ -241,7 +241,7 @@ def check_initial(initial: LazyModel, config: Config, tokenizer: Tokenizer) -> N
     """
     key = f"config.init.checkpoint = {config.init.checkpoint}"
     if initial.quantized:
-        raise InputError(f"{key}: its weights have eight bits; start from the model they were made from")
+        raise InputError(f"{key}: its weights are int8; start from the model they were quantised from")
     ours, other = (config_lib.architecture(c.model) for c in (config, initial.config))
     if ours != other:
         differences = "; ".join(f"model.{line}" for line in config_lib.differences(other, ours))

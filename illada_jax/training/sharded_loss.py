@@ -24,7 +24,7 @@ def sharded_token_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_losses`, with its arguments and results, of a batch whose rows are sharded over `data` and `fsdp`.
 
-    Each device skips positions of weight 0. The sharding of the vocabulary (`tensor`) is left as it is.
+    Each device skips positions of weight 0. The sharding of the vocabulary (`tensor`) is unchanged.
     """
     name, spec = ("embedding", (None, RULES["embed"])) if config.model.tied_head else ("head", (RULES["embed"], None))
 
@@ -37,7 +37,7 @@ def sharded_token_losses(
 
     # The head's gradient, float32 and whole until it is scattered, must be freed before the layers' backward pass, and
     # the gathered weights must not exist during their forward pass: without the barrier the compiler moves both. It is
-    # free, because the collectives run inside loops or stand alone.
+    # free, because the collectives run inside loops or on their own.
     hidden_BLD, weights = jax.lax.optimization_barrier((hidden_BLD, params[name]))
     losses, ce_BL, correct_BL = jax.shard_map(
         local_losses, mesh=mesh, axis_names=set(RULES["batch"]), in_specs=(PartitionSpec(*spec), ROWS, ROWS, ROWS),
@@ -59,7 +59,7 @@ def _gather_forward(x: jax.Array, axis: int, dtype: str):
 def _gather_backward(axis: int, dtype: str, _: None, gradient: jax.Array):
     del dtype
     # Over the other axes, where x is replicated, shard_map sums gradients by itself. Piece by piece, because the sum
-    # may need a buffer of its own before it is scattered.
+    # may need a separate buffer before it is scattered.
     vocab = gradient.shape[1 - axis]
     size = vocab // next(count for count in (8, 4, 2, 1) if vocab % count == 0)
 

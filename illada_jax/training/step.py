@@ -81,7 +81,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # Without this bound a young average would cling to the random initial params.
+            # Without this bound the average would be dominated by the random initial params for long.
             decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
         norm = optax.tree.norm(grads)

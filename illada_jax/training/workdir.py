@@ -17,10 +17,10 @@ _TOKENIZER = "tokenizer"
 
 
 def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Makes the workdir, or recognises the one of an earlier life of this run. For one process.
+    """Creates the workdir, or recognises one that an earlier process of this run created. For one process.
 
     Returns:
-      The config that the workdir was made with, as a dict; None if it is new.
+      The config that the workdir was created with, as a dict; None if it is new.
 
     Raises:
       InputError: the workdir cannot be written, or holds something else.
@@ -33,7 +33,7 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
             raise InputError(f"{path}: not the config of a run: {error}") from error
     try:
         with contextlib.suppress(FileNotFoundError):
-            # A process killed before it wrote the config may have left these; they are written anew.
+            # A process killed before it wrote the config may have left these; they are rewritten.
             remove_leftovers(path)
             if {entry.name for entry in workdir.iterdir()} - {_TOKENIZER}:
                 raise InputError(f"{workdir}: neither empty nor a workdir (it has no {CONFIG})")

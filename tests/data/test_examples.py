@@ -1,4 +1,4 @@
-"""Sources of examples: what is bad is named and counted, never dropped in silence; tasks are right."""
+"""Sources of examples: bad ones are named and counted, never silently dropped; tasks are correct."""
 
 import gzip
 import json
@@ -131,18 +131,18 @@ def test_not_utf8_and_blank_lines(tmp_path):
     assert "not UTF-8: " in examples.dropped and "line 3" in examples.dropped
 
 
-@pytest.mark.parametrize(("rule", "form", "wanted", "dropped"), [
+@pytest.mark.parametrize(("rule", "form", "expected", "dropped"), [
     ("split", "illada", ["abcdefghijkl!"], "1 of 1 examples split: longer than config.data.length = 8"),
     ("truncate", "illada", ["abcdefgh"], "1 of 1 examples truncated: longer than config.data.length = 8"),
     ("split", "llada", ["abcdefgh", "ijkl!"], "1 of 1 examples split: longer than config.data.length = 8"),
     ("truncate", "llada", ["abcdefgh"], "1 of 1 examples truncated"),
 ])
-def test_examples_longer_than_the_window(tmp_path, rule, form, wanted, dropped):
+def test_examples_longer_than_the_window(tmp_path, rule, form, expected, dropped):
     source = lines(tmp_path, {"prompt": "abc", "response": "defghijkl"})
     examples = opened(tmp_path, source, length=8, over_length=rule, format=form)
     train = examples.train
     decode = lambda ids: "".join("!" if i == EOS else chr(i - 4) for i in ids)  # noqa: E731
-    assert [decode(train.document(i)) for i in range(train.num_documents)] == wanted
+    assert [decode(train.document(i)) for i in range(train.num_documents)] == expected
     assert dropped in examples.dropped
 
 

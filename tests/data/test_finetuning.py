@@ -74,13 +74,13 @@ def test_prompts_may_be_left_alone_in_windows(tmp_path):
     batches, _ = prepared(tmp_path, pairs(), epochs=2, mask_prompts=False, split=0.5)
     got, plain = whole(batches), whole(prepared(tmp_path, pairs(), epochs=2, split=0.5)[0])
     assert all(np.array_equal(a, b) for a, b in zip(got[:1] + got[2:4], plain[:1] + plain[2:4], strict=True))
-    wanted = []
+    expected = []
     for number in range(2):
         for index in batches.epoch(number).order_N:
             prompt, response = PAIRS[index]
-            wanted += [False] * len(prompt) + [True] * (len(response) + 1)
+            expected += [False] * len(prompt) + [True] * (len(response) + 1)
     flat = got.maskable_BL.reshape(-1)
-    assert flat[: len(wanted)].tolist() == wanted and not flat[len(wanted) :].any()
+    assert flat[: len(expected)].tolist() == expected and not flat[len(expected) :].any()
     assert np.array_equal(got.weights_BL, got.maskable_BL.astype(np.float32))
 
 
@@ -91,12 +91,12 @@ def test_every_token_of_every_example_once_per_epoch(tmp_path, epochs):
     got = whole(batches)
     flat = got.tokens_BL[got.segments_BL > 0]
     examples = "".join(map(chr, flat)).split(chr(EOS))[:-1]
-    wanted = [prompt + response for prompt, response in given]
+    expected = [prompt + response for prompt, response in given]
     seen = [TOKENIZER.decode(map(ord, example)) for example in examples]
     for epoch in range(epochs):
         part = seen[epoch * 40 : (epoch + 1) * 40]
-        assert sorted(part) == sorted(wanted)
-        assert part != wanted
+        assert sorted(part) == sorted(expected)
+        assert part != expected
     if epochs > 1:
         assert seen[:40] != seen[40:80]  # another order
 
@@ -128,10 +128,10 @@ def test_rows_do_not_depend_on_hosts_and_a_run_resumes(tmp_path, form):
     one, _ = prepared(tmp_path, records, split=0.5, isolate=True, epochs=3, format=form)
     two, _ = prepared(tmp_path, records, split=0.5, isolate=True, epochs=3, format=form)
     for step in (5, 0, 3):
-        together = one.rows(step, range(4))
+        batched = one.rows(step, range(4))
         for rows in ([0, 1], [2, 3], [3, 1]):  # two hosts, and any other choice, asked for in any order
             part = two.rows(step, rows)
-            assert all(np.array_equal(a, b[rows]) for a, b in zip(part, together, strict=True))
+            assert all(np.array_equal(a, b[rows]) for a, b in zip(part, batched, strict=True))
     running = [batch for _, batch in zip(range(6), one.iterate(0, range(4)), strict=False)]
     resumed = [batch for _, batch in zip(range(3), two.iterate(3, range(4)), strict=False)]
     for late, batch in zip(running[3:], resumed, strict=True):
@@ -159,9 +159,9 @@ def test_llada_rows_by_hand(tmp_path):
         for row, (prompt, response) in enumerate(chosen):
             ids = (text(prompt) + text(response) + [EOS] * length)[:length]
             assert got.tokens_BL[row].tolist() == ids
-            wanted = [False] * len(prompt) + [True] * (length - len(prompt))  # not the prompt; padding is learnt
-            assert got.maskable_BL[row].tolist() == wanted
-            assert got.weights_BL[row].tolist() == pytest.approx(np.array(wanted) / sum(wanted))
+            expected = [False] * len(prompt) + [True] * (length - len(prompt))  # not the prompt; padding is learnt
+            assert got.maskable_BL[row].tolist() == expected
+            assert got.weights_BL[row].tolist() == pytest.approx(np.array(expected) / sum(expected))
             assert got.segments_BL[row].tolist() == [1] * length
             assert got.positions_BL[row].tolist() == list(range(length))
         assert not got.segments_BL[present:].any() and not got.weights_BL[present:].any()
@@ -201,11 +201,11 @@ def test_llada_prompts_are_never_masked(tmp_path):
 def test_conversations_end_each_answer_once(tmp_path):
     batches, _ = prepared(tmp_path, [{"messages": TURNS}], epochs=1, batch_size=1, length=64)
     turn = lambda role, words: [BOS, *text(role), BOS, *text(words)]  # noqa: E731
-    wanted = (turn("user", "a") + turn("assistant", "bc") + [EOS] + turn("user", "d")
+    expected = (turn("user", "a") + turn("assistant", "bc") + [EOS] + turn("user", "d")
               + turn("assistant", "e") + [EOS])
     row = batches.rows(0, [0])
-    assert row.tokens_BL[0, : len(wanted)].tolist() == wanted
-    assert row.maskable_BL[0].tolist() == [True] * len(wanted) + [False] * (64 - len(wanted))
+    assert row.tokens_BL[0, : len(expected)].tolist() == expected
+    assert row.maskable_BL[0].tolist() == [True] * len(expected) + [False] * (64 - len(expected))
 
 
 def test_llada_takes_one_turn_of_a_conversation_and_over_the_epochs_all(tmp_path):
@@ -243,5 +243,5 @@ def test_epochs_count_what_was_seen(tmp_path):
 def test_heldout_windows_hold_all_that_is_held_out(tmp_path):
     batches, examples = prepared(tmp_path, pairs(numbered(20)))
     windows = batches.heldout_windows(examples.train, 16, 0)
-    wanted = np.concatenate([examples.train.document(i) for i in range(20)])
-    assert np.array_equal(windows.tokens_BL[windows.segments_BL > 0], wanted)
+    expected = np.concatenate([examples.train.document(i) for i in range(20)])
+    assert np.array_equal(windows.tokens_BL[windows.segments_BL > 0], expected)

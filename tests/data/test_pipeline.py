@@ -47,7 +47,7 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
-def together(batches) -> Batch:
+def concatenated(batches) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
 
 
@@ -60,7 +60,7 @@ def test_an_epoch_holds_every_token_once_and_the_next_one_in_another_order(num_t
     windows = num_windows(num_tokens, 8)
     epochs = []
     for epoch in range(2):
-        batch = together(pipeline.rows(step, [0]) for step in range(epoch * windows, (epoch + 1) * windows))
+        batch = concatenated(pipeline.rows(step, [0]) for step in range(epoch * windows, (epoch + 1) * windows))
         epochs.append(batch.tokens_BL[batch.maskable_BL].tolist())
         assert (batch.tokens_BL[~batch.maskable_BL] == PAD).all()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1000, 1000 + num_tokens))
@@ -76,7 +76,7 @@ def test_shares_of_hosts_are_the_same_rows_in_the_same_order(extras):
         for step in (17, 0, 1, 3):
             shares = [make_pipeline(streams, [0.75, 0.25], batch_size=8, **extras).rows(step, rows)
                       for rows in np.split(np.arange(8), hosts)]
-            assert equal(together(shares), whole[step])
+            assert equal(concatenated(shares), whole[step])
     assert equal(pipeline.rows(3, [6, 1]), Batch(*(x[[6, 1]] for x in whole[3])))
     assert not np.array_equal(whole[0].tokens_BL, whole[1].tokens_BL)
 
@@ -145,7 +145,7 @@ def test_isolated_documents_are_segments():
 
 def test_splits_have_their_probability_and_uniform_cuts():
     pipeline = make_pipeline(numbered(8000), split=0.3, batch_size=50)
-    batch = together(pipeline.rows(step, range(50)) for step in range(80))
+    batch = concatenated(pipeline.rows(step, range(50)) for step in range(80))
     split = batch.segments_BL.max(axis=1) == 2
     assert abs(split.mean() - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
     cuts = np.bincount((batch.segments_BL[split] == 1).sum(axis=1), minlength=9)
@@ -177,7 +177,7 @@ def test_random_lengths(unit):
 def test_a_mixture_hits_its_weights_and_goes_through_every_corpus():
     streams = [numbered(800, 1000), numbered(80, 10_000), numbered(8000, 100_000)]
     pipeline = make_pipeline(streams, [0.5, 0.3, 0.2], batch_size=10)
-    batch = together(pipeline.rows(step, range(10)) for step in range(100))
+    batch = concatenated(pipeline.rows(step, range(10)) for step in range(100))
     origin = np.digitize(batch.tokens_BL[:, 0], [5000, 50_000])
     counts = np.bincount(origin)
     assert (abs(counts - [500, 300, 200]) <= 1).all()

@@ -243,7 +243,7 @@ def test_an_interrupted_cache_is_not_taken_for_whole(texts, tmp_path, monkeypatc
 
 def test_too_much_to_prepare_on_the_fly(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "_LARGEST_BYTES", 100)
-    with pytest.raises(InputError, match=r"too much to prepare on the fly; type: python -m illada_jax\.prepare"):
+    with pytest.raises(InputError, match=r"too large to prepare on the fly; run: python -m illada_jax\.prepare"):
         open_corpus(data_config(texts, tmp_path))
 
 

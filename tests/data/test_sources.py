@@ -59,9 +59,9 @@ def test_jsonl(tmp_path, name):
 @pytest.mark.parametrize("part_bytes", [1, 7, 20, 64, 10_000])
 def test_jsonl_ranges_hold_every_line_once(tmp_path, monkeypatch, part_bytes):
     monkeypatch.setattr(files, "_JSONL_PART_BYTES", part_bytes)
-    wanted = [f"é{i}" * (i % 4) + "." for i in range(20)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in wanted))
-    assert texts(f"jsonl:{tmp_path}/a.jsonl") == wanted
+    expected = [f"é{i}" * (i % 4) + "." for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in expected))
+    assert texts(f"jsonl:{tmp_path}/a.jsonl") == expected
 
 
 BAD_FILES = [
@@ -92,8 +92,8 @@ def test_bad_files_are_named(tmp_path, kind, name, content, message):
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("text:/nowhere/at/all.txt", "no such file"),
-    ("text", "which files"),
-    ("jsonl:#field", "which files"),
+    ("text", "names no files"),
+    ("jsonl:#field", "names no files"),
     ("poetry:x", "unknown kind 'poetry'; known: jsonl, python_docs, python_source, sudoku, text"),
     ("prepared:x", "already prepared"),
     ("sudoku:9", "takes no argument"),

@@ -1,4 +1,4 @@
-"""Comparing what the decoder gives with what the oracle gives."""
+"""Comparison of the results of the decoder and of the oracle."""
 
 import numpy as np
 

@@ -89,8 +89,8 @@ def test_alone_or_in_a_batch(kind, temperature):
     spread = make_mesh(MeshConfig(data=8, fsdp=1, tensor=1), jax.devices()[:8])
     for batch_size, order, mesh in ((64, EVERYTHING, None), (3, EVERYTHING, None), (7, EVERYTHING, None),
                                     (16, shuffled, None), (64, EVERYTHING, spread)):
-        together = decode(params, settings, order, batch_size, mesh)
-        assert near_ties(params, settings, alone, together) <= 1, (batch_size, mesh)
+        batched = decode(params, settings, order, batch_size, mesh)
+        assert near_ties(params, settings, alone, batched) <= 1, (batch_size, mesh)
     assert len({str(tokens) for tokens, _, _ in alone.values()}) > 5
 
 

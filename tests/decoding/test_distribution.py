@@ -15,7 +15,7 @@ CRITICAL = 54.05  # chi-squared with 26 degrees of freedom exceeds this once in 
 
 
 def joint():
-    """A distribution over all 27 texts with strong dependences: neighbours like to be equal."""
+    """A distribution over all 27 texts with strong dependences: neighbours tend to be equal."""
     weights = np.random.default_rng(0).uniform(0.5, 1.5, (SYMBOLS,) * LENGTH)
     for outcome in itertools.product(range(SYMBOLS), repeat=LENGTH):
         weights[outcome] *= 6.0 ** sum(a == b for a, b in itertools.pairwise(outcome))
@@ -23,9 +23,9 @@ def joint():
 
 
 def true_conditionals(p):
-    """A network that knows p: log p(x_i | what is not masked), by enumeration."""
+    """A network that knows p: log p(x_i | visible tokens), by enumeration."""
     table = np.full((SYMBOLS + 1,) * LENGTH + (LENGTH, FIRST + SYMBOLS), -np.inf, np.float32)
-    for seen in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):  # the last symbol stands for MASK
+    for seen in itertools.product(range(SYMBOLS + 1), repeat=LENGTH):  # the last symbol is MASK
         given = p[np.ix_(*[range(SYMBOLS) if s == SYMBOLS else [s] for s in seen])]
         for i in range(LENGTH):
             mass = given.sum(axis=tuple(axis for axis in range(LENGTH) if axis != i))

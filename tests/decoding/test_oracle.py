@@ -76,7 +76,7 @@ def test_options(changes):
 
 
 def test_certain_positions_keep_their_order():
-    """Where a float32 softmax is exactly 1 for all, the surer position still comes first."""
+    """The surer position comes first even if a float32 softmax is exactly 1 for all."""
     margins = 18.0 + np.random.default_rng(0).permutation(16)
     rows_LV = np.zeros((96, NETWORK_SIZE))
     rows_LV[:16, 7] = margins

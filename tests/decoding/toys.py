@@ -1,4 +1,4 @@
-"""Small networks for the tests of decoding, as jax functions and as what the oracle calls."""
+"""Small networks for the tests of decoding, as jax functions and as networks for the oracle."""
 
 import functools
 
@@ -16,7 +16,7 @@ NETWORK_SIZE = 12  # one id more than the tokenizer has
 
 
 def table(seed: int = 0, length: int = 96, scale: float = 2.0, eos_bias: float = 0.0):
-    """Logits of column c: a table row, plus something of the token at column c - 1. Padding has no influence."""
+    """Logits of column c: a table row, plus a row for the token at column c - 1. Padding has no influence."""
     rng = np.random.default_rng(seed)
     by_token_VV = rng.normal(size=(NETWORK_SIZE, NETWORK_SIZE)) * scale / 2
     by_column_LV = rng.normal(size=(length, NETWORK_SIZE)) * scale
@@ -52,7 +52,7 @@ def transformer(seed: int = 0, config: ModelConfig = TRANSFORMER):
 
 
 def network_of(config: ModelConfig, params):
-    """What the oracle calls, of a transformer."""
+    """A transformer behind the interface that the oracle calls."""
     forward = _forward(config)
 
     def network(canvas):

@@ -95,7 +95,7 @@ def test_fixed_counts_agree_with_the_exact_bound_and_vary_less(conditionals):
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("chunk", [0, 1, 2, 4, 8])
 def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
-    """Against the naive way: all logits, autodiff through log_softmax."""
+    """Against the naive computation: all logits, autodiff through log_softmax."""
     rng = np.random.default_rng(0)
     hidden_BLD, matrix_DV = rng.normal(size=(3, 8, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
     batch = make_batch(rng.integers(0, 11, (3, 8), dtype=np.int32))
@@ -127,7 +127,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
 
 
 def test_what_is_not_masked_is_not_computed():
-    """With compact, a chunk without a masked position is left out: its (infinite) logits leave no trace."""
+    """With compact, a chunk without a masked position is left out: its (infinite) logits have no effect."""
     weights_BL = jnp.zeros((2, 8)).at[0, 3].set(2.0).at[1, 6].set(0.5)
     hidden_BLD = jnp.full((2, 8, 1), jnp.nan).at[0, 3].set(1.0).at[1, 6].set(1.0)
     head = lambda x: jnp.concatenate([x, 0 * x], -1)  # noqa: E731

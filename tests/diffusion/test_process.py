@@ -1,4 +1,4 @@
-"""Times, masks and counts: distributions, and what they must not depend on."""
+"""Times, masks and counts: their distributions and independences."""
 
 import jax
 import jax.numpy as jnp

@@ -267,7 +267,7 @@ raise ImportError("torch")
 
 
 def test_two_processes_give_the_numbers_of_one(places, tmp_path, run):
-    """And nothing imports PyTorch, whether it is installed or not: a stand-in would leave a mark."""
+    """And nothing imports PyTorch, whether it is installed or not: a stand-in would record it."""
     stub = tmp_path / "stub" / "torch"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(TORCH.format(path=str(tmp_path / "importers")))

@@ -1,4 +1,4 @@
-"""Hostile programs: none of them hangs, exhausts, reads or reaches anything outside of the sandbox, and none passes."""
+"""Hostile programs: none of them hangs, exhausts, reads or reaches anything outside the sandbox, and none passes."""
 
 import contextlib
 import functools

@@ -49,38 +49,39 @@ class Table:
         print(self.rows[-1], flush=True)
 
 
-def inject(place: pathlib.Path, quick: bool) -> Table:
+def inject(directory: pathlib.Path, quick: bool) -> Table:
     """Injects all faults, in a new directory."""
     table = Table()
-    programs.write_text(place / "text")
+    programs.write_text(directory / "text")
     steps = 300 if quick else 1500
     whole = [f"--config.train.steps={steps}"]
-    programs.must(programs.train_command(place, place / "whole", *whole))
-    programs.must(programs.train_command(place, place / "twin", *whole))
-    wrong = kills.differences(place / "whole", place / "twin")
+    programs.must(programs.train_command(directory, directory / "whole", *whole))
+    programs.must(programs.train_command(directory, directory / "twin", *whole))
+    wrong = kills.differences(directory / "whole", directory / "twin")
     table.add("two runs of the same config", 2, wrong, "the same metrics and arrays, bit for bit")
-    programs.must(programs.train_command(place, place / "short", *storage.SHORT))
+    programs.must(programs.train_command(directory, directory / "short", *storage.SHORT))
 
-    killed, wrong = kills.killed_training(place / "whole", place / "killed", 6 if quick else 50, place, whole)
+    killed, wrong = kills.killed_training(directory / "whole", directory / "killed", 6 if quick else 50, directory,
+                                          whole)
     moments = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
     table.add("kill -9 while training", f"{sum(killed.values())} ({moments})", wrong,
               "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
-    count, wrong = kills.killed_preparation(place, 4 if quick else 20)
+    count, wrong = kills.killed_preparation(directory, 4 if quick else 20)
     table.add("kill -9 while preparing", count, wrong, "the same corpus, byte for byte")
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        wrong = signals.told_to_stop(place, place / number.name, number)
+        wrong = signals.told_to_stop(directory, directory / number.name, number)
         table.add(number.name, 1, [wrong] if wrong else [], "saved, exit code 75, no step lost")
-    wrong = signals.second_trainer(place, place / "locked")
+    wrong = signals.second_trainer(directory, directory / "locked")
     table.add("a second trainer", 1, [wrong] if wrong else [], "refused with exit code 2; the first continues")
 
-    results = storage.in_namespace(place, 1 if quick else 8)
+    results = storage.in_namespace(directory, 1 if quick else 8)
     if results is None:
         table.add("a small file system", 0, [], "not permitted here")
-    unreliable = storage.unreliable(place, 1 if quick else 8)
+    unreliable = storage.unreliable(directory, 1 if quick else 8)
     if unreliable is None:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
-    for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(place, 1 if quick else 3):
+    for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(directory, 1 if quick else 3):
         table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or no effect; then finishes")
     for fault, files in IN_PROCESS.items():
         if not quick:  # the test suite runs them

@@ -22,15 +22,15 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, place: pathlib.Path,
+def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, directory: pathlib.Path,
                     flags: Sequence[str], seed: int = 0) -> tuple[dict[str, int], list[str]]:
-    """Trains `tiny` to its end in `workdir` and kills it `count` times on the way.
+    """Trains `tiny` to its end in `workdir` and kills it `count` times meanwhile.
 
     Args:
       whole: workdir of the unkilled run.
       workdir: workdir of the killed run.
       count: number of kills.
-      place: directory with the text.
+      directory: directory with the text.
       flags: flags of both runs.
       seed: seed of the moments.
 
@@ -39,7 +39,7 @@ def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, plac
     """
     draw = random.Random(seed)
     config = tiny.get_config()
-    command = programs.train_command(place, workdir, *flags)
+    command = programs.train_command(directory, workdir, *flags)
     killed = dict.fromkeys(MOMENTS, 0)
     wrong = []
     startup = 2.0
@@ -85,17 +85,17 @@ def differences(whole: pathlib.Path, workdir: pathlib.Path) -> list[str]:
     return found
 
 
-def killed_preparation(place: pathlib.Path, count: int, seed: int = 0) -> tuple[int, list[str]]:
-    """Prepares the text of `place` and kills that `count` times; returns (number of kills, failures)."""
+def killed_preparation(directory: pathlib.Path, count: int, seed: int = 0) -> tuple[int, list[str]]:
+    """Prepares the text of `directory` and kills that `count` times; returns (number of kills, failures)."""
     draw = random.Random(seed)
-    expected, target = place / "prepared", place / "prepared-killed"
+    expected, target = directory / "prepared", directory / "prepared-killed"
     began = time.monotonic()
     if not expected.exists():
-        programs.must(programs.prepare_command(place, expected))
+        programs.must(programs.prepare_command(directory, expected))
     takes = time.monotonic() - began
     killed = 0
     for number in range(count):
-        process = programs.start(programs.prepare_command(place, target))
+        process = programs.start(programs.prepare_command(directory, target))
         if number % 2:  # in the middle of the shards
             _wait(process, lambda: any(target.rglob("*.tmp-*")))
             time.sleep(draw.uniform(0, 0.05))
@@ -110,7 +110,7 @@ def killed_preparation(place: pathlib.Path, count: int, seed: int = 0) -> tuple[
             if programs.tree_checksums(target) != programs.tree_checksums(expected):
                 return killed, [f"{target}: finished after kill {killed}, with another corpus than an unkilled one"]
             shutil.rmtree(target)
-    programs.must(programs.prepare_command(place, target))
+    programs.must(programs.prepare_command(directory, target))
     same = programs.tree_checksums(target) == programs.tree_checksums(expected)
     return killed, [] if same else [f"{target}: another corpus than an unkilled preparation"]
 

@@ -30,12 +30,12 @@ def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
             "unfinished checkpoints": len(unfinished)}
 
 
-def watch(place: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list[dict]]:
+def watch(directory: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list[dict]]:
     """Trains for `steps` steps; returns (samples, lines of metrics)."""
-    programs.write_text(place / "text")
-    workdir = place / "run"
+    programs.write_text(directory / "text")
+    workdir = directory / "run"
     command = programs.train_command(
-        place, workdir, f"--config.train.steps={steps}", "--config.train.log_every=50", "--config.eval.every=500",
+        directory, workdir, f"--config.train.steps={steps}", "--config.train.log_every=50", "--config.eval.every=500",
         "--config.checkpoint.every=200", "--config.train.plateau_window=2000", "--config.train.tensorboard=True")
     process = programs.start(command)
     samples = []

@@ -23,16 +23,16 @@ def write_text(directory: pathlib.Path, files: int = 40, words: int = 120) -> No
         (directory / f"{i:03}.txt").write_text(" ".join(draw.choices(WORDS, k=words)) + ".\n")
 
 
-def train_command(place: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
-    """The training command on the text in `place`, which also caches corpora and compiled programs."""
+def train_command(directory: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+    """The training command on the text in `directory`, which also caches corpora and compiled programs."""
     return [sys.executable, "-m", "illada_jax.main", f"--config={ROOT}/tests/faults/tiny.py", f"--workdir={workdir}",
-            f"--config.data.sources=('text:{place}/text',)", f"--config.data.cache_dir={place}/cache",
-            f"--compilation_cache={place}/compiled", *flags]
+            f"--config.data.sources=('text:{directory}/text',)", f"--config.data.cache_dir={directory}/cache",
+            f"--compilation_cache={directory}/compiled", *flags]
 
 
-def prepare_command(place: pathlib.Path, target: pathlib.Path) -> list[str]:
-    """The command that prepares the text in `place` in many small shards."""
-    return [sys.executable, "-m", "illada_jax.prepare", f"--source=text:{place}/text", f"--target={target}",
+def prepare_command(directory: pathlib.Path, target: pathlib.Path) -> list[str]:
+    """The command that prepares the text in `directory` in many small shards."""
+    return [sys.executable, "-m", "illada_jax.prepare", f"--source=text:{directory}/text", f"--target={target}",
             "--tokenizer=sentencepiece", "--vocab_size=300", "--shard_megabytes=0.02", "--processes=2"]
 
 

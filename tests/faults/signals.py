@@ -8,9 +8,9 @@ from illada_jax.errors import EXIT_RESUMABLE
 from tests.faults import programs
 
 
-def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Signals) -> str:
+def told_to_stop(directory: pathlib.Path, workdir: pathlib.Path, number: signal.Signals) -> str:
     """Sends a signal during training and resumes; describes a failure, or returns an empty text."""
-    command = programs.train_command(place, workdir)
+    command = programs.train_command(directory, workdir)
     process = _training(command, workdir, 3)
     process.send_signal(number)
     output = "".join(process.communicate(timeout=300))
@@ -24,15 +24,15 @@ def told_to_stop(place: pathlib.Path, workdir: pathlib.Path, number: signal.Sign
     return "" if {saved, saved + 1} <= set(steps) else f"lines of metrics at {steps[-3:]}, saved at {saved}"
 
 
-def second_trainer(place: pathlib.Path, workdir: pathlib.Path) -> str:
+def second_trainer(directory: pathlib.Path, workdir: pathlib.Path) -> str:
     """Starts a second trainer in the same workdir; describes a failure, or returns an empty text."""
-    command = programs.train_command(place, workdir)
+    command = programs.train_command(directory, workdir)
     first = _training(command, workdir, 1)
     code, output = programs.run(command)
     error = output.strip().splitlines()[-1]
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=300)
-    if code != 2 or f"process {first.pid}" not in error or "trains in this workdir" not in error:
+    if code != 2 or f"process {first.pid}" not in error or "is training in this workdir" not in error:
         return f"the second: exit code {code}: {error}"
     return "" if first.returncode == EXIT_RESUMABLE else f"the first: exit code {first.returncode}"
 

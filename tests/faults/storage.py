@@ -19,33 +19,34 @@ SHORT = ("--config.train.steps=60", "--config.train.plateau_window=0")
 _DISK_KILOBYTES = 1024
 
 
-def in_namespace(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
+def in_namespace(directory: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
     """(Fault, failure or an empty text) pairs, from a separate process; None if mounting is not permitted.
 
-    `place` holds the text, `short` (an undisturbed run with the flags SHORT) and `prepared`.
+    `directory` holds the text, `short` (an undisturbed run with the flags SHORT) and `prepared`.
     """
     allowed = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if allowed.returncode != 0:
         return None
-    result = subprocess.run(["unshare", "-Urm", sys.executable, "-m", "tests.faults.storage", str(place), str(count)],
+    result = subprocess.run(["unshare", "-Urm", sys.executable, "-m", "tests.faults.storage", str(directory),
+                             str(count)],
                             cwd=programs.ROOT, env=programs.ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     return [tuple(pair) for pair in json.loads(result.stdout)]
 
 
-def limited_files(place: pathlib.Path, count: int) -> list[tuple[str, str]]:
-    """Like `in_namespace`, without a file system of its own: limits the size of files."""
+def limited_files(directory: pathlib.Path, count: int) -> list[tuple[str, str]]:
+    """Like `in_namespace`, without a separate file system: limits the size of files."""
     found = []
     for number in range(count):
         kilobytes = 4 * (number + 1)
-        workdir = place / f"limited-{number}"
+        workdir = directory / f"limited-{number}"
         limited = ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh"]  # in units of 512 bytes
-        code, output = programs.run([*limited, *programs.train_command(place, workdir, *SHORT)])
+        code, output = programs.run([*limited, *programs.train_command(directory, workdir, *SHORT)])
         found.append((f"files larger than {kilobytes} KiB cannot be written", _refused(code, output)
-                      or _continues(place, workdir)))
+                      or _continues(directory, workdir)))
     return found
 
 
-def unreliable(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
+def unreliable(directory: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
     """(Fault, failure or an empty text) pairs for failing and slow system calls; None if strace cannot trace.
 
     Checkpoints write arrays with writev, flush them with fsync and publish them with rename.
@@ -59,21 +60,21 @@ def unreliable(place: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
               for call in ("writev", "fsync,fdatasync", "rename")]
     slow = ("every write 20 ms late", "inject=write,writev,fsync,fdatasync,rename:delay_enter=20000")
     for number, (fault, injection) in enumerate([*faults, slow]):
-        workdir = place / f"unreliable-{number}"
+        workdir = directory / f"unreliable-{number}"
         traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", injection, "-e", "status=none"]
-        code, output = programs.run([*traced, *programs.train_command(place, workdir, *SHORT)])
+        code, output = programs.run([*traced, *programs.train_command(directory, workdir, *SHORT)])
         if code == 0:
             wrong = ""
         elif fault == slow[0]:
             wrong = f"exit code {code}: {output[-2000:]}"
         else:
             wrong = _refused(code, output)
-        found.append((fault, wrong or _continues(place, workdir)))
+        found.append((fault, wrong or _continues(directory, workdir)))
     return found
 
 
-def _faults(place: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
-    disk = place / "disk"
+def _faults(directory: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
+    disk = directory / "disk"
     disk.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_KILOBYTES}k", "none", str(disk)], check=True)
     filler = disk / "filler"
@@ -81,29 +82,29 @@ def _faults(place: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
         free = 16 + 500 * number // count
         filler.write_bytes(bytes((_DISK_KILOBYTES - free) * 1024))
         workdir = disk / "run"
-        code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+        code, output = programs.run(programs.train_command(directory, workdir, *SHORT))
         filler.unlink()
-        yield f"disk full, {free} KiB free", _refused(code, output) or _continues(place, workdir)
+        yield f"disk full, {free} KiB free", _refused(code, output) or _continues(directory, workdir)
         subprocess.run(["rm", "-r", str(workdir)], check=True)
 
     filler.write_bytes(bytes((_DISK_KILOBYTES - 60) * 1024))
-    code, output = programs.run(programs.prepare_command(place, disk / "prepared"))
+    code, output = programs.run(programs.prepare_command(directory, disk / "prepared"))
     filler.unlink()
     wrong = _refused(code, output)
     if not wrong:
-        programs.must(programs.prepare_command(place, disk / "prepared"))
-        same = programs.tree_checksums(disk / "prepared") == programs.tree_checksums(place / "prepared")
+        programs.must(programs.prepare_command(directory, disk / "prepared"))
+        same = programs.tree_checksums(disk / "prepared") == programs.tree_checksums(directory / "prepared")
         wrong = "" if same else "another corpus"
     yield "disk full while preparing", wrong
     subprocess.run(["rm", "-r", str(disk / "prepared")], check=True)
 
-    programs.must(programs.train_command(place, disk / "run", *SHORT, "--config.train.stop_step=30"))
+    programs.must(programs.train_command(directory, disk / "run", *SHORT, "--config.train.stop_step=30"))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for name, workdir in (("a new workdir", disk / "new"), ("a workdir to resume", disk / "run")):
-        code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+        code, output = programs.run(programs.train_command(directory, workdir, *SHORT))
         yield f"read-only disk, {name}", _refused(code, output)
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    yield "read-only disk, then writable", _continues(place, disk / "run")
+    yield "read-only disk, then writable", _continues(directory, disk / "run")
 
 
 def _refused(code: int, output: str) -> str:
@@ -113,11 +114,11 @@ def _refused(code: int, output: str) -> str:
     return ""
 
 
-def _continues(place: pathlib.Path, workdir: pathlib.Path) -> str:
-    code, output = programs.run(programs.train_command(place, workdir, *SHORT))
+def _continues(directory: pathlib.Path, workdir: pathlib.Path) -> str:
+    code, output = programs.run(programs.train_command(directory, workdir, *SHORT))
     if code != 0:
         return f"cannot continue, exit code {code}: {output[-2000:]}"
-    same = programs.final_arrays(workdir) == programs.final_arrays(place / "short")
+    same = programs.final_arrays(workdir) == programs.final_arrays(directory / "short")
     return "" if same else "continues to another result"
 
 

@@ -41,7 +41,7 @@ def equal(tree, other):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A model of ours with a tokenizer of ours."""
+    """A model and a tokenizer of this package."""
     config = Config(model=MODEL, data=DataConfig(length=32), decode=DECODE)
     save_model(tmp_path / "workdir", LoadedModel(config, random_params(MODEL), BYTES, 7), False, "")
     return tmp_path / "workdir"

@@ -106,7 +106,7 @@ def test_a_hub_id_is_downloaded_once_and_equals_its_directory(endpoint, tmp_path
     assert downloaded_files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     endpoint.shutdown()
     endpoint.server_close()
-    # The server is gone: the cached download is used.
+    # The server has stopped: the cached download is used.
     converted = typed(endpoint.url, tmp_path, "convert", f"--source={ID}", f"--target={tmp_path / 'workdir'}")
     assert converted.returncode == 0 and converted.stdout.endswith("workdir, llada, float32\n"), converted.stderr
 

@@ -81,18 +81,18 @@ def test_ids_by_flag_then_config_then_tokenizer_then_family(tmp_path):
     vocab["<other>"] = vocab.pop("<[MASK]>")
     (path / "tokenizer.json").write_text(json.dumps(description))
     assert interop.load_model(path).tokenizer.mask_id == 5  # the family's
-    with pytest.raises(InputError, match="the id of eot, 300, lies outside the vocabulary of 272"):
+    with pytest.raises(InputError, match="the id of eot, 300, is outside the vocabulary of 272"):
         interop.load_model(path, special_ids={"eot": 300})
     with pytest.raises(InputError, match="unknown name 'end'"):
         interop.load_model(path, special_ids={"end": 3})
-    with pytest.raises(InputError, match="the id of mask, 300, lies outside the vocabulary of 272"):
+    with pytest.raises(InputError, match="the id of mask, 300, is outside the vocabulary of 272"):
         interop.load_model(path, special_ids={"mask": 300})
     with pytest.raises(InputError, match="MASK must not share its id 7 with EOS or BOS"):
         interop.load_model(path, special_ids={"mask": 7})
 
 
 def test_all_ids_that_end_a_text_end_it(tmp_path):
-    """One in config.json, more in generation_config.json; -1 and an empty list stand for none."""
+    """One in config.json, more in generation_config.json; -1 and an empty list mean none."""
     path = checkpoint(tmp_path, "illada-gqa-tied", eos_token_id=2, pad_token_id=-1, bos_token_id=[])
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, 9], "bos_token_id": 3}))
     loaded = interop.load_model(path)

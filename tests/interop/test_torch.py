@@ -1,4 +1,4 @@
-"""Live comparison with PyTorch: transformers' Llama for iLLaDA's layout, a plain statement for LLaDA's.
+"""Live comparison with PyTorch: transformers' Llama for iLLaDA's layout, a plain implementation of LLaDA's.
 
 Needs torch and transformers; the goldens (`test_importing.py`) hold the same without them.
 """
@@ -35,7 +35,7 @@ def inputs(vocab_size: int):
 
 
 def torch_logits(directory, tokens_BL, real_BL) -> np.ndarray:
-    """Logits of whatever weights lie in a directory."""
+    """Logits of the weights in a directory."""
     config = json.loads((directory / "config.json").read_text())
     state = {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
     return torch_oracles.logits(config, state, torch.from_numpy(tokens_BL), torch.from_numpy(real_BL)).numpy()

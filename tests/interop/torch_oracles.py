@@ -1,4 +1,4 @@
-"""Independent statements of the two families in PyTorch, over tensors with the names of the public files.
+"""Independent implementations of the two families in PyTorch, over tensors with the names of the public files.
 
 Used by the fixture script and by the live tests; nothing here knows illada_jax.
 """
@@ -55,7 +55,7 @@ def logits(config: dict, state: dict[str, torch.Tensor], tokens_BL: torch.Tensor
 
 
 def illada_logits(config, state, tokens_BL, real_BL):
-    """The Llama of `transformers`, made bidirectional by a mask of its own."""
+    """The Llama of `transformers`, made bidirectional by its mask."""
     keys = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
     network = LlamaForCausalLM(LlamaConfig(**keys, attn_implementation="eager")).float().eval()
     missing, unexpected = network.load_state_dict(state, strict=False)

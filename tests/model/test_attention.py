@@ -1,4 +1,4 @@
-"""Attention back ends give the same: the TPU kernel in its interpreter against XLA, alone and over a mesh."""
+"""Attention back ends agree: the TPU kernel in its interpreter against XLA, alone and over a mesh."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Eight-bit weights: how they are rounded, how they multiply, what stays as it is, and how many bytes that makes."""
+"""Int8 weights: their rounding, products and bytes, and the params that are not quantised."""
 
 import jax
 import jax.numpy as jnp

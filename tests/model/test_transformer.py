@@ -1,4 +1,4 @@
-"""The transformer against a numpy oracle, and what must not change its output."""
+"""The transformer against a numpy oracle, and the changes that must not affect its output."""
 
 import dataclasses
 

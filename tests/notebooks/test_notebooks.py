@@ -106,7 +106,7 @@ def test_the_first_cell_installs_what_the_machine_needs(monkeypatch, tmp_path):
 
 
 def test_the_sudoku_notebook_trains_the_experiment():
-    """Its config is that of experiments/sudoku.py but for what it says."""
+    """Its config is that of experiments/sudoku.py, except for the differences that it states."""
     source = next(cell for cell in code_cells(COLAB / "train_sudoku.py") if "c = config_lib.defaults()" in cell)
     lines = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     names = {"config_lib": config_lib, "STEPS": 440}

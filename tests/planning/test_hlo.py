@@ -12,7 +12,7 @@ SIZE = 4 * 16 * 32  # bytes of what a device holds in `compiled`
 
 
 def compiled(function, axes=("outer", "inner"), shape=(2, 4), out_specs=None):
-    """The text of a program in which every device runs `function` on a float32 [16, 32] of its own."""
+    """The text of a program in which every device runs `function` on its own float32 [16, 32]."""
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
     spec = PartitionSpec(axes)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out_specs or spec, check_vma=False)

@@ -159,7 +159,7 @@ def test_rates_follow_from_evaluations():
 
 
 def test_peaks_are_matrix_units_times_clock():
-    """A clock outside of what chips have would mean that a figure of the table is wrong."""
+    """An implausible clock would mean that a figure of the table is wrong."""
     for name, chip in chips.CHIPS.items():
         assert 0.9e9 < chip.clock < 2.5e9, (name, chip.clock)
 

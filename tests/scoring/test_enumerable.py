@@ -1,4 +1,4 @@
-"""Where everything can be enumerated: a network of true conditionals over four tokens of three symbols."""
+"""Scores by enumeration, of a network of true conditionals over four tokens of three symbols."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ T_QUANTILE = 2.3646  # 97.5 %, seven degrees of freedom: eight replicates
 
 
 def conditionals(joint, length, symbols):
-    """Log p(token v at i | what is visible), [canvas tokens…, i, v]."""
+    """Log p(token v at i | visible tokens), [canvas tokens…, i, v]."""
     outcomes = np.array(list(itertools.product(range(symbols), repeat=length)))
     table = np.full((symbols + 1,) * length + (length, symbols + 1), -1e9, np.float32)
     for canvas in itertools.product(range(symbols + 1), repeat=length):

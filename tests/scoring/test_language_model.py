@@ -57,8 +57,8 @@ def test_a_pair_is_tokenised_as_one_text_unless_a_token_straddles_it():
         before, after = lm.encode_pair(context, candidate)
         assert tokenizer.decode(before + after) == context + candidate and after
         assert tokenizer.decode(before) == context
-    together = lm.encode_pair("the cat", " sat on")
-    assert together[0] + together[1] == tokenizer.encode("the cat sat on")
+    joined = lm.encode_pair("the cat", " sat on")
+    assert joined[0] + joined[1] == tokenizer.encode("the cat sat on")
     straddling = lm.encode_pair("the c", "at sat")
     assert straddling == (tokenizer.encode("the c"), tokenizer.encode("at sat"))
     assert tokenizer.encode("the cat sat")[: len(straddling[0])] != straddling[0]

@@ -1,4 +1,4 @@
-"""The scorers on a network that is not ours: a pretrained masked language model of chemical reactions."""
+"""The scorers on an outside network: a pretrained masked language model of chemical reactions."""
 
 import importlib.util
 import pathlib

@@ -88,13 +88,13 @@ def test_alone_or_in_a_batch(networks, settings):
     """Batch size, order and other pairs change nothing; two runs of one batch are equal bit for bit."""
     logits_fn, network = networks
     alone = [scorer(logits_fn, batch_size=1, **settings).score([pair])[0] for pair in PAIRS]
-    together = scorer(logits_fn, batch_size=8, **settings).score(PAIRS)
-    assert scorer(logits_fn, batch_size=8, **settings).score(PAIRS) == together
+    batched = scorer(logits_fn, batch_size=8, **settings).score(PAIRS)
+    assert scorer(logits_fn, batch_size=8, **settings).score(PAIRS) == batched
     shuffled = np.random.default_rng(1).permutation(len(PAIRS))
     reordered = scorer(logits_fn, batch_size=2, **settings).score([PAIRS[i] for i in shuffled])
     back = [reordered[i] for i in np.argsort(shuffled)]
     near_ties = 0
-    for pair, one, two, three in zip(PAIRS, alone, together, back, strict=True):
+    for pair, one, two, three in zip(PAIRS, alone, batched, back, strict=True):
         if not np.allclose([two.value, three.value], one.value, atol=1e-5, rtol=1e-6):
             assert "method" not in settings
             assert reference.confidence(network, *pair, IDS, **settings)[2] < NEAR
@@ -234,7 +234,7 @@ def test_masks_of_monte_carlo():
 @pytest.mark.parametrize("pairs, message", [
     ([([4], [])], "pair 0: the candidate is empty"),
     ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 after it exceed the"),
-    ([([4], [11])], "id 11 lies outside the vocabulary of 11"),
+    ([([4], [11])], "id 11 is outside the vocabulary of 11"),
     ([([IDS.mask], [5])], "contains MASK (id 0)"),
 ])
 def test_bad_pairs(networks, pairs, message):

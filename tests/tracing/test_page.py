@@ -45,7 +45,7 @@ def open_page(browser, tmp_path):
 
 
 def text(page, card=0):
-    """What is shown of a card's answer."""
+    """The answer that a card shows."""
     spans = page.locator(f".trace >> nth={card} >> .token:visible:not(.given):not(.after)")
     return "".join(spans.all_text_contents())
 

@@ -1,4 +1,4 @@
-"""What `generate --watch` draws."""
+"""The drawings of `generate --watch`."""
 
 import io
 import re
@@ -20,7 +20,7 @@ A, B, C, D, X = TOKENIZER.encode("abcdx")
 
 
 def generation(**changes) -> api.Generation:
-    """`ab` was given; `c` came third, `d` first, then EOS; behind it an `x`."""
+    """`ab` was given; `c` came third, `d` first, then EOS, with an `x` after it."""
     return api.Generation(**{"text": "cd", "tokens": [C, D], "nfe": 4, "stopped_by": "eos", "reveal_step": [2, 0],
                              "log_probs": [-3.0, -0.01], "canvas": [A, B, C, D, EOS, X],
                              "canvas_step": [-1, -1, 2, 0, 1, 3]} | changes)
@@ -56,7 +56,7 @@ def test_infilling_has_no_borders_and_keeps_its_columns():
 
 
 def test_lines_to_fill_are_as_long_as_what_fills_them():
-    """So that nothing moves: at every step the text wraps where it will in the end."""
+    """Nothing moves: at every step the text wraps where the finished text does."""
     ids = TOKENIZER.encode("ab c\nd xy")
     row = generation(tokens=ids[1:], log_probs=[-1.0] * (len(ids) - 1), canvas=ids,
                      canvas_step=[-1, *range(len(ids) - 1)])

@@ -1,4 +1,4 @@
-"""Traces of a small random model: what they say is what the decoder did."""
+"""Traces of a small random model: they show what the decoder did."""
 
 import json
 import re

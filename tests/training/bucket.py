@@ -1,4 +1,4 @@
-"""A bucket gs://… that lives in a local directory, for what runs in this process: `python -m tests.training.bucket`.
+"""A bucket gs://… that lives in a local directory, for all code of this process: `python -m tests.training.bucket`.
 
 Two libraries reach object storage on their own: fsspec, for all that goes through epath, and TensorStore, which speaks
 HTTP, for arrays. Both see the same objects here. As in a real bucket there are no directories but what names suggest,
@@ -42,7 +42,7 @@ class Objects:
 
 
 class _Writer:
-    """A file that takes its place when it is closed."""
+    """A file that replaces its target when it is closed."""
 
     def __init__(self, objects, name):
         handle, self._partial = tempfile.mkstemp(prefix="%3F", dir=objects.file("x").parent)

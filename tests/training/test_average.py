@@ -1,4 +1,4 @@
-"""The moving average of the params: its values, its checkpoints, who uses it."""
+"""The moving average of the params: its values, its checkpoints, and its uses."""
 
 import jax
 import numpy as np
@@ -27,13 +27,13 @@ def test_it_is_the_average_of_the_params_of_every_step(run, tmp_path):
 
     changes = {"train__stop_step": 4, "eval__every": 1}
     run(tmp_path / "w", evaluators={"spy": spy}, **changes)
-    kept, _ = run(tmp_path / "ema", optimizer__ema_decay=0.2, **changes)
-    tree_equal(kept.state.params, params[-1])
+    averaged, _ = run(tmp_path / "ema", optimizer__ema_decay=0.2, **changes)
+    tree_equal(averaged.state.params, params[-1])
     average = params[0]
     for step, each in enumerate(params):
         decay = min(0.2, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, each)  # noqa: B023
-    tree_equal(kept.state.ema, average, atol=1e-6)
+    tree_equal(averaged.state.ema, average, atol=1e-6)
 
 
 def test_it_is_saved_restored_and_used(run, tmp_path):

@@ -1,4 +1,4 @@
-"""A workdir in object storage: a whole run, its second life, and what is made of its checkpoint."""
+"""A workdir in object storage: a whole run, its resumption, and the uses of its checkpoint."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Corrupt checkpoints are detected, named, set aside and never used; the previous one takes their place."""
+"""Corrupt checkpoints are detected, named, set aside and never used; the previous one is used instead."""
 
 import shutil
 

@@ -18,7 +18,7 @@ from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training.loop import RunSetup, train
 from tests.enumerable import LENGTH, MASK, OUTCOMES, SYMBOLS, enumerated, exact_measure, make_joint
 
-START = SYMBOLS + 1  # an id of its own, beside the symbols and MASK
+START = SYMBOLS + 1  # a separate id, besides the symbols and MASK
 NOISY = np.array(list(itertools.product(range(SYMBOLS + 1), repeat=LENGTH)), np.int32)
 
 

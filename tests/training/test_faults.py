@@ -56,14 +56,14 @@ def test_halt_says_what_to_type_and_that_works(run, tmp_path):
         run(tmp_path / "w", poison=poisoned(6, value=value), **COMMON)
     message = str(caught.value)
     assert "\n" not in message and "bad numbers at step 6: loss " in message
-    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is of step 4. " in message
+    assert f"{tmp_path}/w/bad_batches/6.npz; the newest checkpoint is from step 4. " in message
     assert "--config.faults.action=skip" in message and "--config.faults.action=rollback" in message
     assert [path.name for path in (tmp_path / "w" / "checkpoints").iterdir()] == ["4"]
 
-    kept = np.load(tmp_path / "w" / "bad_batches" / "6.npz")
-    assert kept["step"] == 6 and kept["rows"].tolist() == list(range(8)) and kept["tokens_BL"].shape == (8, 32)
-    np.testing.assert_array_equal(kept["weights_BL"][0], np.full(32, value))
-    assert not np.isfinite(kept["loss"])
+    saved = np.load(tmp_path / "w" / "bad_batches" / "6.npz")
+    assert saved["step"] == 6 and saved["rows"].tolist() == list(range(8)) and saved["tokens_BL"].shape == (8, 32)
+    np.testing.assert_array_equal(saved["weights_BL"][0], np.full(32, value))
+    assert not np.isfinite(saved["loss"])
 
     resumed, lines = run(tmp_path / "w", poison=poisoned(6, value=value), faults__action="skip", **COMMON)
     whole, _ = run(tmp_path / "whole", poison=poisoned(6, value=value), faults__action="skip", **COMMON)

@@ -1,4 +1,4 @@
-"""Several processes train as one: same losses, one checkpoint, one end, also when one of them dies or hangs."""
+"""Several processes train as one: same losses, one checkpoint, one exit, also when one of them dies or hangs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.profiler import parse_steps
 
 ROOT = pathlib.Path(__file__).parents[2]
-# SIGUSR1 hangs the main thread, while the process goes on sending heartbeats.
+# SIGUSR1 hangs the main thread, while the process keeps sending heartbeats.
 CONFIG = """
 import signal
 import time
@@ -135,7 +135,7 @@ def test_sigterm_to_one_saves_on_all_and_a_killed_run_resumes(run, start, tmp_pa
     started = start(2, workdir, *LONG)
     wait_for_steps(workdir, 25, started)
     (code, _, error), = finish(start(1, workdir, *LONG))
-    assert code == 2 and f"process {started[0].pid} on " in error and "trains in this workdir; stop it" in error
+    assert code == 2 and f"process {started[0].pid} on " in error and "is training in this workdir; stop it" in error
     started[1].send_signal(signal.SIGTERM)
     results = finish(started)
     for code, _, error in results:

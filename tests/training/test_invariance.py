@@ -122,7 +122,7 @@ def test_masks_do_not_depend_on_the_devices(sampling):
 
 
 def test_the_step_masks_the_same_for_any_devices_and_accumulation():
-    """How many tokens are masked in each tenth of the masking probability is the same number."""
+    """Counts of masked tokens by tenth of the masking probability are the same for any mesh and micro-batches."""
     counts = []
     for num_devices, microbatches in ((1, 1), (8, 4)):
         config = make_config(microbatches)

@@ -50,7 +50,7 @@ def fail_to_lock(monkeypatch, code):
 
 
 def test_a_living_or_stopped_owner_blocks_and_is_named_and_a_killed_one_does_not(workdir, owner):
-    refusal = rf"process {owner.pid} on {socket.gethostname()} trains in this workdir; stop it, or use another"
+    refusal = rf"process {owner.pid} on {socket.gethostname()} is training in this workdir; stop it, or use another"
     for number in (None, signal.SIGSTOP):
         if number:
             owner.send_signal(number)

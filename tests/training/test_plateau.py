@@ -24,7 +24,7 @@ def lines(rng, steps, fall, noise, correlation=0.0):
 
 
 def first_report(rng, windows, **series):
-    """Steps after which the loss is said to have stopped falling; None if it never is."""
+    """Steps after which the loss is reported to have stopped falling; None if it never is."""
     watch = PlateauWatch(WINDOW, TOLERANCE, (), windows * WINDOW)
     for step, masked_K, ce_K in lines(rng, windows * WINDOW, **series):
         trend = watch.add(step, masked_K, ce_K)

@@ -195,6 +195,6 @@ def test_the_standard_error_of_a_ratio_is_the_spread_of_repeats():
 
 def test_config_of_a_run_is_kept(run, tmp_path, text_file):
     run(tmp_path / "w", train__stop_step=1)
-    kept = from_dict(json.loads((tmp_path / "w" / "config.json").read_text()))
-    assert kept.diffusion.mask_id >= 0
-    assert dataclasses.replace(kept.train, stop_step=0).steps == 10
+    saved = from_dict(json.loads((tmp_path / "w" / "config.json").read_text()))
+    assert saved.diffusion.mask_id >= 0
+    assert dataclasses.replace(saved.train, stop_step=0).steps == 10

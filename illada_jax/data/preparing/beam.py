@@ -59,7 +59,7 @@ def _places_by_digest(of_job: tuple[int, TextJob]) -> Iterator[tuple[bytes, tupl
 
 
 def _later_places(same: tuple[bytes, Iterable[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """All places (job, position) of a text but the first."""
+    """All positions (job, index of the document) of a text except the first."""
     _, places = same
     yield from sorted(places)[1:]
 

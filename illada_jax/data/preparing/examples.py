@@ -81,7 +81,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
     """The tokens of an example: a conversation through the chat template, a pair as prompt + response + EOS.
 
     Raises:
-      InputError: the chat template refuses the conversation.
+      InputError: the chat template rejects the conversation.
     """
     if example.messages:
         return encode_conversation(tokenizer, example.messages)

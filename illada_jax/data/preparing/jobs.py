@@ -1,4 +1,4 @@
-"""Jobs: the shards of a preparation, each made from its own parts, in any order, by any process.
+"""Jobs: each makes the shards of its own parts, in any order, in any process.
 
 An engine runs them: `make_locally` on the cores of this machine, `beam.py` on Apache Beam.
 """
@@ -83,7 +83,7 @@ class EncodedDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardJob(abc.ABC):
-    """One shard of each split: all that a process needs to make it.
+    """Everything that a process needs to make one shard of each split.
 
     Attributes:
       index: number of the shard.
@@ -115,7 +115,7 @@ class TextJob(ShardJob):
     duplicates: frozenset[int] = frozenset()
 
     def documents(self) -> Iterator[Document]:
-        """The documents that are kept; empty ones and duplicates are not."""
+        """The documents without empty ones and duplicates."""
         for position, document in enumerate(self._all_documents()):
             if document.text and position not in self.duplicates:
                 yield document
@@ -141,7 +141,7 @@ Engine = Callable[[Sequence[ShardJob], pathlib.Path, bool], None]
 
 
 def group_parts(parts: Iterable[Part], shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Puts consecutive parts together until they fill a shard."""
+    """Groups consecutive parts until they fill a shard."""
     groups: list[list[Part]] = []
     size = 0
     for part in parts:

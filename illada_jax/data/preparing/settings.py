@@ -1,4 +1,4 @@
-"""Settings of a preparation, and what follows from them: the tokenizer, and the key of a cached corpus."""
+"""Settings of a preparation, and the tokenizer and the cache key that follow from them."""
 
 import dataclasses
 import hashlib

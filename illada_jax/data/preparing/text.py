@@ -1,7 +1,7 @@
 """Text to token shards, for `python -m illada_jax.prepare` and for small corpora that are prepared on the fly.
 
 A preparation begins with a plan: the parts of all sources, grouped into shards. A shard depends on its parts, the
-tokenizer and the split only. So any number of processes can make shards, in any order, and a preparation that was
+tokenizer and the split only, so any number of processes can make shards, in any order, and a preparation that was
 killed continues with the missing shards. The manifest is written last.
 """
 

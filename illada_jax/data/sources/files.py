@@ -23,7 +23,7 @@ _COMPRESSED = {".gz": gzip.open, ".zst": zstandard.open}
 
 @register("text")
 def _text(argument: str) -> list[Part]:
-    """UTF-8 text files; a directory stands for all its files that are not hidden.
+    """UTF-8 text files; for a directory, all of its files that are not hidden.
 
     A file longer than 16 KiB becomes several documents, cut at blank lines if it has any, so that a single book can be
     split into training and held-out text. Concatenated, the documents are the file.
@@ -51,7 +51,7 @@ def _jsonl(argument: str) -> list[Part]:
 def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
     """The files that a path, a directory or a glob names, sorted. Raises InputError if there are none."""
     if not pattern:
-        raise InputError(f"source {kind!r}: which files? Write {kind}:FILE, {kind}:DIRECTORY or {kind}:GLOB")
+        raise InputError(f"source {kind!r}: names no files; write {kind}:FILE, {kind}:DIRECTORY or {kind}:GLOB")
     path = pathlib.Path(pattern).expanduser()
     if path.is_file():
         return [path]

@@ -16,11 +16,11 @@ from illada_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Document:
-    """A text of its own.
+    """One text of a corpus.
 
     Attributes:
       text: the text.
-      group: documents of one group fall on the same side of the held-out split; if empty, the text is its own group.
+      group: documents of one group fall on the same side of the held-out split; if empty, the text is the group.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Part:
       name: the name in messages and progress bars.
       read: yields the documents or examples, the same ones in the same order each time; can be pickled.
       num_bytes: the approximate size.
-      files: the files that they depend on.
+      files: the files that the content depends on.
     """
 
     name: str

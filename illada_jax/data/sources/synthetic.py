@@ -16,7 +16,7 @@ _MAX_DRAWS = 100  # per example, before a task counts as exhausted
 
 
 def parse(argument: str) -> tuple[str, int, int]:
-    """The task, number of examples and seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`; an InputError if wrong."""
+    """The task, number of examples and seed of `NAME`, `NAME:COUNT` or `NAME:COUNT:SEED`; else an InputError."""
     name, _, numbers = argument.partition(":")
     count, _, seed = numbers.partition(":")
     if name not in TASKS:

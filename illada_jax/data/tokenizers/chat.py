@@ -1,7 +1,7 @@
 """Conversations as token ids, through the chat template of the tokenizer.
 
 Templates are in Jinja, as Hugging Face tokenizers have them; `templates` renders them in a sandbox. Special tokens that
-the template writes become their ids; those in the content of a message stay text. For that, each one in a content is
+the template writes become their ids; those in the content of a message stay text. To that end, each one in a content is
 replaced by a private-use character that occurs neither in the conversation nor in the template, and restored after
 rendering.
 """
@@ -68,7 +68,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
       add_generation_prompt: append the header of an assistant turn, so that the model writes the answer.
 
     Raises:
-      InputError: a message is invalid, or the template is broken or refuses the conversation.
+      InputError: a message is invalid, or the template is broken or rejects the conversation.
     """
     messages = check_messages(messages)
     template = tokenizer.chat_template or DEFAULT_TEMPLATE
@@ -97,7 +97,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
     Each answer ends with one end token; anything that the template writes after the last one is dropped.
 
     Raises:
-      InputError: a message is invalid, the last one is not the assistant's, the template refuses the conversation, or
+      InputError: a message is invalid, the last one is not the assistant's, the template rejects the conversation, or
         earlier turns render differently when more turns follow.
     """
     messages = check_messages(messages)
@@ -116,7 +116,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The behaviour of a tokenizer's template. Raises InputError if that is broken, exceeds limits or drops answers."""
+    """The behaviour of a tokenizer's template. Raises InputError if it is broken, exceeds limits or drops answers."""
     return _probe(tokenizer.chat_template or DEFAULT_TEMPLATE, tuple(tokenizer.special_tokens.items()),
                   tuple(_variables(tokenizer).items()), tokenizer.eos_id)
 
@@ -154,7 +154,7 @@ def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _answer_start(tokenizer: Tokenizer, before: list[dict[str, str]], ids: list[int]) -> int:
     """The index, in the ids of the whole conversation, at which the answer to `before` begins."""
-    # A generation prompt may open a thought that finished turns do not show; then the turn's header is learnt too.
+    # A generation prompt may open a thought that finished turns do not show; then the turn's header is learned too.
     for add_generation_prompt in (True, False):
         prefix = encode_chat(tokenizer, before, add_generation_prompt) if before else []
         if ids[: len(prefix)] == prefix:
@@ -194,7 +194,7 @@ def _protect(contents: list[str], specials: _Specials, template: str) -> tuple[l
     protected = []
     for content in contents:
         content = specials.pattern.sub(lambda match: placeholders[match.group()], content)
-        # Half a token at the edge of a content must not be completed by the text that the template writes beside it.
+        # Half a token at the edge of a content must not be completed by the template's adjacent text.
         bare = content.strip()
         before = edge if bare.startswith(specials.endings) else ""
         after = edge if bare.endswith(specials.beginnings) else ""

@@ -12,10 +12,10 @@ from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import ConfigError, InputError
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
-_SPACE = "\u2581"  # stands for a space in SentencePiece pieces
+_SPACE = "\u2581"  # a space in SentencePiece pieces
 _MASK_NAME = re.compile(r"[<\[|]*mask[>\]|]*", re.IGNORECASE)
-# A serialised NormalizerSpec (field 3 of ModelProto); appended to a model, protobuf merges it over the model's own. It
-# says: name "identity", no character map, no dummy prefix, no white-space collapse, spaces escaped. SentencePiece's
+# A serialised NormalizerSpec (field 3 of ModelProto); appended to a model, protobuf merges it over the model's own. Its
+# content: name "identity", no character map, no dummy prefix, no white-space collapse, spaces escaped. SentencePiece's
 # generated protobuf classes would be clearer, but conflict with the older protobuf that Apache Beam requires.
 _LOSSLESS_NORMALIZER = b"\x1a\x12" + b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
 _MIN_TRAINED_VOCAB_SIZE = 5 + 256

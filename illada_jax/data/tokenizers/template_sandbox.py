@@ -1,6 +1,6 @@
 """The sandbox in which chat templates run, and the program that tries a template under limits.
 
-The environment is that of transformers, but without a clock: a run must not depend on the day. The program is started
+The environment is that of transformers, but without a clock: a run must not depend on the date. The program is started
 by the path of this file, so it imports nothing but Jinja. It reads a template and the variables of several renderings
 from stdin, as JSON, and prints the reason to refuse the template, or an empty line.
 """
@@ -71,7 +71,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _limit_resources() -> None:
-    """Limits the memory and the processor time of this process, where the operating system can."""
+    """Limits the memory and the CPU time of this process, where the operating system can."""
     try:
         import resource
     except ImportError:  # Windows
@@ -90,7 +90,7 @@ def _reason_to_refuse(template: str, renderings: list[dict[str, Any]]) -> str:
             longest = max(longest, len(compile_template(template).render(variables)))
         except MemoryError:
             return f"needs more than {_MAX_MEMORY_GIB} GiB of memory"
-        except Exception:  # the template is broken, or refuses the conversation
+        except Exception:  # the template is broken, or rejects the conversation
             continue
     return f"writes {longest:,} characters for a conversation of a few words" if longest > _MAX_CHARACTERS else ""
 

@@ -1,4 +1,4 @@
-"""Rendering of chat templates, which are programs from strangers.
+"""Rendering of chat templates, which are untrusted programs.
 
 Jinja's sandbox gives a template the conversation and the names of special tokens: no files, no modules, no internals of
 Python. It bounds neither time nor memory. `reason_to_refuse` catches crude bombs (endless loops, huge strings); a
@@ -17,7 +17,7 @@ import jinja2
 from illada_jax.data.tokenizers import template_sandbox
 from illada_jax.errors import InputError
 
-_TIMEOUT_SECONDS = 60  # wall-clock time; far above the limit of processor time, since machines can be slow or busy
+_TIMEOUT_SECONDS = 60  # wall-clock time; far above the limit of CPU time, since machines can be slow or busy
 _TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 _CONVERSATIONS = (_TURNS[:1], _TURNS, [{"role": "system", "content": "Be brief"}, *_TURNS, *_TURNS])
 
@@ -26,16 +26,16 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
            variables: Mapping[str, str]) -> str:
     """The text of a conversation.
 
-    Rendering is sandboxed but not bounded: pass a stranger's template to `reason_to_refuse` first.
+    Rendering is sandboxed but not bounded: check an untrusted template with `reason_to_refuse` first.
 
     Raises:
-      InputError: the template is broken, refuses the conversation, or fails.
+      InputError: the template is broken, rejects the conversation, or fails.
     """
     compiled = _compile(template)
     try:
         return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
     except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refuses the conversation: {_one_line(error)}") from error
+        raise InputError(f"the chat template rejects the conversation: {_one_line(error)}") from error
     except RecursionError as error:
         raise InputError("the chat template fails: its macros call each other without end") from error
     except Exception as error:
@@ -46,7 +46,7 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
 def reason_to_refuse(template: str, variables: tuple[tuple[str, str], ...]) -> str:
     """The limit of time or memory that a template exceeds on short conversations, or an empty string.
 
-    It is tried in a child process. Cached, so that a refused template is not tried again.
+    The template is tried in a child process. Cached, so that a refused template is not tried again.
     """
     renderings = [{"messages": messages, "add_generation_prompt": add_generation_prompt, **dict(variables)}
                   for messages in _CONVERSATIONS for add_generation_prompt in (False, True)]
@@ -60,7 +60,7 @@ def reason_to_refuse(template: str, variables: tuple[tuple[str, str], ...]) -> s
     except OSError as error:
         return f"cannot be tried in a child process: {error}"
     if child.returncode < 0:
-        return (f"takes more than {template_sandbox.MAX_CPU_SECONDS} seconds of processor time or crashes Python "
+        return (f"takes more than {template_sandbox.MAX_CPU_SECONDS} seconds of CPU time or crashes Python "
                 f"(signal {-child.returncode})")
     if child.returncode > 0:
         return f"cannot be tried in a child process: {_one_line(child.stderr.decode(errors='replace')[-300:])}"

@@ -25,7 +25,7 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: number of ids, special ids included.
       special_ids: the special ids by name, in the order of SPECIAL_NAMES.
-      mask_id, eos_id, bos_id, pad_id: the same.
+      mask_id, eos_id, bos_id, pad_id: each of them.
       unused_ids: ids below vocab_size without a token; a decoder must not write them.
       chat_files: contents of its CHAT_FILES by name. They define how conversations look, not what ids mean.
     """
