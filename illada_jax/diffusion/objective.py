@@ -20,26 +20,17 @@ TokenLosses = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.A
 
 
 class LossSums(NamedTuple):
-    """Sums over a batch, float32 scalars (and [K] by masking probability): add them up, divide once.
+    """Sums over a batch, float32 scalars (and [K] by masking probability): add them up, divide once."""
 
-    Attributes:
-      loss: Σ over masked of weight · CE / p, in nats.
-      weight: Σ over maskable of weight; loss / weight is the bound per token.
-      masked: number of masked tokens.
-      maskable: number of maskable tokens.
-      correct: number of masked tokens that the argmax predicts.
-      masked_K, ce_K, correct_K: the number of masked tokens, the sum of their unweighted cross-entropies in nats and
-        the number predicted, by masking probability: the k-th of NUM_BUCKETS equal parts of (0, 1].
-    """
-
-    loss: jax.Array
-    weight: jax.Array
-    masked: jax.Array
-    maskable: jax.Array
-    correct: jax.Array
-    masked_K: jax.Array
-    ce_K: jax.Array
-    correct_K: jax.Array
+    loss: jax.Array  # Σ over masked of weight · CE / p, in nats
+    weight: jax.Array  # Σ over maskable of weight; loss / weight is the bound per token
+    masked: jax.Array  # number of masked tokens
+    maskable: jax.Array  # number of maskable tokens
+    correct: jax.Array  # number of masked tokens that the argmax predicts
+    # By masking probability, the k-th of NUM_BUCKETS equal parts of (0, 1]:
+    masked_K: jax.Array  # number of masked tokens
+    ce_K: jax.Array  # sum of their unweighted cross-entropies, in nats
+    correct_K: jax.Array  # number of those that the argmax predicts
 
 
 def objective(token_losses: TokenLosses, hidden_BLD: jax.Array, batch: Batch, corrupted: Corrupted,

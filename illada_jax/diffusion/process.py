@@ -18,17 +18,11 @@ GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
 class Corrupted(NamedTuple):
-    """Corrupted tokens and the positions to predict.
+    """Corrupted tokens and the positions to predict."""
 
-    Attributes:
-      noisy_BL: int32 tokens, MASK where masked.
-      masked_BL: bool.
-      p_BL: float32 masking probability of the position; its inverse weights the loss.
-    """
-
-    noisy_BL: jax.Array
-    masked_BL: jax.Array
-    p_BL: jax.Array
+    noisy_BL: jax.Array  # int32 tokens, MASK where masked
+    masked_BL: jax.Array  # bool
+    p_BL: jax.Array  # float32 masking probability of the position; its inverse weights the loss
 
 
 def stratified_ranks(batch_size: int) -> np.ndarray:

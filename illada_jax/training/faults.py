@@ -36,7 +36,7 @@ class FaultCounts(NamedTuple):
         return {f"faults/{name}": value for name, value in self._asdict().items()}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # an exception must be hashable
 class RollBack(Exception):
     """Request to restore a checkpoint and to continue with the step after `step`."""
 

@@ -97,7 +97,7 @@ def resolve_epochs(config: Config, steps: int) -> Config:
 
 
 def _state_gib(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> float:
-    """GiB per device of params, gradients, moving average and optimizer state; twice if the old one is not donated."""
+    """GiB per device of params, gradients, moving average and optimizer state, twice if the old is not donated."""
     state = abstract_state(config, make_optimizer(config), mesh)
 
     def size(tree) -> int:
