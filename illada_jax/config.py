@@ -110,30 +110,30 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Text and how it becomes batches."""
 
-    # Where the text comes from, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds.
-    # `prepared:DIR` is what `python -m illada_jax.prepare` wrote. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`,
-    # see `illada_jax/data/sources/examples.py`.
+    # Sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds. `prepared:DIR` is
+    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`, see
+    # `illada_jax/data/sources/examples.py`.
     sources: NonEmptyTexts = ("python_docs",)
-    # Shares of the rows that several prepared corpora get, in the order of `sources`, together 1; empty: by their
-    # number of tokens.
+    # Shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in proportion to
+    # their tokens.
     weights: tuple[float, ...] = ()
-    # `bytes`, `sentencepiece` (trained on the corpus), or the path of a SentencePiece `.model` or a Hugging Face
-    # `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. A prepared corpus
-    # brings its own.
+    # `bytes`, `sentencepiece` (trained on the corpus), the path of a SentencePiece `.model` or a Hugging Face
+    # `tokenizer.json`, or the directory of either; `checkpoint` for that of config.init.checkpoint. Prepared corpora
+    # have their own tokenizer.
     tokenizer: str = "sentencepiece"
-    tokenizer_vocab_size: PositiveInt = 4096  # size of a tokenizer that is trained here, special ids included
-    # Share of the documents, chosen by hash, that training never sees. A prepared corpus brings its own split.
+    tokenizer_vocab_size: PositiveInt = 4096  # ids of a tokenizer trained on the corpus, special ids included
+    # Share of held-out documents, chosen by hash; training never sees them. Prepared corpora have their own split.
     heldout_fraction: FractionBelow1 = 0.02
-    cache_dir: str = ""  # where small corpora are prepared, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
+    cache_dir: str = ""  # cache of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
     length: PositiveInt = 64  # tokens of a training window (L)
     batch_size: PositiveInt = 8  # rows of the global batch (B)
-    isolate_documents: bool = False  # documents (fine-tuning: examples) inside a window are segments of their own
-    # Probability that what `random_length_of` says is cut to a length drawn from 1 … length, the tail padded (LLaDA:
-    # 0.01 of the batches). What is cut off is skipped in that epoch. With sft.format = llada rows keep their prompt and
-    # a random share of the padded answer: then the model does not learn to read an answer's length off the length of
-    # the row, and decodes on any canvas.
+    isolate_documents: bool = False  # make each document (fine-tuning: example) in a window a segment of its own
+    # Probability that a batch or row (see `random_length_of`) is cut to a length drawn from 1 … length and padded
+    # (LLaDA: 0.01 of the batches). The rest is skipped in that epoch. With sft.format = llada, rows keep their prompt
+    # and a random share of the padded answer. Then the model does not learn to infer an answer's length from the length
+    # of the row, and decodes on any canvas.
     random_length_probability: Fraction = 0.0
-    random_length_of: Literal["batch", "row"] = "batch"  # a length for all rows of a batch, or for each row
+    random_length_of: Literal["batch", "row"] = "batch"  # `batch` (one length for all rows) or `row`
     num_threads: PositiveInt = 4  # threads that read ahead
 
     def __post_init__(self):
@@ -150,15 +150,16 @@ class SftConfig(Section):
     """Supervised fine-tuning (iLLaDA and LLaDA papers, supervised fine-tuning), see `illada_jax/data/finetuning.py`."""
 
     # `none` is pre-training. `illada`: examples are concatenated and cut into windows of data.length, and everything
-    # may be masked. `llada`: an example a row, the prompt is never masked, the answer is padded with EOS to the longest
-    # row of the global batch, and each row weighs 1.
+    # may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with EOS to the
+    # longest row of the global batch, and the weights of each row sum to 1.
     format: Literal["none", "illada", "llada"] = "none"
-    mask_prompts: bool = True  # with `illada`, prompts may be masked too, as published; else only answers and ends
-    # What happens to an example longer than data.length: `split` (over several windows or rows), `truncate` (its end is
-    # lost) or `drop`. Truncated and dropped examples are counted.
+    mask_prompts: bool = True  # with `illada`, mask prompts too, as published; else only answers and their end tokens
+    # Treatment of examples longer than data.length: `split` (into several windows or rows), `truncate` (the end is
+    # lost) or `drop`. All are counted and reported.
     over_length: Literal["split", "truncate", "drop"] = "split"
-    bucket: PositiveInt = 64  # with `llada`, rows are as long as a multiple of it, so that few shapes are compiled
-    strict: bool = False  # refuse a source with a bad example instead of leaving it out and counting it
+    bucket: PositiveInt = 64  # with `llada`, row lengths are multiples of it, which bounds the compiled shapes
+    # Raise an error for invalid, dropped or truncated examples, which are otherwise only reported.
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -476,9 +477,16 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(model).items() if name not in _COMPUTE_FIELDS}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences between two dicts with the same keys, as lines `key: old → new`."""
-    return [f"{key}: {value!r} → {new[key]!r}" for key, value in old.items() if value != new[key]]
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Differences between two nested dicts, as lines `key: old → new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return lines
 
 
 def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...] = ()) -> None:
@@ -493,12 +501,8 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     Raises:
       ConfigError: listing every difference that is not allowed.
     """
-    may_differ = {*RESUMABLE, *allowed}
-
-    def fixed(config: Config) -> dict[str, Any]:
-        return {key: value for key, value in _by_key(config).items() if may_differ.isdisjoint([key, key.split(".")[0]])}
-
-    refused = differences(fixed(old), fixed(new))
+    may_differ = tuple(f"{name}{end}" for name in RESUMABLE + allowed for end in ":.")
+    refused = [line for line in differences(to_dict(old), to_dict(new)) if not line.startswith(may_differ)]
     if refused:
         raise ConfigError(f"the workdir belongs to another config: {'; '.join(refused)} (use another workdir, or "
                           f"--allow_config_change=KEY)")
@@ -506,13 +510,6 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     if starts[0] != starts[1] and min(starts) < step:
         raise ConfigError(f"config.optimizer.decay_start: {starts[0]} → {starts[1]}: the run is at step {step}, where "
                           "the learning rate has already begun to decay or should have")
-
-
-def _by_key(config: Config) -> dict[str, Any]:
-    values = {}
-    for key, value in to_dict(config).items():
-        values |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
-    return values
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
