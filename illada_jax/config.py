@@ -133,7 +133,7 @@ class DataConfig(Section):
     # and a random share of the padded answer. Then the model does not learn to infer an answer's length from the length
     # of the row, and decodes on any canvas.
     random_length_probability: Fraction = 0.0
-    random_length_of: Literal["batch", "row"] = "batch"  # a length for all rows of a batch, or for each row
+    random_length_of: Literal["batch", "row"] = "batch"  # `batch` (one length for all rows) or `row`
     num_threads: PositiveInt = 4  # threads that read ahead
 
     def __post_init__(self):
@@ -476,9 +476,16 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(model).items() if name not in _COMPUTE_FIELDS}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences between two dicts with the same keys, as lines `key: old → new`."""
-    return [f"{key}: {value!r} → {new[key]!r}" for key, value in old.items() if value != new[key]]
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Differences between two nested dicts, as lines `key: old → new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return lines
 
 
 def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...] = ()) -> None:
@@ -493,12 +500,8 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     Raises:
       ConfigError: listing every difference that is not allowed.
     """
-    may_differ = {*RESUMABLE, *allowed}
-
-    def fixed(config: Config) -> dict[str, Any]:
-        return {key: value for key, value in _by_key(config).items() if may_differ.isdisjoint([key, key.split(".")[0]])}
-
-    refused = differences(fixed(old), fixed(new))
+    may_differ = tuple(f"{name}{end}" for name in RESUMABLE + allowed for end in ":.")
+    refused = [line for line in differences(to_dict(old), to_dict(new)) if not line.startswith(may_differ)]
     if refused:
         raise ConfigError(f"the workdir belongs to another config: {'; '.join(refused)} (use another workdir, or "
                           f"--allow_config_change=KEY)")
@@ -506,13 +509,6 @@ def check_resumable(old: Config, new: Config, step: int, allowed: tuple[str, ...
     if starts[0] != starts[1] and min(starts) < step:
         raise ConfigError(f"config.optimizer.decay_start: {starts[0]} → {starts[1]}: the run is at step {step}, where "
                           "the learning rate has already begun to decay or should have")
-
-
-def _by_key(config: Config) -> dict[str, Any]:
-    values = {}
-    for key, value in to_dict(config).items():
-        values |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
-    return values
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -244,7 +244,7 @@ def check_initial(initial: LazyModel, config: Config, tokenizer: Tokenizer) -> N
         raise InputError(f"{key}: its weights are int8; start from the model they were quantised from")
     ours, other = (config_lib.architecture(c.model) for c in (config, initial.config))
     if ours != other:
-        differences = "; ".join(f"model.{line}" for line in config_lib.differences(other, ours))
+        differences = "; ".join(config_lib.differences(other, ours, "model."))
         raise InputError(f"{key}: another architecture: {differences}")
     if initial.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"{key}: trained with another tokenizer (fingerprint {initial.tokenizer.fingerprint}, the "
