@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     """Makes one plan and prints it, or compares several."""
     del argv
     jax.config.update("jax_platforms", "cpu")  # no arrays are made: leave the accelerators of this machine alone
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for a topology cannot be read back from it
     if bool(COMPARE.value) == bool(TOPOLOGY.value):
         raise InputError("give --config and --topology, or --compare=FILE")
     if COMPARE.value:

@@ -167,6 +167,7 @@ Conversion({str(source)!r}, {str(tmp_path / "target")!r}).run()
     assert open_saved_model(tmp_path / "target").step == 0
 
 
+@pytest.mark.slow
 def test_the_commands_as_typed(tmp_path):
     """Converted, and decoded from the converted and from the official files: the same text."""
     source = checkpoint(tmp_path, "llada-gqa-tied")

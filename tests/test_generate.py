@@ -274,7 +274,7 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--beside=confidence=random"], "--beside: requires --trace=….html"),
     (["--trace=t.gif", "--beside=confidence=random"], "--beside: requires --trace=….html"),
-    (["--trace=t.html", "--beside=confidnce=random"], "flag 'confidnce'. Did you mean: confidence ?"),
+    (["--trace=t.html", "--beside=confidnce=random"], "flag 'confidnce'. Did you mean: confidence"),
     (["--trace=t.html", "--beside=prompt=x"], "--beside=prompt=x: Unknown command line flag 'prompt'"),
     (["--trace=t.html", "--beside=random"], "--beside=random: must be KEY=VALUE"),
     (["--trace=t.html", "--beside="], "--beside=: must be KEY=VALUE"),

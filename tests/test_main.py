@@ -59,7 +59,7 @@ def run(arguments, cwd=ROOT):
         (["--config.eval.final=('poems',)"], "'poems'; known: bits_per_byte"),
         (["--config.init.checkpoint=/nowhere"], "/nowhere: not a checkpoint"),
         (["--config.data.length=2000", "--config.model.max_length=2000", "--config.data.heldout_fraction=0.03"],
-         "held-out windows of config.data.length"),
+         "needs a held-out window of config.data.length = 2000 tokens"),
         (["--config.eval.final=('exact_match',)"], "config.eval.separator = '='"),
         (["--config.model.vocab_size=4000000", "--config.model.d_model=1000000"], "does not fit"),
         (["--colour=red"], "colour"),
@@ -93,6 +93,7 @@ def test_a_missing_config_is_named():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_trained_stopped_resumed_and_used(directory, tmp_path):
     """SIGTERM saves and exits with 75; the same command continues; the result can be decoded."""
     workdir = tmp_path / "w"
@@ -122,6 +123,7 @@ def test_trained_stopped_resumed_and_used(directory, tmp_path):
     assert {"prompt", "text", "tokens", "nfe", "seconds"} <= json.loads(result.stdout).keys()
 
 
+@pytest.mark.slow
 def test_the_final_report_infills_and_samples(directory, tmp_path):
     """Without --workdir, outputs go to workdirs/NAME in the current directory."""
     result = run(command(directory, "--config.eval.final=('bits_per_byte','infill','samples')",

@@ -115,6 +115,7 @@ def test_results_are_what_the_model_says(run, lm, tmp_path, expected_choice):
     assert (tmp_path / "results.md").read_text() == printed
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_the_same(run, tmp_path, monkeypatch):
     monkeypatch.setattr(work.Work.__init__, "__defaults__", (None, "", 8))
     run(ALL, f"--output_dir={tmp_path / 'one'}")
@@ -311,6 +312,7 @@ def test_registered_in_the_harness(places, expected_choice):
     assert points.get("illada_jax") == "illada_jax.evaluation.lm_eval_cli:IlladaJax"
 
 
+@pytest.mark.slow
 def test_heldout_examples_of_fine_tuning_become_a_task(tmp_path):
     """After two steps of training the answers are wrong, and each of them is evaluated."""
     root = pathlib.Path(__file__).parents[2]

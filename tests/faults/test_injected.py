@@ -18,6 +18,7 @@ def directory(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_unkilled_ones(directory, tmp_path):
     killed, wrong = kills.killed_training(directory / "short", tmp_path / "killed", 4, directory, storage.SHORT)
     assert not wrong and sum(killed.values()) >= 2, (killed, wrong)
@@ -26,21 +27,25 @@ def test_killed_runs_end_like_unkilled_ones(directory, tmp_path):
     assert kills.differences(directory / "short", tmp_path / "killed"), "the comparison detects a change"
 
 
+@pytest.mark.slow
 def test_killed_preparations_end_like_unkilled_ones(directory):
     _, wrong = kills.killed_preparation(directory, 2)
     assert not wrong
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_loses_no_step(directory, tmp_path):
     assert signals.told_to_stop(directory, tmp_path / "run", signal.SIGINT) == ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_is_lost(directory):
     """With a limit on file sizes; the full set mounts a small file system."""
     faults = storage.limited_files(directory, 1)
     assert [fault for fault, wrong in faults if wrong] == [], json.dumps(faults, indent=1)
 
 
+@pytest.mark.slow
 def test_a_workdir_without_a_config_is_restarted(directory, tmp_path):
     """A kill may leave such a directory between its creation and the config."""
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)

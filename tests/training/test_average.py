@@ -36,6 +36,7 @@ def test_it_is_the_average_of_the_params_of_every_step(run, tmp_path):
     tree_equal(averaged.state.ema, average, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_saved_restored_and_used(run, tmp_path):
     seen = {}
 
@@ -59,6 +60,7 @@ def test_it_is_saved_restored_and_used(run, tmp_path):
     tree_equal(started.state.params, whole.state.ema)
 
 
+@pytest.mark.slow
 def test_it_can_begin_and_end_with_a_restart(run, tmp_path):
     before, _ = run(tmp_path / "w", train__stop_step=5)
     plain = jax.device_get(before.state.params)

@@ -32,6 +32,7 @@ def command(text_file, tmp_path_factory, tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_a_run_lives_in_a_bucket(run, command, tmp_path):
     _, expected = run(tmp_path / "local", train__log_every=1)
     flags = [f"--config={tmp_path / 'config.py'}", "--workdir=gs://bucket/runs/one", "--config.checkpoint.every=2",

@@ -8,6 +8,7 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 
 from illada_jax import model
@@ -59,6 +60,7 @@ def make_config() -> Config:
     return from_dict(values)
 
 
+@pytest.mark.slow
 def test_the_loop_reaches_the_entropy_and_its_bound_is_never_below_it(tmp_path):
     config, joint = make_config(), make_joint()
     seen_NL = after_start(NOISY)

@@ -85,6 +85,7 @@ def test_a_skipped_step_changes_only_the_counts(run, tmp_path):
     assert "train/loss" not in lines[-1] and lines[-1]["faults/skipped"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [8])
 def test_rollback_skips_the_batches_and_lowers_the_rate(run, tmp_path, num_devices):
     """Equal to a run that stopped at step 4, skipped steps 4 to 6 and continued at half the rate."""
@@ -134,6 +135,7 @@ def test_the_number_of_faults_is_limited(run, tmp_path):
     assert max(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == 8
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_1000_is_caught_by_the_limit(run, tmp_path):
     wild = {**COMMON, "optimizer__learning_rate": 1e3, "optimizer__warmup_steps": 0, "faults__max_cross_entropy": 10.0}
     with pytest.raises(InputError, match=r"bad numbers at step 1: .*nothing has been saved yet"):

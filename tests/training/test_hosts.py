@@ -97,6 +97,7 @@ def wait_for_steps(workdir, steps, started):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_train_like_one_and_any_number_goes_on(run, start, tmp_path):
     _, lines = run(tmp_path / "one", train__log_every=1)
     expected = {line["step"]: line["train/loss"] for line in lines}
@@ -130,6 +131,7 @@ LONG = ["--config.train.steps=500000", "--config.checkpoint.every=20", "--config
 RESUMABLE = (EXIT_RESUMABLE, -signal.SIGABRT)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_all_and_a_killed_run_resumes(run, start, tmp_path):
     workdir = tmp_path / "run"
     started = start(2, workdir, *LONG)
@@ -157,6 +159,7 @@ def test_sigterm_to_one_saves_on_all_and_a_killed_run_resumes(run, start, tmp_pa
     assert lines[-1]["goodput/lost_seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)])
 def test_the_other_process_ends_when_one_is_killed_or_stopped(start, tmp_path, number, victim):
     started = start(2, tmp_path / "run", *LONG)
@@ -171,6 +174,7 @@ def test_the_other_process_ends_when_one_is_killed_or_stopped(start, tmp_path, n
     assert started[victim].returncode in (*RESUMABLE, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_watchdog_ends_a_hung_process_that_sends_heartbeats(start, tmp_path):
     started = start(2, tmp_path / "run", *LONG, "--config.train.watchdog_seconds=45")
     wait_for_steps(tmp_path / "run", 5, started)
@@ -189,6 +193,7 @@ print(hosts.broadcast_from_primary(lambda: time.sleep(35) or "ready"))
 """
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_a_slow_primary():
     """Collectives alone would not: the first one of a program must connect within 30 seconds."""
     address = f"localhost:{free_port()}"
