@@ -6,7 +6,8 @@
 A record holds arrays (as hashes of their bytes) and metrics of 60-step runs, tokens of the demo models under every
 strategy and cache, scores, the files of an export and the resolved 8B configs. It is made through commands and the
 Python interface alone. The map renames what a rewrite has renamed, before the comparison: `{"keys": {old: new},
-"values": {old: new}}`; a key that maps to null is dropped from both records.
+"values": {old: new}}`; a key that maps to null is dropped from both records. The map from 0.1 to
+0.2 is `tests/fixtures/renamed_keys_0.2.json`.
 """
 
 import argparse
