@@ -160,7 +160,7 @@ def fetch(name: str) -> pathlib.Path:
 
 def prepare(directory: pathlib.Path, is_chat: bool, workdir: pathlib.Path) -> Comparison:
     """Tokenizes the prompts. Raises InputError if they and the answers exceed the context."""
-    source = interop.open_source(directory)
+    source = interop.open_model(directory)
     decode, context, tokenizer = source.config.decode, source.config.model.max_length, source.tokenizer
     ids = [encode_chat(tokenizer, as_messages(prompt), True) if is_chat else tokenizer.encode(prompt)
            for prompt in PROMPTS]
@@ -258,7 +258,7 @@ def evaluate(directory: pathlib.Path, preset_name: str, workdir: pathlib.Path) -
     options = {"checkpoint": directory, "dtype": DTYPE.value, "mesh": MESH.value, "preset": preset_name,
                "limit": GSM8K.value, "output_dir": output_dir}
     if INCLUDE_PATH.value:
-        options |= {"include_path": INCLUDE_PATH.value, "tasks": preset.offline}
+        options |= {"include_path": INCLUDE_PATH.value, "tasks": preset.local_task}
     command = [sys.executable, "-m", "illada_jax.evaluate", *(f"--{key}={value}" for key, value in options.items())]
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if code:
