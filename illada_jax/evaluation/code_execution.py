@@ -116,12 +116,13 @@ def _command() -> list[str]:
         command.append("--unshare-all")
     paths = {*map(pathlib.Path, _SYSTEM), pathlib.Path(sys.prefix), pathlib.Path(sys.base_prefix),
              pathlib.Path(sys.executable).resolve().parents[1]}
-    for parent in sorted({parent for path in paths for parent in path.parents[:-1]}):
+    # The empty /tmp comes first: an environment within /tmp is then mounted on it, not hidden by it.
+    command += ["--perms", "1777", "--size", str(_TMP_BYTES), "--tmpfs", "/tmp"]
+    for parent in sorted({parent for path in paths for parent in path.parents[:-1]} - {pathlib.Path("/tmp")}):
         command += ["--perms", "755", "--dir", str(parent)]  # bwrap would make it readable by its owner only
     for path in sorted(paths):
         command += ["--ro-bind-try", str(path), str(path)]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(_TMP_BYTES), "--tmpfs", "/tmp",
-                "--chdir", "/tmp", "--remount-ro", "/", "--remount-ro", "/dev"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", "--remount-ro", "/", "--remount-ro", "/dev"]
     for name, value in (("HOME", "/tmp"), ("PATH", "/usr/bin:/bin"), ("OPENBLAS_NUM_THREADS", "1")):
         command += ["--setenv", name, value]
     return [*command, sys.executable, "-I", "-B", "-c", pathlib.Path(code_runner.__file__).read_text()]
