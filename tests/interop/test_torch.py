@@ -84,4 +84,5 @@ def test_a_model_of_ours_is_the_same_in_torch(tmp_path, family, tied):
 def test_the_goldens_are_what_torch_says(case):
     tokens_BL, real_BL, expected_BLV = golden(case)
     directory = make_checkpoints.HERE / "checkpoints" / case
-    agree(torch_logits(directory, tokens_BL, real_BL), expected_BLV, real_BL, 1e-5)
+    # Logits of about 7; other CPUs round otherwise.
+    agree(torch_logits(directory, tokens_BL, real_BL), expected_BLV, real_BL, 5e-5)

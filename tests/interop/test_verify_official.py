@@ -4,12 +4,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 REASON = "needs torch, transformers and the extras eval and hub"
 for library in ("torch", "transformers", "lm_eval", "huggingface_hub"):
@@ -33,6 +35,7 @@ class StandInConfig(PretrainedConfig):
 MODELING = """
 import json
 import pathlib
+import re
 
 import torch
 from transformers import PreTrainedModel
@@ -109,12 +112,22 @@ def typed(tmp_path, *options, **environment):
                           env=environment, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
+    """The script as a module; its flags have the place of equal ones of commands that other tests imported."""
+    names = re.findall(r'flags\.DEFINE_\w+\("(\w+)"', SCRIPT.read_text())
+    replaced = {name: flags.FLAGS[name] for name in names if name in flags.FLAGS}
+    for name in replaced:
+        delattr(flags.FLAGS, name)
     spec = importlib.util.spec_from_file_location("verify_official", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    for name in names:
+        delattr(flags.FLAGS, name)
+    for name, flag in replaced.items():
+        flags.FLAGS[name] = flag
+    flags.FLAGS.unparse_flags()
 
 
 def test_both_families_are_verified_from_end_to_end(tmp_path):
