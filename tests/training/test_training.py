@@ -14,6 +14,7 @@ from illada_jax.data.preparing.text import prepare
 from illada_jax.errors import InputError
 from illada_jax.evaluation.evaluators import ratio_and_stderr
 from illada_jax.interop import load_model
+from illada_jax.training import lock
 
 
 def leaves(outcome):
@@ -117,7 +118,8 @@ def test_the_epochs_of_every_corpus_are_reported(run, tmp_path, text_file):
 def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
     workdir = tmp_path / "w"
     outcome, _ = run(workdir, checkpoint__every=4, checkpoint__keep=1)
-    assert {p.name for p in workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tokenizer"}
+    names = {p.name for p in workdir.iterdir()} - {lock.NAME}  # some versions of filelock remove it, others do not
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "tokenizer"}
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["10"]
     for path in (workdir, workdir / "checkpoints" / "10"):
         loaded = load_model(path)
@@ -157,7 +159,7 @@ def test_what_a_killed_process_left_in_the_metrics_is_dropped(run, tmp_path):
 def test_a_broken_config_in_the_workdir_is_named(run, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.json").write_text('{"mod')
-    with pytest.raises(InputError, match=r"w/config\.json: not a config of a run"):
+    with pytest.raises(InputError, match=r"w/config\.json: not the config of a run"):
         run(tmp_path / "w")
 
 
@@ -169,7 +171,7 @@ def test_a_workdir_of_another_config_is_refused(run, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="neither empty nor a workdir"):
         run(tmp_path / "other")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write the workdir: Not a directory"):
         run(tmp_path / "other" / "thesis.txt" / "w")
 
 
