@@ -4,6 +4,7 @@ Compiled programs are shared by all tests, worker processes and commands of a ru
 `.pytest_cache/compiled`: a program is compiled again only if its code, shapes or options change.
 """
 
+import gc
 import os
 import pathlib
 
@@ -18,6 +19,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same few examples every time in the suite; `python -m tests.faults` asks for many.
@@ -39,3 +41,10 @@ def pytest_configure(config):
     for name, meaning in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     config.option.markexpr = config.option.markexpr or " and ".join(f"not {name}" for name in ON_REQUEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def survivors_are_not_searched():
+    """Compiled programs and their traces live to the end: searching them for garbage takes a tenth of all time."""
+    yield
+    gc.freeze()

@@ -24,7 +24,7 @@ from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.faults import FaultCounts, FaultWatch, RollBack
 from illada_jax.training.lock import only_trainer
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
-from illada_jax.training.optimizer import make_optimizer, make_schedule
+from illada_jax.training.optimizer import make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
 from illada_jax.training.profiler import Profiler
 from illada_jax.training.saved_model import LazyModel, check_initial, open_initial
@@ -33,8 +33,8 @@ from illada_jax.training.step import (
     TrainState,
     abstract_state,
     fresh_average,
-    init_state,
     is_finite,
+    make_init,
     make_train_step,
     skip_steps,
 )
@@ -88,12 +88,12 @@ def train(setup: RunSetup) -> Outcome:
         if earlier is not None:
             start = checkpoints.latest_step or 0
             config_lib.check_resumable(config_lib.from_dict(earlier), config, start, setup.allowed_changes)
-        abstract = abstract_state(config, make_optimizer(config), setup.mesh)
+        abstract = abstract_state(config, setup.mesh)
 
         def restore(before: int | None = None) -> tuple[TrainState, FaultCounts]:
             """State and fault counts of the newest checkpoint (before a step: the newest scheduled), or a new state."""
             restored = checkpoints.restore(abstract, before)
-            return restored or (_new_state(config, setup.mesh, abstract, initial), FaultCounts())
+            return restored or (_new_state(config, setup.mesh, initial), FaultCounts())
 
         state, counts = restore()
         if earlier is not None:
@@ -108,10 +108,9 @@ def train(setup: RunSetup) -> Outcome:
             return _Loop(setup, restore, checkpoints, writer, clock, faults, recent).run(state, start, told_to_stop)
 
 
-def _new_state(config: Config, mesh: Mesh, abstract: TrainState, initial: LazyModel | None) -> TrainState:
+def _new_state(config: Config, mesh: Mesh, initial: LazyModel | None) -> TrainState:
     """The state at step 0, with random params or those of `initial`."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
+    state = make_init(config, mesh)()
     if initial is None:
         return state
     params = initial.restore(jnp.dtype("float32"), mesh)
@@ -143,7 +142,7 @@ class _Loop:
 
     def _set_rate(self, rate: float) -> None:
         """Makes the step and the schedule for `rate` times the configured learning rate."""
-        self._step_fn = make_train_step(self._config, make_optimizer(self._config, rate), self._setup.mesh)
+        self._step_fn = make_train_step(self._config, self._setup.mesh, rate)
         self._schedule = make_schedule(self._config, self._config.optimizer.learning_rate * rate)
 
     def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:

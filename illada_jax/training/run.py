@@ -21,7 +21,6 @@ from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import training_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible
 from illada_jax.training.loop import Outcome
-from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.saved_model import LazyModel, open_initial
 from illada_jax.training.step import abstract_state, donates
 
@@ -98,7 +97,7 @@ def resolve_epochs(config: Config, steps: int) -> Config:
 
 def _state_gib(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> float:
     """GiB per device of params, gradients, moving average and optimizer state, twice if the old is not donated."""
-    state = abstract_state(config, make_optimizer(config), mesh)
+    state = abstract_state(config, mesh)
 
     def size(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
