@@ -43,8 +43,17 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or " and ".join(f"not {name}" for name in ON_REQUEST)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker starts with its half of the tests, in order, so that tests of a file share what they compile."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def survivors_are_not_searched():
-    """Compiled programs and their traces live to the end: searching them for garbage takes a tenth of all time."""
+def compiled_programs_are_dropped():
+    """Thousands of live programs reach the limit of memory maps of a process, and slow down the garbage collector."""
     yield
-    gc.freeze()
+    jax.clear_caches()
+    gc.collect()

@@ -46,6 +46,18 @@ def run(arguments, cwd=ROOT):
     return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+MORE_BAD_INPUT = [
+    (["--config.data.sources=('text:/nowhere/at/all',)"], "/nowhere/at/all"),
+    (["--workdir=/dev/null/run"], "/dev/null/run"),
+    (["--config.eval.final=('poems',)"], "'poems'; known: bits_per_byte"),
+    (["--config.init.checkpoint=/nowhere"], "/nowhere: not a checkpoint"),
+    (["--config.data.length=2000", "--config.model.max_length=2000", "--config.data.heldout_fraction=0.03"],
+     "needs a held-out window of config.data.length = 2000 tokens"),
+    (["--config.eval.final=('exact_match',)"], "config.eval.separator = '='"),
+    (["--config.model.vocab_size=4000000", "--config.model.d_model=1000000"], "does not fit"),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -54,16 +66,9 @@ def run(arguments, cwd=ROOT):
         (["--config.model.d_model=18"], "config.model.d_model = 18: must be divisible by model.num_heads = 4"),
         (["--config.data.batch_size=7", "--config.mesh.fsdp=2"], "must multiply to the number of devices"),
         (["--config.diffusion.mask_id=300", "--config.model.vocab_size=264"], "config.diffusion.mask_id = 300"),
-        (["--config.data.sources=('text:/nowhere/at/all',)"], "/nowhere/at/all"),
-        (["--workdir=/dev/null/run"], "/dev/null/run"),
-        (["--config.eval.final=('poems',)"], "'poems'; known: bits_per_byte"),
-        (["--config.init.checkpoint=/nowhere"], "/nowhere: not a checkpoint"),
-        (["--config.data.length=2000", "--config.model.max_length=2000", "--config.data.heldout_fraction=0.03"],
-         "needs a held-out window of config.data.length = 2000 tokens"),
-        (["--config.eval.final=('exact_match',)"], "config.eval.separator = '='"),
-        (["--config.model.vocab_size=4000000", "--config.model.d_model=1000000"], "does not fit"),
         (["--colour=red"], "colour"),
         (["more"], "'more'"),
+        *(pytest.param(changes, message, marks=pytest.mark.slow) for changes, message in MORE_BAD_INPUT),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, changes, message):

@@ -9,7 +9,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder
 from tests import reference
 from tests.decoding.agree import assert_agree
-from tests.decoding.toys import IDS, NETWORK_SIZE, from_tables, table, transformer
+from tests.decoding.toys import IDS, NETWORK_SIZE, TRANSFORMER, from_tables, table, transformer
 
 
 def hard_to_order():
@@ -102,7 +102,7 @@ def test_certain_positions_keep_their_order():
 ], ids=lambda changes: ",".join(map(str, changes.values())) or "plain")
 def test_transformer(changes):
     """Rows of masks alone (the third prompt, the second text) are the same at every position: nothing but near-ties."""
-    networks = transformer()
+    networks = transformer(config=dataclasses.replace(TRANSFORMER, num_layers=1))
     settings = dataclasses.replace(SETTINGS, **STRATEGIES, **changes)
     buckets = None if not changes else [96]  # a row that moves to another canvas: once is enough
     assert assert_agree(networks, settings, PROMPTS, exact_ties=False, buckets=buckets) <= 2

@@ -48,7 +48,7 @@ def make_config(text_file, cache_dir, **changes) -> Config:
 
 
 # Sections and fields of a config that the step does not depend on: runs that differ only there share a compiled one.
-_NOT_IN_THE_STEP = ("data", "sft", "init", "eval", "checkpoint", "decode", "train.stop_step", "train.log_every",
+_NOT_IN_THE_STEP = ("mesh", "data", "sft", "init", "eval", "checkpoint", "decode", "train.stop_step", "train.log_every",
                     "train.tensorboard", "train.plateau_window", "train.plateau_share", "train.watchdog_seconds")
 
 

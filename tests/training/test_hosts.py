@@ -204,6 +204,7 @@ def test_the_others_wait_for_a_slow_primary():
         assert code == 0 and output.endswith("ready\n"), error
 
 
+@pytest.mark.slow
 def test_an_input_error_of_one_process_is_the_error_of_all(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").write_text("else")
