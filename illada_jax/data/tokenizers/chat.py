@@ -84,11 +84,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
             content = (content.strip() if chat.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
         protected.append({"role": message["role"], "content": content})
     text = render(template, protected, add_generation_prompt, _variables(tokenizer))
-    ids: list[int] = []
-    for piece in specials.pattern.split(text):
-        special_id = special_tokens.get(piece)
-        ids += tokenizer.encode(piece.translate(originals)) if special_id is None else [special_id]
-    return ids
+    pieces = filter(None, specials.pattern.split(text))
+    return tokenizer.encode_parts([special_tokens.get(piece, piece.translate(originals)) for piece in pieces])
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
