@@ -13,7 +13,7 @@ BLANK = "\u2581"
 _WORDS = ("the", "then", "cat", "is", "a", "user", "assistant")
 
 
-def llama(scheme: str = "", **flags) -> tokenizers.Tokenizer:
+def llama(scheme: str = "", added: tuple[str, ...] = (), **flags) -> tokenizers.Tokenizer:
     """BPE with byte fallback; the blank in front of a text comes from Prepend or, with a scheme, from Metaspace."""
     pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += sorted({BLANK, *"<>|.", *"".join(_WORDS)})
@@ -26,6 +26,7 @@ def llama(scheme: str = "", **flags) -> tokenizers.Tokenizer:
     pieces += dict.fromkeys(map("".join, merges))
     tokenizer = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges,
                                                 unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
     return _with_blank(tokenizer, scheme, flags)
 
 

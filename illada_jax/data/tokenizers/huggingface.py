@@ -78,7 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
         self._tokenizer.encode_special_tokens = True
         decoders = {step.get("type") for step in _steps(description.get("decoder"), "decoders")}
-        self._opens_with_blank = bool(self._prefix.text) or not decoders or "WordPiece" in decoders
+        self.opens_with_blank = bool(self._prefix.text) or not decoders or "WordPiece" in decoders
         self._byte_fallback, self._byte_level = "ByteFallback" in decoders, "ByteLevel" in decoders
         self._blank_ids = [table.token_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
         # Odd parts are U+2581 or, in front of `0x41>`, empty: text that looks like a byte piece is no byte.

@@ -31,6 +31,7 @@ class Tokenizer(abc.ABC):
       special_ids: the special ids by name, in the order of SPECIAL_NAMES.
       mask_id, eos_id, bos_id, pad_id: each of them.
       unused_ids: ids below vocab_size without a token; a decoder must not write them.
+      opens_with_blank: decoding drops the blank that opens a text, because encoding puts one there.
       chat_files: contents of its CHAT_FILES by name. They define how conversations look, not what ids mean.
     """
 
@@ -47,7 +48,7 @@ class Tokenizer(abc.ABC):
         self.bos_id, self.pad_id, self.eos_id, self.mask_id = self.special_ids.values()
         self.unused_ids: tuple[int, ...] = ()
         self.chat_files: dict[str, bytes] = {}
-        self._opens_with_blank = False  # decoding drops the blank that opens a text
+        self.opens_with_blank = False
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -86,7 +87,7 @@ class Tokenizer(abc.ABC):
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(before)  # keeps an incomplete character
         content = self.to_bytes(ids)
-        return utf8.decode(content.removeprefix(b" ") if self._opens_with_blank and not before else content, final)
+        return utf8.decode(content.removeprefix(b" ") if self.opens_with_blank and not before else content, final)
 
     def id_to_piece(self, token_id: int) -> str:
         """The name of a token, for display; here of a special or unused id."""
