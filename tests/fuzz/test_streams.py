@@ -1,41 +1,19 @@
 """What a stream prints is the text, for tokenizers of every kind, whatever ids are written."""
 
 import contextlib
-import functools
 import io
 from types import SimpleNamespace
 
 import hypothesis
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
-from illada_jax import api, generate
-from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
-from illada_jax.decoding import plain_logits_fn
+from illada_jax import generate
 from tests.data.toy_tokenizers import KINDS, ours
+from tests.writer import writer
 
 NUM_ANSWERS = hypothesis.settings().max_examples  # 1,000 with the profile `many`
-LENGTH, PROMPT, BLOCK = 28, 4, 4
-
-
-def writer(tokenizer, ids_NL) -> api.LanguageModel:
-    """A model that writes row r of [N, L] behind a prompt that begins with 100 + each digit of r in base 100."""
-    size = tokenizer.vocab_size
-    config = Config(model=ModelConfig(vocab_size=size, d_model=4, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4,
-                                      d_ff=4, max_length=LENGTH),
-                    data=DataConfig(length=LENGTH), decode=DecodeConfig(
-                        max_new_tokens=LENGTH - PROMPT, block_length=BLOCK, steps_per_block=1, batch_size=64))
-    lm = api.LanguageModel(config, {}, tokenizer)
-    lm.logits_fn = plain_logits_fn(Partial(functools.partial(_logits, size), jnp.asarray(ids_NL)))
-    return lm
-
-
-def _logits(size, ids_NL, tokens_BL):
-    rows_B = (tokens_BL[:, 0] - 100) * 100 + tokens_BL[:, 1] - 100
-    return 10.0 * jax.nn.one_hot(ids_NL[rows_B, : tokens_BL.shape[1]], size)
+LENGTH, PROMPT = 28, 4
 
 
 def answers(tokenizer, random) -> list[list[int]]:
