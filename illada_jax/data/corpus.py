@@ -122,7 +122,10 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
         tokenizer = given_tokenizer(data.tokenizer)
     else:
         check_lossless(tokenizer, "config.data.tokenizer = checkpoint")
-    if sft.chat_template and tokenizer is not None:
+    if sft.chat_template:
+        if tokenizer is None:
+            raise InputError(f"config.sft.chat_template = {sft.chat_template!r}: a tokenizer that is trained on the "
+                             "examples has no chat template")
         tokenizer.choose_chat_template(sft.chat_template)
     key = content_key(settings, [part for of_source in parts for part in of_source], tokenizer)
     directory = _cached(data, f"examples-{key}",

@@ -160,8 +160,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _texts_behind_another(self, pieces: list[str]) -> list[str]:
         """The text of each id as the library decodes it behind another token."""
         decode_batch = functools.partial(self._tokenizer.decode_batch, skip_special_tokens=False)
-        letters = (i for i, piece in enumerate(pieces) if piece.isascii() and piece.isalpha())
-        anchor = [i for i in itertools.islice(letters, 1) if i not in self._special_set]
+        words = (i for i, piece in enumerate(pieces)
+                 if piece.isascii() and piece.isalpha() and i not in self._special_set)
+        anchor = list(itertools.islice(words, 1))
         before = decode_batch([anchor])[0]
         return [text.removeprefix(before) for text in decode_batch([[*anchor, i] for i in range(len(pieces))])]
 
