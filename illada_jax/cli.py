@@ -66,6 +66,7 @@ class ModelFlags:
         self.mesh = _shared(flags.DEFINE_string, "mesh", "",
                             "devices of this host to shard the model over, such as fsdp=4,tensor=2; default: the first")
         self.special_ids = special_id_flags()
+        self.chat_template = chat_template_flag()
 
     def load(self, default: str = "") -> "api.LanguageModel":
         """Loads the model named by the flags, or else `default`. Raises InputError if there is neither."""
@@ -82,12 +83,18 @@ class ModelFlags:
             hint(f"using the small model {default}; --checkpoint=… selects another")
         # With several processes the first of all devices may belong to another host.
         mesh = parse_mesh(self.mesh.value or ("data=1" if jax.process_count() > 1 else ""))
-        return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids))
+        named = {"chat_template": self.chat_template.value} if self.chat_template.value else {}
+        return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids), **named)
 
 
 def quantize_flag() -> flags.Flag:
     """Adds --quantize to the calling command."""
     return _shared(flags.DEFINE_enum, "quantize", "none", ["none", "int8"], "round the matrices to eight bits")
+
+
+def chat_template_flag() -> flags.Flag:
+    """Adds --chat_template to the calling command."""
+    return _shared(flags.DEFINE_string, "chat_template", "", "name of one of the tokenizer's several chat templates")
 
 
 def special_id_flags() -> dict[str, flags.Flag]:

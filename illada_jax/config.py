@@ -153,6 +153,7 @@ class SftConfig(Section):
     # may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with EOS to the
     # longest row of the global batch, and the weights of each row sum to 1.
     format: Literal["none", "illada", "llada"] = "none"
+    chat_template: str = ""  # name of one of the tokenizer's chat templates, where it has several
     mask_prompts: bool = True  # with `illada`, mask prompts too, as published; else only answers and end tokens
     # Treatment of examples longer than data.length: `split` (into several windows or rows), `truncate` (the end is
     # lost) or `drop`. All are counted and reported.

@@ -231,11 +231,10 @@ class Printer:
 
     def __call__(self, index: int, generation: api.Generation) -> None:
         """Prints the part of the text that is final."""
-        text = generation.text
-        # The tail may still change: it may be part of a stop string or of a character.
-        withheld = max([len(stop) for stop in STOP.value], default=1) - 1 or text.endswith("\ufffd")
-        end = len(text) - withheld
-        if all(stop not in text for stop in STOP.value) and end > self._shown:
+        # The tail may still change: it may be part of a character or of a stop string.
+        text = generation.text.rstrip("\ufffd")
+        end = len(text) - max([len(stop) for stop in STOP.value], default=1) + 1
+        if end > self._shown:
             print(text[self._shown : end], end="", flush=True)
             self._shown = end
 

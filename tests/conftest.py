@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", derandomize=True, max_examples=60, deadline=None, suppress_health_check=[
     HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture])
 settings.register_profile("many", settings.get_profile("suite"), max_examples=1000)
+settings.register_profile("most", settings.get_profile("suite"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

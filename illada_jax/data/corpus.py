@@ -13,7 +13,7 @@ from illada_jax.data.preparing.settings import ExampleSettings, Settings, conten
 from illada_jax.data.preparing.text import list_parts, prepare
 from illada_jax.data.shards import ExampleSet, TokenStream
 from illada_jax.data.sources import examples
-from illada_jax.data.tokenizers import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer, check_lossless
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.files import new_directory
 
@@ -118,7 +118,15 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
     settings = ExampleSettings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction,
                                length=data.length, over_length=sft.over_length, format=sft.format)
     parts = [examples.parts(spec) for spec in data.sources]
-    tokenizer = tokenizer or given_tokenizer(data.tokenizer)
+    if tokenizer is None:
+        tokenizer = given_tokenizer(data.tokenizer)
+    else:
+        check_lossless(tokenizer, "config.data.tokenizer = checkpoint")
+    if sft.chat_template:
+        if tokenizer is None:
+            raise InputError(f"config.sft.chat_template = {sft.chat_template!r}: a tokenizer that is trained on the "
+                             "examples has no chat template")
+        tokenizer.choose_chat_template(sft.chat_template)
     key = content_key(settings, [part for of_source in parts for part in of_source], tokenizer)
     directory = _cached(data, f"examples-{key}",
                         lambda target: prepare_examples(settings, parts, target, tokenizer, progress))

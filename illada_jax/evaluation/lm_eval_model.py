@@ -113,7 +113,7 @@ class LmEvalModel(LM):
             prompt, chat = self._prompt(request.args[0], options)
             if chat:
                 stop_ids = options.get("stop_ids", self.lm.config.decode.stop_ids)
-                options["stop_ids"] = tuple(sorted({*stop_ids, chat_format(self.lm.tokenizer).end_id}))
+                options["stop_ids"] = tuple(sorted({*stop_ids, *chat_format(self.lm.tokenizer).stop_ids}))
             groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(index)
             # Random numbers depend on the prompt and, if it is repeated, on the number of the repeat.
             rows.append((zlib.crc32(np.array(prompt, np.int32).tobytes()) + seen[tuple(prompt)]) % 2**31)
@@ -128,11 +128,12 @@ class LmEvalModel(LM):
         def compute(indices: list[int]) -> Answers:
             _, rows, prompts = zip(*(work[index].content for index in indices), strict=True)
             results = self.lm.generate(prompts, rows=rows, **options)
-            return Answers([self._answer(result) for result in results], sum(result.nfe for result in results))
+            answers = [self._answer(result, prompt) for result, prompt in zip(results, prompts, strict=True)]
+            return Answers(answers, sum(result.nfe for result in results))
 
         return self.work.run(kind, work, compute)
 
-    def _answer(self, result: Generation) -> str:
+    def _answer(self, result: Generation, prompt: Sequence[int] = ()) -> str:
         think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
@@ -140,7 +141,7 @@ class LmEvalModel(LM):
         token = self.lm.tokenizer.special_tokens.get(think_end)
         if token is not None and token in result.tokens:
             last = len(result.tokens) - result.tokens[::-1].index(token)
-            return self.lm.tokenizer.decode(result.tokens[last:])
+            return result.text[len(self.lm.tokenizer.decode(result.tokens[:last], after=prompt)) :]
         return result.text.rpartition(think_end)[2]
 
     def _options(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +158,13 @@ class LmEvalModel(LM):
         if options.get("end_of_thinking_boost") and "end_of_thinking_ids" not in options:
             text = self.settings.lm_eval.think_end or END_OF_THINKING
             token = self.lm.tokenizer.special_tokens.get(text)
-            options["end_of_thinking_ids"] = tuple(self.lm.tokenizer.encode(text) if token is None else [token])
+            options["end_of_thinking_ids"] = tuple(self.lm.tokenizer.encode_behind(text) if token is None else [token])
         until = [] if self.settings.lm_eval.ignore_until else arguments.get("until") or []
         return {"stop": sorted({*([until] if isinstance(until, str) else until)} - {""}), **options}
 
     def _pair(self, request: Instance) -> tuple[list[int], list[int]]:
         context, candidate = request.args[:2]
-        before, after = self._chat_ids(context), self.lm.tokenizer.encode(candidate)
+        before, after = self._chat_ids(context), self.lm.tokenizer.encode_behind(candidate)
         if before is None:
             # White space at the end of a context belongs to the candidate, as in the harness.
             bare = context.rstrip()
@@ -208,7 +209,7 @@ class LmEvalModel(LM):
             return None
         messages, add_generation_prompt = json.loads(context.removeprefix(_CHAT))
         begun_answer = "" if add_generation_prompt else messages.pop()["content"]
-        return encode_chat(self.lm.tokenizer, messages, True) + self.lm.tokenizer.encode(begun_answer)
+        return encode_chat(self.lm.tokenizer, messages, True) + self.lm.tokenizer.encode_behind(begun_answer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, which the harness records."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig, ModelConfig
-from illada_jax.data.tokenizers import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers import SPECIAL_NAMES, TOKENIZER_FILES, Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
 from illada_jax.interop.families import Family, find_family, read_model_config
 from illada_jax.interop.importing import import_params
@@ -21,7 +21,6 @@ from illada_jax.interop.tensors import INDEX, TensorDirectory
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 DECODE_KEY = "illada_jax"  # key of generation_config.json for the sampler's settings
-_TOKENIZER_FILES = ("tokenizer.json", "sentencepiece.model", "special_ids.json", *CHAT_FILES)
 _EOT_TOKENS = ("<|eot_id|>", "<|eot|>")
 
 
@@ -77,7 +76,7 @@ def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None
 def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig, configs: Sequence[Mapping[str, Any]],
                     overrides: Mapping[str, int]) -> tuple[Tokenizer, tuple[int, ...], int]:
     """(tokenizer, further stop ids, the id of EoT or -1). Earlier `configs` take precedence."""
-    files = {name: (directory / name).read_bytes() for name in _TOKENIZER_FILES if (directory / name).exists()}
+    files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
     with _naming(directory):
         named = tokenizer_from_files(files)
     for name in overrides:

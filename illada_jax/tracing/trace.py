@@ -88,7 +88,8 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     Raises:
       InputError: nothing was written.
     """
-    ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
+    decode = lm.decode_settings(settings)
+    ids = SpecialIds.of(lm.tokenizer, decode)
     tokens_L, step_L = np.asarray(generation.canvas, np.int32), np.asarray(generation.canvas_step)
     num_steps = int(step_L.max(initial=-1)) + 1
     if not num_steps:
@@ -175,6 +176,6 @@ def _top_candidates(logits_fn: LogitsFn, canvas: CanvasSlice, columns_BQ: jax.Ar
 
 
 def display(tokenizer: Any, id_: int) -> str:
-    """The text of one token: decoded alone, or its piece if that is not text (part of a character, a special token)."""
-    text = tokenizer.decode([id_])
+    """The text of one token behind others, or its piece if it is not text (part of a character, a special token)."""
+    text = tokenizer.to_bytes([id_]).decode(errors="replace")
     return text if text and "\ufffd" not in text else tokenizer.id_to_piece(id_)

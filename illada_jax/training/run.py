@@ -71,12 +71,11 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
 
 
 def _stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
-    """Config whose decoding stops at the token that ends an answer in the tokenizer's chat template."""
-    end_id = chat_format(tokenizer).end_id
-    if end_id in (tokenizer.eos_id, *config.decode.stop_ids):
-        return config
-    stop_ids = (*config.decode.stop_ids, end_id)
-    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, stop_ids=stop_ids))
+    """Config whose decoding stops at the tokens that end an answer in the tokenizer's chat template."""
+    known = (tokenizer.eos_id, *config.decode.stop_ids)
+    stop_ids = tuple(id_ for id_ in chat_format(tokenizer).stop_ids if id_ not in known)
+    decode = dataclasses.replace(config.decode, stop_ids=(*config.decode.stop_ids, *stop_ids))
+    return dataclasses.replace(config, decode=decode)
 
 
 def resolve_epochs(config: Config, steps: int) -> Config:

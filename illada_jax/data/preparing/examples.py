@@ -85,7 +85,9 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
     """
     if example.messages:
         return encode_conversation(tokenizer, example.messages)
-    prompt, response = tokenizer.encode(example.prompt), [*tokenizer.encode(example.response), tokenizer.eos_id]
+    prompt = tokenizer.encode(example.prompt)
+    encode_response = tokenizer.encode_behind if prompt else tokenizer.encode
+    response = [*encode_response(example.response), tokenizer.eos_id]
     return Conversation(prompt + response, [False] * len(prompt) + [True] * len(response))
 
 

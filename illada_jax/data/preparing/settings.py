@@ -10,10 +10,8 @@ from typing import Literal
 from illada_jax.data.manifest import FORMAT_VERSION
 from illada_jax.data.shards import file_sha256
 from illada_jax.data.sources.registry import Part
-from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from illada_jax.errors import ConfigError, InputError
-
-_PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, check_lossless, load_tokenizer
+from illada_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,5 @@ def given_tokenizer(name: str) -> Tokenizer | None:
     if name == "sentencepiece":
         return None
     tokenizer = load_tokenizer(name)
-    back = tokenizer.decode(tokenizer.encode(_PROBE))
-    if back != _PROBE:
-        at = next((i for i, (a, b) in enumerate(zip(_PROBE, back, strict=False)) if a != b), len(back))
-        raise InputError(f"tokenizer {name}: not lossless: {_PROBE[at:at + 8]!r} comes back as {back[at:at + 8]!r}; "
-                         "use a byte-level tokenizer, or one with byte fallback")
+    check_lossless(tokenizer, f"tokenizer {name}")
     return tokenizer

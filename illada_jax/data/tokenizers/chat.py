@@ -48,15 +48,22 @@ class ChatFormat(NamedTuple):
 
     Attributes:
       end_id: the token that ends an answer; EOS if the template writes none.
+      turn_ids: the tokens that open a turn; an answer that runs into the next turn ends there, too.
       writes_end: the template writes the end token; otherwise it is added to each answer.
       has_system: the template renders system messages; otherwise they are prepended to the first user message.
       trims: the template strips white space from answers.
     """
 
     end_id: int
+    turn_ids: tuple[int, ...]
     writes_end: bool
     has_system: bool
     trims: bool
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return tuple(dict.fromkeys((self.end_id, *self.turn_ids)))
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
@@ -84,11 +91,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
             content = (content.strip() if chat.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
         protected.append({"role": message["role"], "content": content})
     text = render(template, protected, add_generation_prompt, _variables(tokenizer))
-    ids: list[int] = []
-    for piece in specials.pattern.split(text):
-        special_id = special_tokens.get(piece)
-        ids += tokenizer.encode(piece.translate(originals)) if special_id is None else [special_id]
-    return ids
+    pieces = filter(None, specials.pattern.split(text))
+    return tokenizer.encode_parts([special_tokens.get(piece, piece.translate(originals)) for piece in pieces])
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
@@ -218,13 +222,23 @@ def _probe(template: str, special_tokens: tuple[tuple[str, int], ...], variables
     _, found, after = rendered(user, assistant).partition("PROBE-A")
     if not found:
         raise InputError("the chat template does not render the content of assistant messages")
-    ends = [ids[token] for token in _specials(tuple(ids)).pattern.findall(after)]
+    find = _specials(tuple(ids)).pattern.findall
+    ends = [ids[token] for token in find(after)]
+    end_id = ends[0] if ends else eos_id
+    try:
+        turns = rendered(user, assistant, ("user", "PROBE-V"))
+    except InputError:
+        turns = ""
+    turn_ids = []
+    for before, behind in (("PROBE-U", "PROBE-A"), ("PROBE-A", "PROBE-V")):
+        between = [ids[token] for token in find(turns.partition(before)[2].partition(behind)[0])]
+        turn_ids += [id_ for id_ in between if id_ != end_id][:1]
     try:
         has_system = "PROBE-S" in rendered(("system", "PROBE-S"), user, assistant)
     except InputError:
         has_system = False
     trims = "PROBE-A\t" not in rendered(user, ("assistant", "PROBE-A\t"))
-    return ChatFormat(ends[0] if ends else eos_id, bool(ends), has_system, trims)
+    return ChatFormat(end_id, tuple(dict.fromkeys(turn_ids)), bool(ends), has_system, trims)
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:

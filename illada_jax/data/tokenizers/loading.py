@@ -12,9 +12,13 @@ from illada_jax.data.tokenizers.tokenizer import (
     SPECIAL_IDS_FILE,
     SPECIAL_NAMES,
     Tokenizer,
-    read_chat_template,
+    read_chat_templates,
 )
 from illada_jax.errors import InputError
+
+# The first one wins. `tokenizer.model` is the name of a SentencePiece model in Hugging Face directories.
+_MODEL_FILES = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, "tokenizer.model")
+TOKENIZER_FILES = (*_MODEL_FILES, SPECIAL_IDS_FILE, *CHAT_FILES)
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -25,7 +29,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     try:
         if path.is_dir():
-            return tokenizer_from_files({f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.is_file()})
+            return tokenizer_from_files({name: (path / name).read_bytes() for name in TOKENIZER_FILES
+                                         if (path / name).is_file()})
         files = {SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE: path.read_bytes()}
         beside = (path.parent / name for name in CHAT_FILES)
         files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
@@ -42,7 +47,7 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     Raises InputError if no tokenizer is among the files or it is broken.
     """
     chat_files = {name: files[name] for name in CHAT_FILES if name in files}
-    read_chat_template(chat_files)  # raises if it cannot be parsed
+    read_chat_templates(chat_files)  # raises if it cannot be parsed
     tokenizer = _vocabulary_from_files(files)
     tokenizer.chat_files = chat_files
     return tokenizer
@@ -56,11 +61,11 @@ def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
             special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{SPECIAL_IDS_FILE}: must give integer ids for {', '.join(SPECIAL_NAMES)}") from error
-    if SENTENCEPIECE_FILE in files:
-        return SentencePieceTokenizer(files[SENTENCEPIECE_FILE], special_ids)
-    if HUGGING_FACE_FILE in files:
-        return HuggingFaceTokenizer(files[HUGGING_FACE_FILE], files.get("tokenizer_config.json"), special_ids)
+    found = next((name for name in _MODEL_FILES if name in files), "")
+    if found == HUGGING_FACE_FILE:
+        return HuggingFaceTokenizer(files[found], files.get("tokenizer_config.json"), special_ids)
+    if found:
+        return SentencePieceTokenizer(files[found], special_ids)
     if special_ids is not None and described.get("kind") == "bytes":
         return ByteTokenizer()
-    raise InputError(f"no tokenizer among {sorted(files)}: expected {SENTENCEPIECE_FILE}, {HUGGING_FACE_FILE} or "
-                     f"{SPECIAL_IDS_FILE}")
+    raise InputError(f"no tokenizer among {sorted(files)}: expected {', '.join(_MODEL_FILES)} or {SPECIAL_IDS_FILE}")
