@@ -111,8 +111,8 @@ class DataConfig(Section):
     """Text and how it becomes batches."""
 
     # Sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds. `prepared:DIR` is
-    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`, see
-    # `illada_jax/data/sources/examples.py`.
+    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` (`experiments/README.md` lists
+    # the forms of a record) or `tasks:NAME:COUNT`.
     sources: NonEmptyTexts = ("python_docs",)
     # Shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in proportion to
     # their tokens.

@@ -59,10 +59,13 @@ class Manifest:
 
     @property
     def split_warning(self) -> str:
-        """A line if the held-out share of the text is less than half or more than twice what was asked; else empty."""
+        """A line if the held-out share of the text is far from what was asked; else empty.
+
+        Far: either side has less than half of its share, or the held-out side more than twice of it.
+        """
         train, heldout = (sum(info.num_bytes for info in self.splits[split]) for split in SPLITS)
         asked, share = self.heldout_fraction, heldout / max(train + heldout, 1)
-        if asked / 2 <= share <= 2 * asked:
+        if asked / 2 <= share <= min(2 * asked, (1 + asked) / 2):
             return ""
         return (f"warning: {share:.2%} of the text is held out, not {asked:.2%} (heldout_fraction): there are few "
                 "documents, or some are much longer than others")

@@ -12,7 +12,7 @@ from illada_jax.data.sources.streams import PARQUET, open_input, read_lines
 from illada_jax.errors import InputError
 
 _PIECE = 2**16  # characters or bytes read at once
-_BATCH_BYTES = 2**23  # about the values of Parquet that are decoded at once
+_BATCH_ROWS = 16  # of Parquet, decoded at once
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
 
 
@@ -134,17 +134,13 @@ def _parquet_records(path: pathlib.Path, column: str) -> Iterator[tuple[str, Any
     except ImportError as error:
         raise InputError(f"{path}: Parquet needs pyarrow: pip install 'illada_jax[parquet]'") from error
     try:
-        # Dictionaries of texts are not expanded. A page, not a whole column, is decompressed at once.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=[column] if column else None,
-                                         buffer_size=_PIECE) as file:
+        # A page, not a whole column, is decompressed at once. A few rows of a dictionary can be large.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_PIECE, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if column and column not in names:
                 raise InputError(f"{path}: no column {column!r}; its columns: {', '.join(names)}")
-            metadata = file.metadata
-            size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-            rows = min(max(_BATCH_BYTES * metadata.num_rows // max(size, 1), 1), 1024)
             number = 0
-            for batch in file.iter_batches(batch_size=rows, columns=[column] if column else None):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column] if column else None):
                 for values in zip(*batch.columns, strict=True):
                     number += 1
                     yield f"{path}, row {number}", {
