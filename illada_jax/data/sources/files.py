@@ -94,12 +94,13 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int, max_bytes: int) -> Iterator[Document]:
     """Reads the lines that begin in the bytes [start, stop)."""
     with open_input(path) as file:
+        before = max(start - 1, 0)
+        file.seek(before)
+        lines = read_lines(file, max_bytes)
         if start:
-            file.seek(start - 1)
-            next(read_lines(file, max_bytes), None)  # the end of a line of the part before
-        first = file.tell()
-        for position, line in read_lines(file, max_bytes):
-            position += first
+            next(lines, None)  # the end of a line of the part before
+        for position, line in lines:
+            position += before
             if position >= stop:
                 return
             where = functools.partial(_line_at, path, position)

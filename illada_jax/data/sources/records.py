@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from illada_jax.data.sources.streams import PARQUET, open_input, read_lines
+from illada_jax.data.sources.streams import BOM, PARQUET, open_input, read_lines
 from illada_jax.errors import InputError
 
 _PIECE = 2**16  # characters or bytes read at once
@@ -65,15 +65,15 @@ def too_long(where: str, max_bytes: int) -> RejectedExample:
 def holds_array(path: pathlib.Path, max_bytes: int) -> bool:
     """True if a file is a JSON array of objects, on one line or several, rather than lines of JSON."""
     with open_input(path) as file:
-        lines = (line for _, line in read_lines(file, max_bytes) if line is None or line.strip())
-        first, second = next(lines, b""), next(lines, b"")
-    if first is None:  # too long for a record
-        with open_input(path) as file:
-            return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.read(_PIECE)) is not None
+        lines = (line for line in iter(lambda: file.readline(max_bytes + 1), b"") if line.strip(BOM + b" \t\r\n"))
+        first = next(lines, b"").removeprefix(BOM)
+        if not re.match(rb"\s*\[\s*(\{|$)", first):
+            return False
+        if len(first) >= max_bytes:
+            return True
+        second = next(lines, b"")
     if first.strip() == b"[":
-        return second is not None and second.lstrip().startswith(b"{")
-    if not re.match(rb"\s*\[\s*\{", first):
-        return False
+        return second.lstrip().startswith(b"{")
     # A line that is a whole array, followed by others, is a record among lines.
     return not second or isinstance(parse_json("", first), RejectedExample)
 

@@ -13,13 +13,13 @@ import zstandard
 
 from illada_jax.errors import InputError
 
+BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".zst")
 PARQUET = (".parquet", ".pq")
 _JSON = (".jsonl", ".ndjson", ".json")
 # Suffixes of the files that a source takes from a directory; other kinds take all files.
 _SUFFIXES = {"jsonl": _JSON, "parquet": PARQUET, "chat": _JSON + PARQUET}
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json"}  # of a dataset on the Hugging Face Hub, beside its data
-_BOM = b"\xef\xbb\xbf"
 _SKIPPED_BYTES = 2**16
 
 
@@ -127,9 +127,9 @@ def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | No
     while line := file.readline(max_bytes + 1):
         start, position = position, position + len(line)
         if len(line) <= max_bytes:
-            yield start, line.removeprefix(_BOM)
+            yield start, line.removeprefix(BOM)
             continue
+        yield start, None
         while line and not line.endswith(b"\n"):
             line = file.readline(_SKIPPED_BYTES)
             position += len(line)
-        yield start, None
