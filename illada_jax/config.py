@@ -111,8 +111,8 @@ class DataConfig(Section):
     """Text and how it becomes batches."""
 
     # Sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds. `prepared:DIR` is
-    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`, see
-    # `illada_jax/data/sources/examples.py`.
+    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` (`experiments/README.md` lists
+    # the forms of a record) or `tasks:NAME:COUNT`.
     sources: NonEmptyTexts = ("python_docs",)
     # Shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in proportion to
     # their tokens.
@@ -124,6 +124,9 @@ class DataConfig(Section):
     tokenizer_vocab_size: PositiveInt = 4096  # ids of a tokenizer trained on the corpus, special ids included
     # Share of held-out documents, chosen by hash; training never sees them. Prepared corpora have their own split.
     heldout_fraction: FractionBelow1 = 0.02
+    # The longest document or record of a source. A longer document of `jsonl` or `parquet` is an error, a longer record
+    # of `chat` is left out; `text` is cut into short documents anyway.
+    max_document_megabytes: PositiveFloat = 16.0
     cache_dir: str = ""  # of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
     length: PositiveInt = 64  # tokens of a training window (L)
     batch_size: PositiveInt = 8  # rows of the global batch (B)
@@ -143,6 +146,11 @@ class DataConfig(Section):
                          f"needs a weight for each of the {len(self.sources)} sources")
             self.require("weights", min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6,
                          "must be greater than 0 and sum to 1")
+
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_megabytes` in bytes, at least 1."""
+        return max(int(self.max_document_megabytes * 2**20), 1)
 
 
 @dataclass(frozen=True)

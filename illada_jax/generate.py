@@ -36,6 +36,8 @@ from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
 from illada_jax.config import DecodeConfig
+from illada_jax.data.sources.records import RejectedExample, read_records
+from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
 from illada_jax.files import write_atomically
 
@@ -299,26 +301,17 @@ def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], set
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-    """The prompts of a JSONL file. Raises InputError with the number of an invalid line."""
-    try:
-        # Not splitlines: a prompt may contain U+2028.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise InputError(f"--input={path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--input={path}: must be UTF-8") from error
-    if lines == [""]:
-        raise InputError(f"--input={path}: the file is empty")
+    """The prompts of a file of JSON records (or Parquet). Raises InputError with the place of an invalid one."""
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also for long numbers and deep nesting
-            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
+    for where, record in read_records(path, MAX_DOCUMENT_BYTES):
+        if isinstance(record, RejectedExample):
+            raise InputError(f"{where}: {record.reason} ({record.detail})")
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt:
-            raise InputError(f'{path}, line {number}: must be an object with a non-empty string "prompt"')
+            raise InputError(f'{where}: must be an object with a non-empty string "prompt"')
         prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"--input={path}: the file is empty")
     return prompts
 
 

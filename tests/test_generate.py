@@ -1,6 +1,7 @@
 """The Python interface and the generate command, on a small random model."""
 
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -232,6 +233,16 @@ def test_bad_prompt_files(run, tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         run(f"--input={path}")
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.jsonl", b'\xef\xbb\xbf{"prompt": "a\\u2028"}\r\n\n \r\n{"prompt": "b"}\n\n'),
+    ("p.jsonl.gz", gzip.compress(b'{"prompt": "a\\u2028"}\n{"prompt": "b"}')),
+    ("p.json", b'\xef\xbb\xbf[\n  {"prompt": "a\\u2028"},\n\n  {"prompt": "b"}\n]\n'),
+])
+def test_prompt_files_as_found(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert generate.read_prompts(tmp_path / name) == ["a\u2028", "b"]
 
 
 def test_results_of_other_prompts_are_not_mixed(run, tmp_path):

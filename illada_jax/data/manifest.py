@@ -37,7 +37,7 @@ class Manifest:
       splits: the shards of each split.
       statistics: figures to compare a model with, by name, in bits per byte; for small corpora of text only.
       has_answers: the shards hold examples, with an answer mask.
-      dropped: examples left out or truncated, a line per reason.
+      dropped: examples or documents left out or truncated, a line per reason.
       divided: long examples split into several windows or rows, a line per reason.
     """
 
@@ -56,6 +56,19 @@ class Manifest:
         """Identifies tokens and split: a hash over the tokenizer and the shards."""
         content = [self.tokenizer, {name: [info.sha256 for info in infos] for name, infos in self.splits.items()}]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def split_warning(self) -> str:
+        """A line if the held-out share of the text is far from what was asked; else empty.
+
+        Far: either side has less than half of its share, or the held-out side more than twice of it.
+        """
+        train, heldout = (sum(info.num_bytes for info in self.splits[split]) for split in SPLITS)
+        asked, share = self.heldout_fraction, heldout / max(train + heldout, 1)
+        if asked / 2 <= share <= min(2 * asked, (1 + asked) / 2):
+            return ""
+        return (f"warning: {share:.2%} of the text is held out, not {asked:.2%} (heldout_fraction): there are few "
+                "documents, or some are much longer than others")
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes `manifest.json`."""

@@ -57,17 +57,22 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
     """
     if config.sft.format == "none":
         corpus = open_corpus(config.data)
+        _print_report(corpus)
         config = resolve(config, corpus.tokenizer)
         return config, corpus, Pipeline(config, corpus)
     from_checkpoint = config.data.tokenizer == "checkpoint"
     examples = open_examples(config, (initial or open_initial(config)).tokenizer if from_checkpoint else None)
-    if examples.dropped:
-        print(examples.dropped, file=sys.stderr, flush=True)
+    _print_report(examples)
     config = _stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
     batches = example_batches(config, examples)
     if config.train.epochs:
         config = resolve_epochs(config, batches.num_steps)
     return config, examples, batches
+
+
+def _print_report(corpus: Corpus) -> None:
+    for report in filter(None, (corpus.dropped, corpus.split_warning)):
+        print(report, file=sys.stderr, flush=True)
 
 
 def _stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:

@@ -125,7 +125,7 @@ def test_default_template_by_hand():
             bos, *text("assistant"), bos]
     assert encode_chat(tokenizer, messages[:2], True) == head
     assert encode_chat(tokenizer, messages, False) == [*head, *text("A"), eos]
-    ids, is_answer = encode_conversation(tokenizer, messages)
+    ids, is_answer, _ = encode_conversation(tokenizer, messages)
     assert ids == [*head, *text("A"), eos]
     assert is_answer == [False] * len(head) + [True, True]
 
@@ -136,7 +136,7 @@ def test_each_answer_ends_with_one_end_token(name, end):
     tokenizer = tokenizer_with(TEMPLATES[name])
     end_id = tokenizer.special_tokens[end]
     assert chat_format(tokenizer).end_id == end_id
-    ids, is_answer = encode_conversation(tokenizer, CHAT)
+    ids, is_answer, _ = encode_conversation(tokenizer, CHAT)
     answers = [[]]
     for token, flag in zip(ids, is_answer, strict=True):
         if flag:
@@ -246,7 +246,7 @@ def test_blanks_of_a_chat_are_those_of_the_library(make):
     ("hello", "must be a list of objects"),
     (["hello"], "message 1: must be an object"),
     ([{"role": "user"}], "message 1: has no 'content'"),
-    ([{"role": "tool", "content": "x"}], "message 1: unknown role 'tool'"),
+    ([{"role": "robot", "content": "x"}], "message 1: unknown role 'robot'"),
     ([{"role": "user", "content": None}], "message 1: content must be a string"),
     ([CHAT[0], {"role": "system", "content": "x"}], "message 2: a system message must come first"),
 ])
