@@ -130,7 +130,7 @@ class TensorDirectory:
         if shape != self.tensors[other].shape:
             return False
         rows = max(1, _COMPARED_BYTES // (4 * math.prod(shape[1:])))
-        parts = ((slice(start, start + rows),) for start in range(0, shape[0], rows))
+        parts = ((slice(start, min(start + rows, shape[0])),) for start in range(0, shape[0], rows))
         return all(np.array_equal(*(self.read(each, part).astype(np.float32) for each in (name, other)), equal_nan=True)
                    for part in parts)
 

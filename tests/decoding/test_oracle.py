@@ -67,8 +67,6 @@ def test_strategies_reveal_different_numbers():
     {"temperature": 1.0, "top_p": 0.6},
     {"temperature": 1.5, "top_k": 3},
     {"temperature": 1.5, "top_k": 4, "top_p": 0.7},
-    {"temperature": 0.7, "top_k": 99},
-    {"length": "fixed"},
     {"length": "fixed", "reveal": "threshold", "threshold": 0.3, "cfg_scale": 0.8},
     {"length": "fixed", "temperature": 0.7, "max_new_tokens": 5},
     {"suppressed_ids": (4, 9), "stop_ids": (10,)},
