@@ -108,8 +108,8 @@ def test_json_and_back_is_the_same_config():
 
 def test_the_width_of_a_head_follows_from_the_model_unless_it_is_given():
     config = defaults()
-    config.model.update(d_model=96, num_heads=3)
-    assert from_config_dict(config).model.head_dim == 32
+    config.model.update(d_model=96, num_heads=6)
+    assert from_config_dict(config).model.head_dim == 16
     config.model.head_dim = 20
     resolved = from_config_dict(config)
     assert resolved.model.head_dim == 20 and from_saved(json.loads(json.dumps(to_dict(resolved)))) == resolved
