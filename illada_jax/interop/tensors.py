@@ -127,9 +127,9 @@ class TensorDirectory:
 
     def _equal(self, name: str, other: str) -> bool:
         shape = self.tensors[name].shape
-        if shape != self.tensors[other].shape:
+        if len(shape) != 2 or shape != self.tensors[other].shape:
             return False
-        rows = max(1, _COMPARED_BYTES // (4 * math.prod(shape[1:])))
+        rows = max(1, _COMPARED_BYTES // max(1, 4 * shape[1]))
         parts = ((slice(start, min(start + rows, shape[0])),) for start in range(0, shape[0], rows))
         return all(np.array_equal(*(self.read(each, part).astype(np.float32) for each in (name, other)), equal_nan=True)
                    for part in parts)
