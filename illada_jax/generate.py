@@ -39,7 +39,6 @@ from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
 from illada_jax.files import write_atomically
-from illada_jax.parallel.fingerprints import fingerprint
 
 MODEL = cli.ModelFlags()
 
@@ -308,7 +307,7 @@ def describe_run(lm: api.LanguageModel, settings: dict[str, Any]) -> dict[str, A
     decode = config_lib.to_dict(lm.decode_settings(settings))
     del decode["batch_size"]  # results do not depend on it
     model = {**config_lib.architecture(lm.config.model), "dtype": lm.config.model.dtype}
-    return {"checkpoint": MODEL.checkpoint.value or "demo", "params": fingerprint(lm.params), "model": model,
+    return {"checkpoint": MODEL.checkpoint.value or "demo", "params": lm.fingerprint, "model": model,
             "tokenizer": lm.tokenizer.fingerprint, "decode": decode, "infill": INFILL.value, "stop": STOP.value}
 
 
