@@ -39,7 +39,7 @@ from illada_jax.parallel.fingerprints import digest
 MODEL = cli.ModelFlags()
 PROCESSES = cli.processes_flag()
 TASKS = flags.DEFINE_list("tasks", [], "tasks, groups and tags of lm-eval or of --include_path, patterns of their "
-                          "names, and YAML files of tasks")
+                          "names, and their YAML files or directories")
 PRESET = flags.DEFINE_string("preset", "", "setup of a published number, see --list_presets")
 LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
 INCLUDE_PATH = flags.DEFINE_string("include_path", None, "directory with additional tasks")
@@ -133,12 +133,12 @@ def load_tasks(tasks: list[str]) -> tuple[Any, list[str]]:
         raise InputError(f"--include_path={INCLUDE_PATH.value}: no such directory")
     # Reading the harness's own 14,000 task files takes longer than a small evaluation.
     manager = TaskManager(include_path=INCLUDE_PATH.value, include_defaults=False)
-    if not all(task in manager.task_index or is_yaml(task) for task in tasks):
+    if not all(task in manager.task_index or is_path(task) for task in tasks):
         manager = TaskManager(include_path=INCLUDE_PATH.value)
     names: list[str] = []
     for task in tasks:
         known = [task] if task in manager.task_index else manager.match_tasks([task])
-        found = read_task_file(task, manager) if is_yaml(task) else known
+        found = read_task_files(task, manager) if is_path(task) else known
         if not found:
             raise InputError(f"--tasks={task}: unknown{did_you_mean(task, manager.all_tasks)}")
         names += found
@@ -148,24 +148,27 @@ def load_tasks(tasks: list[str]) -> tuple[Any, list[str]]:
         members[name] < others or (members[name] == others and other < name) for other, others in members.items())]
 
 
-def is_yaml(task: str) -> bool:
-    """True for the path of a task's file."""
-    return task.endswith((".yaml", ".yml"))
+def is_path(task: str) -> bool:
+    """True for the path of a task's file, a pattern of such paths, or a directory written with a slash."""
+    return task.endswith((".yaml", ".yml")) or ("/" in task and pathlib.Path(task).is_dir())
 
 
-def read_task_file(path: str, manager: Any) -> list[str]:
-    """Adds the task or group of a file to the manager; returns its name. Raises InputError if there is none."""
+def read_task_files(path: str, manager: Any) -> list[str]:
+    """Adds the tasks and groups of files to the manager; returns their names. Raises InputError if there is none."""
     from lm_eval.tasks._index import TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
 
     found: dict[str, Any] = {}
     try:
-        for each in sorted(glob.glob(path)):
-            TaskIndex.process_cfg(load_yaml(each, resolve_func=False), pathlib.Path(each).absolute(), found)
+        if pathlib.Path(path).is_dir():
+            found = TaskIndex.build([pathlib.Path(path).absolute()])
+        for each in [path] if pathlib.Path(path).is_file() else sorted(glob.glob(path)):
+            if pathlib.Path(each).is_file():
+                TaskIndex.process_cfg(load_yaml(each, resolve_func=False), pathlib.Path(each).absolute(), found)
     except Exception as error:  # of the YAML parser, or of a file with another content
         raise InputError(f"--tasks={path}: not the file of a task: {' '.join(str(error).split())}") from error
     if not found:
-        raise InputError(f"--tasks={path}: no such file")
+        raise InputError(f"--tasks={path}: no such file, or no task in it")
     manager.task_index.update(found)
     return [name for name, entry in found.items() if entry.yaml_path]  # a tag has no file
 

@@ -306,7 +306,8 @@ def describe_run(lm: api.LanguageModel, settings: dict[str, Any]) -> dict[str, A
     """All that results depend on besides the prompts."""
     decode = config_lib.to_dict(lm.decode_settings(settings))
     del decode["batch_size"]  # results do not depend on it
-    model = {**config_lib.architecture(lm.config.model), "dtype": lm.config.model.dtype}
+    model = config_lib.architecture(lm.config.model)
+    model |= {"dtype": lm.config.model.dtype, "max_length": lm.config.model.max_length}
     return {"checkpoint": MODEL.checkpoint.value or "demo", "params": lm.fingerprint, "model": model,
             "tokenizer": lm.tokenizer.fingerprint, "decode": decode, "infill": INFILL.value, "stop": STOP.value}
 
@@ -320,7 +321,7 @@ def record_settings(path: pathlib.Path, run: dict[str, Any], resumes: bool) -> N
             old = json.loads(record.read_bytes())
         except FileNotFoundError:
             old = None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{record}: cannot be read: {error}; choose other --results") from error
         if not isinstance(old, dict):
             raise InputError(f"--results={path}: has results, but no {record.name} that says of which model; choose "
