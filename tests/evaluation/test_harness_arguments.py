@@ -98,7 +98,8 @@ def test_patterns_groups_and_files(selection, places, tmp_path):
     for given, expected in [
             ("toy_ch*", ["toy_choice"]), ("toy_[cs]*", ["toy_choice", "toy_shots"]), ("toy_shot?", ["toy_shots"]),
             ("toy_choice,toy_ch*", ["toy_choice"]), (f"{outside}/other.yaml", ["other_choice"]),
-            (f"{outside}/*.yaml", ["other_choice"]), (f"{outside}", ["other_choice"]), (f"{outside}/second.yml", ["second_choice"]),
+            (f"{outside}/*.yaml", ["other_choice"]), (f"{outside}", ["other_choice"]),
+            (f"{outside}/second.yml", ["second_choice"]),
             (f"{places[1]}/toy_choice.yaml,toy_shots", ["toy_choice", "toy_shots"])]:
         counts, recorded = selection(f"--tasks={given}", "--limit=1")
         assert (counts, recorded["tasks"]) == (dict.fromkeys(expected, 1), expected), given
