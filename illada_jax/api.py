@@ -29,6 +29,7 @@ from illada_jax.decoding.gaps import GappedText, parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
 from illada_jax.model import make_init_cache, make_logits_fn
+from illada_jax.parallel.fingerprints import fingerprint
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
@@ -89,6 +90,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.logits_fn: LogitsFn = make_logits_fn(config.model, params)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all params, sixteen hexadecimal digits."""
+        return fingerprint(self.params)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Continues prompts; one result per prompt, in order. For the options see `as_completed`."""

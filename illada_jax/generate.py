@@ -35,6 +35,7 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
+from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
 from illada_jax.data.sources.records import RejectedExample, read_records
 from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES
@@ -74,7 +75,8 @@ def define_settings(values: flags.FlagValues) -> list[str]:
 SETTINGS = define_settings(flags.FLAGS)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
-RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists")
+RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists and "
+                              "the model and settings are those recorded beside it, in FILE.settings.json")
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 WATCH = flags.DEFINE_bool("watch", False, "draw a single prompt in the terminal while it is written, step by step")
@@ -112,6 +114,7 @@ def main(argv: list[str]) -> int | None:
     check_effect(lm.decode_settings(settings), settings)
     compared = [compared_settings(lm, text, change, settings) for text, change in changes.items()]
     if RESULTS.value:
+        record_settings(pathlib.Path(RESULTS.value), describe_run(lm, settings), bool(done))
         return write_results(lm, prompts, done, settings)
     print_results(lm, prompts, settings, compared)
     return None
@@ -298,6 +301,40 @@ def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], set
     except OSError as error:
         raise InputError(f"--results={RESULTS.value}: {error.strerror}") from error
     return None
+
+
+def describe_run(lm: api.LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that results depend on besides the prompts."""
+    decode = config_lib.to_dict(lm.decode_settings(settings))
+    del decode["batch_size"]  # results do not depend on it
+    model = config_lib.architecture(lm.config.model)
+    model |= {"dtype": lm.config.model.dtype, "max_length": lm.config.model.max_length}
+    return {"checkpoint": MODEL.checkpoint.value or "demo", "params": lm.fingerprint, "model": model,
+            "tokenizer": lm.tokenizer.fingerprint, "decode": decode, "infill": INFILL.value, "stop": STOP.value}
+
+
+def record_settings(path: pathlib.Path, run: dict[str, Any], resumes: bool) -> None:
+    """Writes `run` beside the results. Raises InputError if these were made with another model or other settings."""
+    record = path.with_name(f"{path.name}.settings.json")
+    run = json.loads(json.dumps(run))
+    if resumes:
+        try:
+            old = json.loads(record.read_bytes())
+        except FileNotFoundError:
+            old = None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{record}: cannot be read: {error}; choose other --results") from error
+        if not isinstance(old, dict):
+            raise InputError(f"--results={path}: has results, but no {record.name} that says of which model; choose "
+                             "another file")
+        different = config_lib.differences({**old, "checkpoint": ""}, {**run, "checkpoint": ""})
+        if different:
+            raise InputError(f"--results={path}: has results of {old.get('checkpoint')!r} with other weights or "
+                             f"settings ({'; '.join(different[:3])}); choose another file")
+    try:
+        write_atomically(epath.Path(record), json.dumps(run, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--results={path}: {error.strerror}") from error
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:

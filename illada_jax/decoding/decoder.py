@@ -117,8 +117,10 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
                           "because there is no tokenizer to encode </think>")
     return Rules(
-        # Rows carry their budgets and keys: a change of these fields does not compile again.
-        settings=dataclasses.replace(settings, max_new_tokens=1, length="variable", batch_size=1, seed=0),
+        # Rows carry their budgets and keys: a change of these fields does not compile again. In the loop the length
+        # matters to guidance only, and not in infilling.
+        settings=dataclasses.replace(settings, max_new_tokens=1, batch_size=1, seed=0,
+                                     length=settings.length if settings.cfg_scale and not infill else "fixed"),
         mask_id=ids.mask,
         vocab_size=ids.vocab_size,
         suppressed_ids=tuple(sorted(suppressed)),

@@ -38,7 +38,8 @@ class LogitsFn(Protocol):
 class CanvasSlice(NamedTuple):
     """Canvas columns that a query evaluates; the first three fields are those of `LogitsFn`.
 
-    given_BT is True in tokens that guidance hides: the prompt, or the text around gaps. It may be True in padding.
+    given_BT is True in tokens that guidance hides: the prompt (with variable length also the finished blocks), or the
+    text around gaps. It may be True in padding.
     """
 
     tokens_BT: jax.Array

@@ -62,7 +62,7 @@ def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None
         family = find_family(values)
     tensors = TensorDirectory(directory)
     with _naming(directory / CONFIG):
-        model = read_model_config(family, values, family.tensors["head"] in tensors.tensors)
+        model = read_model_config(family, values, tensors.tensors)
     dtypes = {tensor.dtype.name for tensor in tensors.tensors.values()}
     model = dataclasses.replace(model, dtype="bfloat16" if dtypes == {"bfloat16"} else "float32")
     generation = _read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).exists() else {}

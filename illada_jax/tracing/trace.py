@@ -112,8 +112,9 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
         in_block_L = block_L == block_L[masked_L].min()
         active = np.flatnonzero(masked_L & in_block_L)
         visible.append(int(np.flatnonzero(in_block_L)[-1]) + 1 if grows else len(masked_L))
-        # The canvas before the step, as a batch of one row.
-        state = np.where(masked_L, ids.mask, tokens_L), columns_L, (columns_L < visible[-1]).astype(np.int32), given_L
+        # The canvas before the step, as a batch of one row. A block that grows it is guided with all before it hidden.
+        hidden_L = columns_L < np.argmax(in_block_L) if grows else given_L
+        state = np.where(masked_L, ids.mask, tokens_L), columns_L, (columns_L < visible[-1]).astype(np.int32), hidden_L
         columns = np.resize(active, query_length)  # one shape for all steps
         found = top_candidates(CanvasSlice(*(x_L[None] for x_L in state)), columns[None], tokens_L[columns][None])
         ids_QK, log_probs_QK, chosen_log_probs_Q = (x[0, : len(active)] for x in jax.device_get(found))
