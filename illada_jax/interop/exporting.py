@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from illada_jax import config as config_lib
-from illada_jax.data.tokenizers import CHAT_FILES
 from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE
 from illada_jax.errors import InputError
 from illada_jax.files import new_directory, remove_leftovers
@@ -56,7 +55,7 @@ def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype:
         write_tensors(directory, {each.name: TensorInfo(each.shape, dtype) for each in mappings}, tensors, shard_bytes)
         tokenizer.save(directory)
         if saved.config.sft.format != "none" and tokenizer.chat_template is None:
-            (directory / CHAT_FILES[0]).write_text(DEFAULT_TEMPLATE)  # what it was fine-tuned with
+            (directory / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)  # what it was fine-tuned with
         _write_json(directory / GENERATION_CONFIG, generation)
         (directory / "README.md").write_text(
             _README.format(family=family.model_type, mask=tokenizer.mask_id, key=DECODE_KEY))
