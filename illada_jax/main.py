@@ -1,7 +1,8 @@
 """Trains a masked diffusion language model: pre-training and fine-tuning, on one device or on a pod.
 
     python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
-    python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
+    python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --workdir=workdirs/short
+    python -m illada_jax.main --config=experiments/quickstart.py --config.model.num_layers=2 --workdir=workdirs/shallow
 
 The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`.
 
@@ -44,7 +45,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of all outputs; defau
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check the config and print the plan without training; needs no corpus")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from the workdir's on resume")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END, steps to profile into WORKDIR/profile")
-_COMPILED = flags.DEFINE_string("compilation_cache", "", "directory, or gs://…, for compiled programs; empty: none")
+_COMPILED = flags.DEFINE_string("compilation_cache", "",
+                                "directory, or gs://…, for compiled programs; default: in $XDG_CACHE_HOME/illada_jax")
 
 
 def dry_run(config: Config) -> None:
@@ -79,8 +81,7 @@ def main(_: list[str]) -> int:
         dry_run(config)
         return 0
     profile_steps = parse_steps(_PROFILE.value)
-    if _COMPILED.value:
-        jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
+    cli.use_compilation_cache(_COMPILED.value)
     hosts.join(_PROCESSES.value)
     try:
         return run(config, workdir, profile_steps)

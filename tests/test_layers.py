@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "planning": FOUNDATION | {"training", "decoding", "scoring"},
     "api": FOUNDATION | {"decoding", "scoring", "interop"},
     "evaluation": FOUNDATION | {"training", "decoding", "scoring", "api"},
-    "cli": {"errors", "api", "config", "parallel"},
+    "cli": {"errors", "files", "api", "config", "parallel"},
     "main": FOUNDATION | {"cli", "training", "evaluation", "interop"},
     "generate": {"cli", "api", "tracing", "config", "errors", "files"},
     "evaluate": {"cli", "api", "config", "errors", "files", "evaluation", "parallel", "scoring"},

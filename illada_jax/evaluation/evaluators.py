@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,8 +58,16 @@ class EvaluatorContext(NamedTuple):
 
 def make_evaluators(names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches,
                     mesh: Mesh) -> dict[str, Evaluator]:
-    """Builds evaluators by name. Raises ConfigError as `check_evaluation` does."""
+    """Builds evaluators by name. Raises ConfigError as `check_evaluation` does.
+
+    Where nothing is held out, those that need it are left out, with a line on stderr.
+    """
     check_evaluation(config, corpus.tokenizer)
+    skipped = [name for name in names if name != "samples" and not corpus.heldout.num_documents]
+    if skipped and hosts.is_primary():
+        print(f"skipping {', '.join(skipped)}: none of {corpus.train.num_documents:,} documents is held out "
+              f"(config.data.heldout_fraction = {config.data.heldout_fraction:g})", file=sys.stderr, flush=True)
+    names = tuple(name for name in names if name not in skipped)
     context = EvaluatorContext(config, corpus, pipeline, mesh)
     return {name: EVALUATORS[name](context) for name in names}
 
@@ -193,7 +202,7 @@ def infill(context: EvaluatorContext) -> Evaluator:
         hits = [filled[column] == passage[column] for passage, filled in pairs for column in hidden]
         lines = [f"[{number}] {show(*pair)}" for number, pair in enumerate(pairs, 1)]
         return {"eval/infill_accuracy": float(np.mean(hits)),
-                "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧", *lines])}
+                "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧; ⏎ is a line break", *lines])}
 
     return evaluate
 
