@@ -118,7 +118,11 @@ class ConfigFlag:
             values["train"]["epochs"] = values["eval"]["every_epochs"] = 0
         if given.get("train.epochs") and "train.steps" not in given:
             values["train"]["steps"] = 0
-        return from_dict(values), path.stem
+        try:
+            return from_dict(values), path.stem
+        except ConfigError as error:
+            overridden = any(str(error).startswith(f"config.{key} ") for key in given)
+            raise ConfigError(f"{'' if overridden else f'{path}: '}{error}") from error
 
 
 def _no_config(path: pathlib.Path, example: str) -> str:

@@ -63,19 +63,28 @@ def commands(text: str) -> list[str]:
     return [re.sub(r" +", " ", line).strip() for line in [*blocks, *inline] if "python " in line or "illada " in line]
 
 
-def examples() -> list[str]:
-    """All examples, each once."""
-    texts = [path.read_text(encoding="utf-8").split('"""')[1] for path in [
-        *(PACKAGE / f"{module}.py" for module, _ in COMMANDS.values()), PACKAGE / "__main__.py",
-        PACKAGE / "evaluation" / "lm_eval_cli.py", *sorted((ROOT / "experiments").glob("*.py"))]]
-    texts += [path.read_text(encoding="utf-8") for path in READMES]
+def of_helps() -> list[str]:
+    """The examples in the help of every command, each once."""
+    paths = [*(PACKAGE / f"{module}.py" for module, _ in COMMANDS.values()), PACKAGE / "__main__.py",
+             PACKAGE / "evaluation" / "lm_eval_cli.py"]
+    texts = [path.read_text(encoding="utf-8").split('"""')[1] for path in paths]
     return list(dict.fromkeys(line for text in texts for line in commands(text)))
 
 
+def examples() -> list[str]:
+    """All examples, each once."""
+    texts = [path.read_text(encoding="utf-8").split('"""')[1] for path in (ROOT / "experiments").glob("*.py")]
+    texts += [path.read_text(encoding="utf-8") for path in READMES]
+    return list(dict.fromkeys([*of_helps(), *(line for text in texts for line in commands(text))]))
+
+
+MADE = ["python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Base --target=workdirs/quickstart",
+        "python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Base --target=workdirs/sft_quickstart"]
 RUN = [line for line in examples() if not any(part in line for part in NOT_HERE)]
 TRAIN = [line for line in RUN if "--config=" in line and "--dry_run" not in line]
 AFTER = [line for line in RUN if "workdirs/sudoku" in line or "illada_jax.plot" in line]  # these need runs
 CHEAP = [line for line in RUN if line not in TRAIN + AFTER]
+HELPS = [line for line in CHEAP if line in of_helps()]
 
 
 def parsed(line: str) -> dict:
@@ -150,24 +159,22 @@ def test_no_example_is_left_out():
     assert [part for part in NOT_HERE if not any(part in line for line in every)] == []
     for module, _ in COMMANDS.values():
         assert any(f"illada_jax.{module} " in line for line in every), module
-    assert len(CHEAP) >= 12 and len(TRAIN) >= 5 and AFTER
+    assert len(HELPS) >= 12 and len(TRAIN) >= 5 and AFTER
 
 
-def test_examples_that_generate_convert_and_prepare(here):
-    made = ["python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Base --target=workdirs/quickstart",
-            "python -m illada_jax.convert --source=GSAI-ML/LLaDA-8B-Base --target=workdirs/sft_quickstart"]
-    check(run_all(here, [*made, *CHEAP]))
-    assert (here / "out" / "trace.html").is_file() and (here / "out" / "books" / "manifest.json").is_file()
+def test_examples_of_helps(here):
+    check(run_all(here, [*MADE, *HELPS]))
+    assert (here / "out.html").is_file() and (here / "corpora" / "books" / "manifest.json").is_file()
 
 
 @pytest.mark.slow
-def test_examples_that_train(here):
+def test_other_examples_and_those_that_train(here):
     shutil.rmtree(here / "workdirs", ignore_errors=True)
-    prepare = [line for line in CHEAP if "illada_jax.prepare" in line and not (here / "out").exists()]
     extra = {"lm_eval": "workdirs/sudoku", "matplotlib": "illada_jax.plot"}
     able = [line for line in AFTER for package, part in extra.items()
             if part in line and importlib.util.find_spec(package)]
     for name in ("run1", "run2"):
         (here / "workdirs").mkdir(exist_ok=True)
         (here / "workdirs" / name).symlink_to("quickstart")
-    check(run_all(here, prepare + TRAIN + able))
+    check(run_all(here, [line for line in CHEAP if line not in HELPS] + TRAIN + able))
+    assert (here / "out" / "trace.html").is_file() and (here / "out" / "books" / "manifest.json").is_file()
