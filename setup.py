@@ -37,7 +37,7 @@ setup(
         "absl-py",
         "array_record",
         "chex",
-        "etils[epath]",
+        "etils[epath,epy]",
         "filelock>=4",
         "flax",
         "grain",
@@ -66,6 +66,7 @@ setup(
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "colab": ["ipykernel", "jupytext", "matplotlib", "nbclient"],
     },
 )

@@ -20,22 +20,27 @@ import illada_jax
 
 
 def load(package) -> list[str]:
-    """Imports all modules of a package and returns their names."""
+    """Imports all modules of a package and returns their names; those that need another extra are left out."""
     names = [package.__name__]
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if info.name.endswith("__main__"):
             continue
         for name in list(flags.FLAGS):
             delattr(flags.FLAGS, name)
-        importlib.import_module(info.name)
-        names.append(info.name)
+        try:
+            importlib.import_module(info.name)
+            names.append(info.name)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] == package.__name__:
+                raise
+            print(f"left out {info.name}: needs {error.name}")
     return names
 
 
 def submodules(module: pdoc.doc.Module) -> list[pdoc.doc.Module]:
     """All modules of a package, whether or not `__all__` lists them."""
     infos = pkgutil.iter_modules(getattr(module.obj, "__path__", []), f"{module.modulename}.")
-    return [pdoc.doc.Module.from_name(info.name) for info in infos if not info.name.endswith("__main__")]
+    return [pdoc.doc.Module.from_name(info.name) for info in infos if info.name in sys.modules]
 
 
 def main(target: str) -> None:

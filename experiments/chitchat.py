@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.d_ff = 288
     c.model.max_length = 256
     c.model.rope_theta = 200.0
-    c.model.scan_unroll = 3
+    c.model.scan_unroll = 0
 
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 0.005

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.d_ff = 448
     c.model.max_length = 512
     c.model.rope_theta = 500.0
-    c.model.scan_unroll = 5
+    c.model.scan_unroll = 0
     c.train.logits_chunk = 16
     c.model.dtype = "bfloat16"
     # Half of the windows are split and documents are isolated: sequences of all lengths, as in decoding.

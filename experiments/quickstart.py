@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.d_ff = 384
     c.model.max_length = 256
     c.model.rope_theta = 200.0  # so that all frequencies tell positions of a short window apart
-    c.model.scan_unroll = 3
+    c.model.scan_unroll = 0
     c.train.logits_chunk = 8
 
     # Draws with few masks (p < 0.1) teach little per step at this budget. With them left out the training loss is not

@@ -33,10 +33,16 @@ Every package's page says where to start. `illada_jax.config` has all settings.
 .. include:: glossary.md
 """
 
+import sys
 from typing import Any
+
+from illada_jax.errors import exit_on_interrupt
 
 __version__ = "0.2.0"
 __all__ = ["Generation", "LanguageModel", "load"]
+
+if sys.argv[:1] == ["-m"]:  # `python -m illada_jax.COMMAND`, which imports the package first
+    exit_on_interrupt()
 
 
 def __getattr__(name: str) -> Any:
@@ -46,3 +52,8 @@ def __getattr__(name: str) -> Any:
     from illada_jax import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """All names, those not imported yet too, for `help` and completion."""
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ import runpy
 import sys
 
 import illada_jax
+from illada_jax.errors import exit_on_interrupt
 
 # Name of each command → its module and its purpose.
 COMMANDS = {
@@ -40,6 +41,7 @@ examples:
 
 def main() -> int | None:
     """Runs the command that the first argument names, in this process."""
+    exit_on_interrupt()
     if sys.argv[1:2] == ["help"] and len(sys.argv) > 2:
         sys.argv[1:] = [sys.argv[2], "--help"]
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):

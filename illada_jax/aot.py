@@ -24,7 +24,6 @@ import jax
 import ml_collections
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
@@ -36,7 +35,7 @@ from illada_jax.planning.plan import Options, make_plan
 from illada_jax.planning.programs import DoesNotFit
 from illada_jax.planning.render import as_markdown, as_text
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
+CONFIG = cli.ConfigFlag("experiments/pretrain_8b.py")
 TOPOLOGY = flags.DEFINE_string("topology", None, "chips and shape of a slice, such as v5p:4x4x4")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "slices, connected by the data centre network")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "decode", "score"], "the program to compile")
@@ -63,12 +62,7 @@ def main(argv: list[str]) -> None:
     if COMPARE.value:
         compare(pathlib.Path(COMPARE.value))
         return
-    if CONFIG.value is None:
-        raise InputError("--config is required, for example --config=experiments/pretrain_8b.py")
-    try:
-        config = from_config_dict(CONFIG.value)
-    except OSError as error:
-        raise InputError(f"--config: {' '.join(str(error).split())}") from error
+    config, _ = CONFIG.read()
     topology = chips.get_topology(TOPOLOGY.value, NUM_SLICES.value)
     plan = make_plan(config, topology, _options(mode=MODE.value, canvas=CANVAS.value, quantize=QUANTIZE.value))
     print(as_text(plan))

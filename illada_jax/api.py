@@ -28,7 +28,7 @@ from illada_jax.decoding import Decoded, Decoder, LogitsFn, SpecialIds
 from illada_jax.decoding.gaps import GappedText, parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
-from illada_jax.model import make_init_cache, make_logits_fn
+from illada_jax.model import make_init_cache, make_logits_fn, num_params
 from illada_jax.parallel.fingerprints import fingerprint
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
@@ -95,6 +95,12 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """A hash of all params, sixteen hexadecimal digits."""
         return fingerprint(self.params)
+
+    def __repr__(self) -> str:
+        c, devices = self.config.model, 1 if self.mesh is None else self.mesh.size
+        return (f"LanguageModel({num_params(c):,} parameters: {c.num_layers} layers of width {c.d_model}, {c.dtype}, "
+                f"{c.vocab_size:,} token ids, context of {c.max_length:,} tokens, on {devices} "
+                f"{jax.devices()[0].platform} device{'s' if devices > 1 else ''})")
 
     def generate(self, prompts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
         """Continues prompts; one result per prompt, in order. For the options see `as_completed`."""

@@ -1,14 +1,21 @@
 """Code shared by all commands: parsing of absl flags, one-line errors, exit codes, and common flags."""
 
+import difflib
 import errno
 import os
+import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
-from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, InputError
+from illada_jax.config import Config, Experiment, from_dict
+from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, InputError
+from illada_jax.files import cache_directory
 
 if TYPE_CHECKING:
     from illada_jax import api
@@ -35,6 +42,8 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         return code
 
     try:
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of `errors.exit_on_interrupt`
         app.run(run_main, flags_parser=_parse)
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does: further output is discarded.
@@ -81,10 +90,74 @@ class ModelFlags:
             raise InputError("--checkpoint is required, for example --checkpoint=workdirs/quickstart")
         if not self.checkpoint.value:
             hint(f"using the small model {default}; --checkpoint=… selects another")
+        use_compilation_cache()
         # With several processes the first of all devices may belong to another host.
         mesh = parse_mesh(self.mesh.value or ("data=1" if jax.process_count() > 1 else ""))
         named = {"chat_template": self.chat_template.value} if self.chat_template.value else {}
         return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids), **named)
+
+
+class ConfigFlag:
+    """The flag --config with its overrides, added to the calling command."""
+
+    def __init__(self, example: str):
+        config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
+        self._example = example
+
+    def read(self) -> tuple[Config, str]:
+        """The typed config, and the stem of its file. Raises InputError."""
+        flag = flags.FLAGS["config"]
+        if flag.value is None and not flag.present:
+            raise InputError(f"--config is required, for example --config={self._example}")
+        path = pathlib.Path(flag.config_filename.partition(":")[0])
+        if not path.is_file():
+            raise InputError(f"--config={flag.config_filename}: {_no_config(path, self._example)}")
+        if not isinstance(flag.value, Experiment):
+            raise ConfigError(f"{path}: get_config() must return a config that illada_jax.config.defaults() made")
+        values, given = flag.value.to_dict(), flag.override_values
+        # The length of a run is one or the other: what the command line gives replaces the file's.
+        if given.get("train.steps") and "train.epochs" not in given:
+            values["train"]["epochs"] = values["eval"]["every_epochs"] = 0
+        if given.get("train.epochs") and "train.steps" not in given:
+            values["train"]["steps"] = 0
+        try:
+            return from_dict(values), path.stem
+        except ConfigError as error:
+            overridden = any(str(error).startswith(f"config.{key} ") for key in given)
+            raise ConfigError(f"{'' if overridden else f'{path}: '}{error}") from error
+
+
+def _no_config(path: pathlib.Path, example: str) -> str:
+    """The message for a config file that does not exist."""
+    # Beside the package: the experiments of a checkout, which may be installed, and not the current directory.
+    root = pathlib.Path(__file__).parent.parent
+    known = [str(found.relative_to(root)) for found in (root / "experiments").glob("*.py")]
+    near = difflib.get_close_matches(str(path), known, n=1)
+    if not near:
+        return f"no such file; one is {example}"
+    return f"no such file; did you mean {near[0] if pathlib.Path(near[0]).is_file() else root / near[0]}?"
+
+
+def use_compilation_cache(directory: str = "") -> None:
+    """Keeps compiled programs in a directory for the next process; call it before anything is compiled.
+
+    By default that which JAX_COMPILATION_CACHE_DIR names, or else `compiled` in the package's cache, where even small
+    programs are kept: loading a model compiles many. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    import jax  # here because `prepare` shares this module and starts ten times faster without JAX
+
+    if not directory and not jax.config.jax_compilation_cache_dir:
+        directory = os.path.join(cache_directory(), "compiled")
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(directory, os.W_OK):
+            return
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def quantize_flag() -> flags.Flag:
@@ -136,21 +209,44 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:  # absl has shown the help, and exits with 1
         sys.stdout.flush()
         sys.exit(0)
-    except flags.Error as error:
-        # The error of the config file itself is more helpful than absl's, which says that it cannot be parsed.
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, InputError):
-            raise cause from error
-        raise InputError(f"{str(error).splitlines()[0]} (see --help)") from error
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    # ml_collections raises these for an invalid override or a missing config file.
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise InputError(str(error).splitlines()[0].strip("\"'")) from error
+    except Exception as error:
+        raise InputError(_mistake(error, argv)) from error
 
     # Libraries log a lot at level INFO; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def _mistake(error: Exception, argv: list[str]) -> str:
+    """The message for a mistake in a flag, an override of the config or the config file, and its place."""
+    chain = list(_causes(error))
+    cause = next((each for each in reversed(chain) if isinstance(each, InputError)), chain[-1])
+    given = next((arg for arg in argv if arg.lstrip("-").startswith("config=")), "")
+    config = given.partition("=")[2].partition(":")[0]
+    for frame in (frame for each in chain for frame in traceback.extract_tb(each.__traceback__)[::-1]):
+        if config and os.path.abspath(frame.filename) == os.path.abspath(config):
+            kind = "" if isinstance(cause, InputError) else f"{type(cause).__name__}: "
+            return f"{config}, line {frame.lineno}, {frame.line}: {kind}{_first_line(cause)}"
+    if isinstance(cause, InputError):
+        key = str(cause).partition(":")[0].partition(" ")[0]
+        override = next((arg for arg in argv if arg.lstrip("-").startswith(key)), "")
+        return f"{override}: {cause}" if override else str(cause)
+    if isinstance(error, flags.Error):
+        return f"{_first_line(error)} (see --help)"
+    # ml_collections raises these for an invalid override or a file without get_config.
+    return f"--config={config}: {_first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what caused it, one after another."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the quotes around that of a KeyError."""
+    return (str(error).splitlines() or [type(error).__name__])[0].strip("\"'")

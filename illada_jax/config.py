@@ -8,8 +8,10 @@ The file is long because every field of every section is documented and checked 
 """
 
 import dataclasses
+import difflib
+import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -62,10 +64,14 @@ class Section:
             for rule in getattr(each.type, "__metadata__", ()):
                 self.require(each.name, rule.holds(getattr(self, each.name)), rule.allowed)
 
-    def require(self, name: str, condition: bool, allowed: str) -> None:
-        """Raises a ConfigError that names the field and what is `allowed`, unless `condition` is True."""
-        section = type(self).__name__.removesuffix("Config").lower()
-        _require(condition, f"{section}.{name}".lstrip("."), getattr(self, name), allowed)
+    def require(self, name: str, condition: bool, allowed: str, suggested: Any = None) -> None:
+        """Raises a ConfigError that names the field and what is `allowed`, unless `condition` is True.
+
+        `suggested` is a value that would be valid beside the other fields.
+        """
+        key = f"{type(self).__name__.removesuffix('Config').lower()}.{name}".lstrip(".")
+        suffix = "" if suggested is None else f"; for example --config.{key}={suggested}"
+        _require(condition, key, getattr(self, name), allowed + suffix)
 
 
 @dataclass(frozen=True)
@@ -96,21 +102,22 @@ class ModelConfig(Section):
     attention_block_q: MultipleOf128 = 1024  # most queries per block of the TPU kernel; a block divides the length
     attention_block_kv: MultipleOf128 = 2048  # keys per block that are loaded into on-chip memory
     attention_block_kv_compute: MultipleOf128 = 512  # keys per block that are computed at once
-    scan_unroll: PositiveInt = 1  # layers per iteration of the scan over layers
+    scan_unroll: NonNegativeInt = 1  # layers per iteration of the scan over layers; 0: all of them
 
     def __post_init__(self):
         super().__post_init__()
+        even = 2 * self.num_heads  # so that the width of a head, if it follows, is even
         self.require("d_model", self.d_model % self.num_heads == 0,
-                     f"must be divisible by model.num_heads = {self.num_heads}")
+                     f"must be divisible by model.num_heads = {self.num_heads}", max(1, self.d_model // even) * even)
         if self.head_dim == 0:  # resolved here, once, so that all code and all records have the number
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
-                     f"must divide model.num_heads = {self.num_heads}")
+                     f"must divide model.num_heads = {self.num_heads}", math.gcd(self.num_heads, self.num_kv_heads))
         self.require("head_dim", self.head_dim % 2 == 0, "must be even (rotary pairs)")
         self.require("attention_block_kv_compute", self.attention_block_kv_compute <= self.attention_block_kv,
                      f"must not exceed model.attention_block_kv = {self.attention_block_kv}")
-        self.require("scan_unroll", self.num_layers % self.scan_unroll == 0,
-                     f"must divide model.num_layers = {self.num_layers}")
+        self.require("scan_unroll", self.scan_unroll == 0 or self.num_layers % self.scan_unroll == 0,
+                     f"must divide model.num_layers = {self.num_layers}, or be 0 (all layers)", 0)
 
 
 @dataclass(frozen=True)
@@ -215,20 +222,22 @@ class OptimizerConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         self.require("decay_fraction", not (self.decay_fraction and self.decay_steps),
-                     f"is given instead of optimizer.decay_steps = {self.decay_steps}: one of them must be 0")
+                     f"is given instead of optimizer.decay_steps = {self.decay_steps}: one of them must be 0", 0)
         self.require("changed_rates", len(self.change_steps) == len(self.changed_rates),
                      f"must give one rate for each of optimizer.change_steps = {self.change_steps}")
         self.require("changed_rates", all(rate > 0 for rate in self.changed_rates), "must be greater than 0")
         last = (self.learning_rate, *self.changed_rates)[-1]
         self.require("final_learning_rate", self.final_learning_rate <= last,
-                     f"must not exceed the rate before the decay, {last}")
+                     f"must not exceed the rate before the decay, {last}", f"{last / 10:g}")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """The training loop."""
 
-    steps: NonNegativeInt = 1000  # optimizer steps of the whole run; 0 if `epochs` is given
+    # Optimizer steps of the whole run; 0 if `epochs` is given. On the command line either one replaces the other. A run
+    # that is too short for the warm-up and decay of `optimizer` scales them down and says so.
+    steps: NonNegativeInt = 1000
     epochs: NonNegativeInt = 0  # for fine-tuning: passes over the examples, which determine the steps, if not 0
     stop_step: NonNegativeInt = 0  # save and stop at this step without changing the schedule; 0 runs to the end
     microbatches: PositiveInt = 1  # gradient accumulation: number of parts in which the global batch is computed
@@ -238,6 +247,7 @@ class TrainConfig(Section):
     plateau_window: NonNegativeInt = 10_000  # steps of the loss slope's report (`training/plateau.py`); 0: no report
     plateau_tolerance: PositiveFloat = 0.005  # the loss is flat if it falls by less than this fraction over the window
     tensorboard: bool = True  # write TensorBoard events into the workdir
+    wandb: bool = False  # copy them to Weights & Biases, which its environment variables configure (WANDB_PROJECT, …)
     # A process in which no step ends for this long prints its stacks and exits with code 75, to be restarted; start-up,
     # evaluations and checkpoints may take ten times as long; 0 disables the watchdog.
     watchdog_seconds: NonNegativeFloat = 600.0
@@ -246,9 +256,10 @@ class TrainConfig(Section):
         super().__post_init__()
         self.require("compiler_options", all("=" in option for option in self.compiler_options),
                      "each must have the form NAME=VALUE")
+        self.require("wandb", self.tensorboard or not self.wandb, "needs train.tensorboard")
         self.require("steps", self.steps > 0 or self.epochs > 0, "must be greater than 0, or train.epochs must be")
         self.require("plateau_window", self.plateau_window == 0 or self.plateau_window >= 20 * self.log_every,
-                     f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0")
+                     f"must be at least 20 × train.log_every = {20 * self.log_every}, or 0", 20 * self.log_every)
 
 
 @dataclass(frozen=True)
@@ -355,7 +366,8 @@ class DecodeConfig(Section):
         super().__post_init__()
         self.require("seed", self.seed < 2**32, "must be less than 2**32")
         self.require("steps_per_block", self.steps_per_block <= self.block_length,
-                     f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token")
+                     f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token; "
+                     f"set it to {self.block_length} or less")
 
 
 @dataclass(frozen=True)
@@ -388,21 +400,25 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         chunk = self.train.logits_chunk
+        common = math.gcd(self.data.length, chunk, self.sft.bucket if self.sft.format == "llada" else 0)
         self.data.require("length", self.data.length <= self.model.max_length,
-                          f"must not exceed model.max_length = {self.model.max_length}")
+                          f"must not exceed model.max_length = {self.model.max_length}; for example "
+                          f"--config.model.max_length={self.data.length}")
         self.data.require("tokenizer", self.data.tokenizer != "checkpoint" or bool(self.init.checkpoint),
                           "needs init.checkpoint")
         self.data.require("tokenizer", self.data.tokenizer != "checkpoint" or self.sft.format != "none",
                           "for fine-tuning only (sft.format); a corpus is prepared with its own tokenizer")
         self.train.require("microbatches", self.data.batch_size % self.train.microbatches == 0,
-                           f"must divide data.batch_size = {self.data.batch_size}")
+                           f"must divide data.batch_size = {self.data.batch_size}",
+                           math.gcd(self.data.batch_size, self.train.microbatches))
         self.train.require("logits_chunk", chunk == 0 or self.data.length % chunk == 0,
-                           f"must divide data.length = {self.data.length}, or be 0")
+                           f"must divide data.length = {self.data.length}, or be 0", common)
         self.train.require("logits_chunk", chunk == 0 or self.sft.format != "llada" or self.sft.bucket % chunk == 0,
-                           f"must divide sft.bucket = {self.sft.bucket}, or be 0")
+                           f"must divide sft.bucket = {self.sft.bucket}, or be 0", common)
         self.train.require("epochs", not self.train.epochs or self.sft.format != "none",
-                           "is for fine-tuning (sft.format); otherwise give train.steps")
-        self.eval.require("every_epochs", not self.eval.every_epochs or self.train.epochs > 0, "needs train.epochs")
+                           "is for fine-tuning (sft.format); otherwise give train.steps, for example "
+                           "--config.train.epochs=0 --config.train.steps=1000")
+        self.eval.require("every_epochs", not self.eval.every_epochs or self.train.epochs > 0, "needs train.epochs", 0)
         if self.train.steps:  # otherwise the number of examples decides
             self._check_schedule()
         if self.model.vocab_size:
@@ -411,17 +427,36 @@ class Config(Section):
 
     def _check_schedule(self) -> None:
         self.train.require("stop_step", self.train.stop_step <= self.train.steps,
-                           f"must not exceed train.steps = {self.train.steps}")
-        warmup, changes, decay = self.optimizer.warmup_steps, self.optimizer.change_steps, self.decay_start
+                           f"must not exceed train.steps = {self.train.steps}", 0)
+        warmup, changes, decay = self.warmup_steps, self.change_steps, self.decay_start
         self.optimizer.require("warmup_steps", warmup <= decay,
-                               f"must not exceed the step at which the decay starts, {decay}")
+                               f"must not exceed the step at which the decay starts, {decay}", decay)
         self.optimizer.require("change_steps", sorted([warmup, *changes, decay]) == [warmup, *changes, decay],
                                f"must ascend from the end of the warm-up, {warmup}, to the start of the decay, {decay}")
 
     @property
+    def schedule_scale(self) -> float:
+        """Factor of the schedule's steps: 1, or less if they do not fit into train.steps."""
+        c, steps = self.optimizer, self.train.steps
+        given = max(c.warmup_steps, *c.change_steps, 0) + c.decay_steps
+        available = steps - round(c.decay_fraction * steps)
+        return available / given if c.decay_start < 0 and given > available else 1.0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up, scaled to the run."""
+        return int(self.schedule_scale * self.optimizer.warmup_steps)
+
+    @property
+    def change_steps(self) -> tuple[int, ...]:
+        """Steps at which the constant rate changes, scaled to the run."""
+        return tuple(int(self.schedule_scale * step) for step in self.optimizer.change_steps)
+
+    @property
     def decay_steps(self) -> int:
-        """Steps of the decay; 0 if the rate never decays."""
-        return self.optimizer.decay_steps or round(self.optimizer.decay_fraction * self.train.steps)
+        """Steps of the decay, scaled to the run; 0 if the rate never decays."""
+        scaled = int(self.schedule_scale * self.optimizer.decay_steps)
+        return scaled or round(self.optimizer.decay_fraction * self.train.steps)
 
     @property
     def decay_start(self) -> int:
@@ -431,11 +466,55 @@ class Config(Section):
         return self.train.steps - self.decay_steps
 
 
-def defaults() -> ml_collections.ConfigDict:
-    """Default experiment as a ConfigDict, for experiment files to change and return."""
-    config = ml_collections.ConfigDict(to_dict(Config()))
-    config.model.head_dim = 0  # follows from what the file and the command line give
-    return config.lock()
+class UnknownKeyError(ConfigError, AttributeError, KeyError):
+    """A key that no config has. A ConfigDict must raise the other two types."""
+
+    __str__ = Exception.__str__
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> UnknownKeyError:
+    """The error for a key such as `train.step`, with the nearest key, or else those `known` in its section."""
+    sections = {name: fields for name, fields in to_dict(Config()).items() if isinstance(fields, dict)}
+    everything = [*sections, "seed", *(f"{name}.{each}" for name, fields in sections.items() for each in fields)]
+    key = key[:100]
+    near = [name for name in everything if name.endswith("." + key.rpartition(".")[2])]
+    near = near or difflib.get_close_matches(key, everything, n=1, cutoff=0.75)
+    hint = f"did you mean config.{near[0]}?" if near else f"known here: {', '.join(known)}"
+    return UnknownKeyError(f"config.{key if key.isprintable() else repr(key)}: unknown key; {hint}")
+
+
+class Experiment(ml_collections.ConfigDict):
+    """A config for experiment files to change. Errors name the full key, the value and the nearest key."""
+
+    _section = ""  # with a dot at its end
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a field. Raises UnknownKeyError."""
+        if "." not in key and key not in self:
+            raise _unknown_key(self._section + key, self.keys())
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Sets a field. Raises UnknownKeyError, or ConfigError for a value of another type."""
+        if self.is_locked and key not in self:
+            raise _unknown_key(self._section + key, self.keys())
+        try:
+            super().__setitem__(key, value)
+        except TypeError as error:
+            kind = self.get_type(key)
+            allowed = "a section with its own keys" if kind is Experiment else f"of type {kind.__name__}"
+            raise ConfigError(f"config.{self._section}{key} = {value!r}: must be {allowed}") from error
+        if isinstance(self[key], Experiment):
+            object.__setattr__(self[key], "_section", f"{key}.")
+
+
+def defaults() -> Experiment:
+    """Default experiment, a ConfigDict for experiment files to change and return."""
+    experiment = Experiment()
+    for name, value in to_dict(Config()).items():
+        experiment[name] = Experiment(value) if isinstance(value, dict) else value
+    experiment.model.head_dim = 0  # follows from what the file and the command line give
+    return experiment.lock()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -532,8 +611,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            shown = key if str(key).isprintable() else repr(key)
-            raise ConfigError(f"config.{prefix}{shown}: unknown key; known here: {', '.join(names)}")
+            raise _unknown_key(f"{prefix}{key}", names)
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name in names:

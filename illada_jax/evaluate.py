@@ -20,10 +20,13 @@ import glob
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
 from etils import epath
+from rich.console import Console
+from rich.markdown import Markdown
 
 from illada_jax import api, cli
 from illada_jax import config as config_lib
@@ -59,7 +62,11 @@ def main(argv: list[str]) -> int | None:
     """Checks the flags, loads the model, runs the tasks and writes the results."""
     del argv
     if LIST_PRESETS.value:
-        print(presets.list_presets())
+        table = presets.list_presets()
+        if sys.stdout.isatty():
+            Console().print(Markdown(table))
+        else:
+            print(table)
         return None
     settings, evaluation = read_flags()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

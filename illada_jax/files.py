@@ -15,6 +15,11 @@ from etils import epath
 _MARK = ".tmp-"
 
 
+def cache_directory() -> str:
+    """The directory of what can be made again, such as small corpora and compiled programs."""
+    return os.path.expanduser(os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "illada_jax"))
+
+
 def is_remote(path: epath.PathLike) -> bool:
     """True for URIs such as gs://…: such files cannot be appended to or locked."""
     return "://" in os.fspath(path)

@@ -86,6 +86,7 @@ BESIDE = flags.DEFINE_multi_string("beside", [], "with --trace=….html: decode 
                                     "settings KEY=VALUE,… and show both side by side; may be repeated")
 CHAT = flags.DEFINE_bool("chat", False, "hold a conversation: each line of input is a turn")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
+CHAT_HELP = "each line is a turn of the conversation; /exit or Ctrl-D ends it, /help shows this line"
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "format of standard output")
 
 
@@ -108,6 +109,8 @@ def main(argv: list[str]) -> int | None:
     if BESIDE.value and not TRACE.value.endswith(".html"):
         raise InputError("--beside: requires --trace=….html, the page that shows strategies side by side")
     changes = {text: parse_settings(text) for text in BESIDE.value}
+    if not INFILL.value and any("[[mask:" in prompt for prompt in prompts):
+        print("note: without --infill a gap such as [[mask:4]] is plain text", file=sys.stderr)
     done = read_results(pathlib.Path(RESULTS.value), prompts) if RESULTS.value else set()
     lm = MODEL.load("demo")
     settings = given_settings(flags.FLAGS)
@@ -158,8 +161,12 @@ def check_trace(path: pathlib.Path, num_prompts: int) -> None:
         raise InputError(f"--trace={path}: the suffix must be .html, {' or '.join(tracing.SUFFIXES)}")
     if path.suffix != ".html" and num_prompts > 1:
         raise InputError(f"--trace={path}: a picture shows a single prompt; use .html for several")
-    if not path.parent.is_dir():
-        raise InputError(f"--trace={path}: the directory {path.parent} does not exist")
+    if path.suffix != ".html":
+        tracing.check_picture(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--trace={path}: the directory {path.parent} cannot be made: {error.strerror}") from error
 
 
 def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Generation],
@@ -176,8 +183,9 @@ def write_trace(lm: api.LanguageModel, prompts: list[str], results: list[api.Gen
         tracing.write_page(path, traces)
     else:
         tracing.write_picture(path, traces[0])
-    suggestion = "" if compared or path.suffix != ".html" else "; add --beside=confidence=random to compare strategies"
-    cli.hint(f"wrote {path}{suggestion}")
+    print(f"wrote {path}", file=sys.stderr)
+    if path.suffix == ".html" and not compared:
+        cli.hint("add --beside=confidence=random to compare strategies")
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -260,10 +268,23 @@ def chat() -> None:
     settings = given_settings(flags.FLAGS)
     check_effect(lm.decode_settings(settings), settings)
     start = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
+    cli.hint(CHAT_HELP)
+    try:
+        talk(lm, start, settings)
+    except KeyboardInterrupt:
+        print(flush=True)  # ends the line of the prompt or of the answer
+        raise
+
+
+def talk(lm: api.LanguageModel, start: list[dict[str, str]], settings: dict[str, Any]) -> None:
+    """The turns of `chat`, after the messages of `start`."""
     history: list[dict[str, str]] = []
     for turn, line in enumerate(iter(read_line, None)):
         if line.strip() == "/exit":
             return
+        if line.strip() == "/help":
+            print(CHAT_HELP, file=sys.stderr)
+            continue
         if not line.strip():
             continue
         history.append({"role": "user", "content": line})

@@ -1,7 +1,8 @@
 """Trains a masked diffusion language model: pre-training and fine-tuning, on one device or on a pod.
 
     python -m illada_jax.main --config=experiments/quickstart.py --workdir=workdirs/quickstart
-    python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --config.model.num_layers=2
+    python -m illada_jax.main --config=experiments/quickstart.py --config.train.steps=100 --workdir=workdirs/short
+    python -m illada_jax.main --config=experiments/quickstart.py --config.model.num_layers=2 --workdir=workdirs/shallow
 
 The same command resumes a workdir that has a checkpoint. On several hosts start it on each with `--processes`.
 
@@ -18,17 +19,15 @@ Exit codes of this and all other commands:
 When a process of several dies, JAX aborts the others (SIGABRT, 134 in a shell); such runs can be resumed too.
 """
 
-import pathlib
 import sys
 import traceback
 
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from illada_jax import cli
-from illada_jax.config import Config, from_config_dict
+from illada_jax.config import Config
 from illada_jax.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, ConfigError, InputError, StorageError
 from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
 from illada_jax.interop import open_model
@@ -42,25 +41,13 @@ from illada_jax.training.profiler import parse_steps
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, printed by --dry_run
 
 _PROCESSES = cli.processes_flag()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file; fields are set with --config.section.name")
+_CONFIG = cli.ConfigFlag("experiments/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of all outputs; default: workdirs/NAME_OF_CONFIG")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check the config and print the plan without training; needs no corpus")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "config keys that may differ from the workdir's on resume")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END, steps to profile into WORKDIR/profile")
-_COMPILED = flags.DEFINE_string("compilation_cache", "", "directory, or gs://…, for compiled programs; empty: none")
-
-
-def read_config() -> tuple[Config, str]:
-    """Reads the config that the flags name; returns it with the stem of its file."""
-    if _CONFIG.value is None:
-        raise InputError("--config is required, for example --config=experiments/quickstart.py")
-    path = flags.FLAGS["config"].config_filename
-    if not pathlib.Path(path.split(":")[0]).is_file():
-        raise InputError(f"--config={path}: no such file; one is experiments/quickstart.py")
-    try:
-        return from_config_dict(_CONFIG.value), pathlib.Path(path).stem
-    except OSError as error:  # ml_collections reads the file when the config is first used
-        raise InputError(f"--config={path}: {' '.join(str(error).split())}") from error
+_COMPILED = flags.DEFINE_string("compilation_cache", "",
+                                "directory, or gs://…, for compiled programs; default: in $XDG_CACHE_HOME/illada_jax")
 
 
 def dry_run(config: Config) -> None:
@@ -99,14 +86,13 @@ def print_reason_not_to_export(config: Config) -> None:
 
 def main(_: list[str]) -> int:
     """Wires config, corpus, mesh, evaluators and the loop together."""
-    config, name = read_config()
+    config, name = _CONFIG.read()
     workdir = epath.Path(_WORKDIR.value or f"workdirs/{name}")
     if _DRY_RUN.value:
         dry_run(config)
         return 0
     profile_steps = parse_steps(_PROFILE.value)
-    if _COMPILED.value:
-        jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
+    cli.use_compilation_cache(_COMPILED.value)
     hosts.join(_PROCESSES.value)
     try:
         return run(config, workdir, profile_steps)
@@ -153,8 +139,9 @@ def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
             print(f"Stopped and saved at step {outcome.step}; run the same command to continue.")
         return EXIT_RESUMABLE
     results = dict(outcome.final)
-    for evaluator in final.values():
-        results |= evaluator(outcome.state.eval_params, outcome.step)
+    if outcome.start < outcome.step:
+        for evaluator in final.values():
+            results |= evaluator(outcome.state.eval_params, outcome.step)
     if hosts.is_primary():
         run_setup.print_end(config, outcome, results, workdir, corpus)
     return 0

@@ -55,7 +55,7 @@ def changed(key, value):
         ("diffusion.eps", 1.0),
         ("diffusion.time_sampling", "golden"),
         ("optimizer.learning_rate", 0),
-        ("optimizer.warmup_steps", 5000),
+        ("optimizer.warmup_steps", -1),
         ("train.microbatches", 3),
         ("train.logits_chunk", 7),
         ("train.stop_step", 10_000),

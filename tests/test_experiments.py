@@ -3,8 +3,10 @@
 import json
 import math
 import pathlib
+import runpy
 
 import jax
+import numpy as np
 import pytest
 
 from illada_jax import config as config_lib
@@ -37,6 +39,20 @@ def test_every_experiment_is_initialised_abstractly(path):
     assert rates[0] == pytest.approx(config.optimizer.learning_rate)
     assert rates[1] == pytest.approx(
         config.optimizer.final_learning_rate if config.optimizer.decay_steps else config.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("steps", "num_layers"), [(30, 2), (1, 1), (10**7, 7)])
+def test_every_experiment_is_shortened_lengthened_and_resized_by_one_field(path, steps, num_layers):
+    experiment = runpy.run_path(str(path))["get_config"]()
+    experiment.train.update(steps=steps, epochs=0)
+    experiment.eval.every_epochs = 0.0
+    experiment.model.num_layers = num_layers
+    config = config_lib.from_config_dict(experiment)
+    rates = np.asarray(make_schedule(config, 1.0)(np.linspace(0, steps, 31)))
+    assert rates.max() > 0.9 or steps == 1
+    assert rates[-1] < 0.9 or not (config.optimizer.decay_steps or config.optimizer.decay_fraction) or steps == 1
+    assert (config.warmup_steps, config.schedule_scale) == (config.optimizer.warmup_steps, 1) or steps < 1000
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -315,6 +317,37 @@ def test_a_trace_of_all_prompts_on_one_page(run, lm, tmp_path):
     assert all(text in "".join(trace["pieces"]) for text, trace in zip(texts, traces, strict=True))
 
 
+def test_a_trace_says_where_it_is_and_a_picture_needs_its_package(run, tmp_path, monkeypatch):
+    run("--prompt=abc", f"--trace={tmp_path}/new/t.html", "--max_new_tokens=8")
+    assert run.err == f"wrote {tmp_path}/new/t.html\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(api.Decoder, "as_completed", lambda *_: pytest.fail("decodes"))
+    with pytest.raises(InputError, match=r"pip install 'illada_jax\[plot\]'"):
+        run("--prompt=abc", f"--trace={tmp_path}/t.gif")
+
+
+def test_a_gap_without_infill_is_mentioned(run):
+    run("--prompt=a[[mask:4]]b", "--max_new_tokens=8")
+    assert run.err == "note: without --infill a gap such as [[mask:4]] is plain text\n"
+    run("--prompt=a[[mask:4]]b", "--infill")
+    assert run.err == ""
+
+
+def test_a_chat_explains_itself_and_ends_its_line(run, monkeypatch, capsys):
+    lines = iter(["/help", " /exit "])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run("--chat") == (None, "") and "/exit or Ctrl-D ends it" in run.err
+    monkeypatch.setattr("builtins.input", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run("--chat")
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_model_describes_itself(lm):
+    for part in (f"{model.num_params(MODEL):,} parameters", "2 layers of width 16", "context of 128 tokens", "float32"):
+        assert part in repr(lm)
+
+
 def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
     path, settings = tmp_path / "t.html", {"max_new_tokens": 8}
     code, out = run("--prompt=abc", "--prompt=b", f"--trace={path}", "--max_new_tokens=8",
@@ -361,7 +394,7 @@ def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--trace=t.jpg"], "must be .html, .gif or .png"),
     (["--trace=t.gif", "--prompt=b"], "shows a single prompt"),
-    (["--trace=/none/t.html"], "the directory /none does not exist"),
+    (["--trace=/dev/null/t.html"], "the directory /dev/null cannot be made"),
     (["--trace=t.html", "--stream"], "cannot be combined with --stream"),
 ])
 def test_a_trace_that_cannot_be_is_refused_before_decoding(run, arguments, message):

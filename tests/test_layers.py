@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "planning": FOUNDATION | {"training", "decoding", "scoring"},
     "api": FOUNDATION | {"decoding", "scoring", "interop"},
     "evaluation": FOUNDATION | {"training", "decoding", "scoring", "api"},
-    "cli": {"errors", "api", "parallel"},
+    "cli": {"errors", "files", "api", "config", "parallel"},
     "main": FOUNDATION | {"cli", "training", "evaluation", "interop"},
     "generate": {"cli", "api", "tracing", "data", "config", "errors", "files"},
     "evaluate": {"cli", "api", "config", "errors", "files", "evaluation", "parallel", "scoring"},
@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "convert": {"cli", "interop", "errors"},
     "aot": {"cli", "config", "errors", "files", "parallel", "planning"},
     "plot": {"cli", "errors", "training"},
-    "__init__": {"api"},
-    "__main__": set(),
+    "__init__": {"api", "errors"},
+    "__main__": {"errors"},
 }
 # What imports JAX when it is imported: `data` and the command that prepares it do without.
 WITHOUT_JAX = [*(PACKAGE / "data").rglob("*.py"), PACKAGE / "prepare.py", PACKAGE / "config.py", PACKAGE / "errors.py"]

@@ -184,3 +184,17 @@ def test_epochs_decide_steps_and_schedule(tmp_path):
     assert (settled.decay_start, settled.decay_steps, settled.eval.every) == (135, 15, 38)
     with pytest.raises(ConfigError, match="must be 0 if"):
         run_setup.resolve_epochs(settled, 150)
+
+
+@pytest.mark.parametrize("changes", [[], ["--config.train.steps=5"], ["--config.model.num_layers=2"]])
+@pytest.mark.slow
+def test_a_small_file_of_ones_own(tmp_path, changes):
+    """Twenty examples train with the settings of a larger data set: nothing is held out, and the schedule fits."""
+    lines = [json.dumps(conversation(f"{name}{n}", "!")) for name in NAMES for n in range(10)][:20]
+    (tmp_path / "chitchat.jsonl").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "illada_jax.main", f"--config={ROOT}/experiments/chitchat.py", *changes], cwd=tmp_path,
+        env={**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "skipping bits_per_byte, exact_match: none of 20 documents is held out" in done.stderr
+    assert "scaled by" in done.stdout and "Finished at step" in done.stdout

@@ -1,7 +1,6 @@
 """From `config.data` to tokens: opens prepared corpora; prepares small corpora and examples in a cache first."""
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from illada_jax.data.shards import ExampleSet, TokenStream
 from illada_jax.data.sources import examples
 from illada_jax.data.tokenizers import Tokenizer, check_lossless
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.files import new_directory
+from illada_jax.files import cache_directory, new_directory
 
 _PREPARED = "prepared:"
 _LARGEST_BYTES = 2**30  # of a corpus that is prepared on the fly
@@ -183,8 +182,7 @@ def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
 
 def _cached(data: DataConfig, name: str, prepare_in: Callable[[pathlib.Path], object]) -> pathlib.Path:
     """A directory of the cache, prepared if it is missing. Safe against kills and other processes."""
-    cache = data.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "illada_jax")
-    target = pathlib.Path(cache).expanduser() / name
+    target = pathlib.Path(data.cache_dir or cache_directory()).expanduser() / name
     if not (target / MANIFEST).exists():
         with new_directory(target, keep_existing=True) as unfinished:
             prepare_in(unfinished)

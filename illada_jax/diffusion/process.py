@@ -59,13 +59,13 @@ def sample_times(key: jax.Array, segments_BL: jax.Array, sampling: str) -> jax.A
     if sampling == "stratified":
         times_B = stratified_times(key, batch_size)
         return jnp.mod(times_B[:, None] + (segments_BL - 1) * jnp.float32(GOLDEN_RATIO), 1.0)
-    times_BS = _uniform_rows(key, batch_size, length + 1)
+    times_BS = _uniform_rows(key, jnp.arange(batch_size), length + 1)
     return jnp.take_along_axis(times_BS, segments_BL, axis=1)
 
 
-def _uniform_rows(key: jax.Array, batch_size: int, length: int) -> jax.Array:
-    """Uniform numbers [B, length]; row r depends on (key, r) alone."""
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch_size))
+def _uniform_rows(key: jax.Array, rows_B: jax.Array, length: int) -> jax.Array:
+    """Uniform numbers [B, length]; those of row r depend on (key, r) alone."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows_B)
     return jax.vmap(lambda row_key: jax.random.uniform(row_key, (length,)))(keys_B)
 
 
@@ -79,23 +79,26 @@ def corrupt(key: jax.Array, batch: Batch, config: DiffusionConfig) -> Corrupted:
     time_key, mask_key = jax.random.split(key)
     times_BL = sample_times(time_key, batch.segments_BL, config.time_sampling)
     p_BL = (1 - config.eps) * times_BL + config.eps
-    masked_BL = (_uniform_rows(mask_key, *batch.tokens_BL.shape) < p_BL) & batch.maskable_BL
+    batch_size, length = batch.tokens_BL.shape
+    masked_BL = (_uniform_rows(mask_key, jnp.arange(batch_size), length) < p_BL) & batch.maskable_BL
     return Corrupted(jnp.where(masked_BL, config.mask_id, batch.tokens_BL), masked_BL, p_BL)
 
 
-def corrupt_fixed_count(key: jax.Array, batch: Batch, mask_id: int) -> Corrupted:
+def corrupt_fixed_count(key: jax.Array, batch: Batch, mask_id: int, rows_B: jax.Array, num_rows: int) -> Corrupted:
     """Masks a uniformly drawn COUNT l in {1 … n} of each row's n maskable tokens, without replacement (LLaDA, eq. 6).
 
     n/l · Σ CE of a row is an unbiased estimate of the same bound, with less variance and without eps:
-    `p_BL` is l/n, so that the same loss applies. Counts are stratified over the rows. A row without a maskable token
-    is unchanged.
+    `p_BL` is l/n, so that the same loss applies. A row without a maskable token is unchanged.
+
+    The rows are some of `num_rows`, in any batches: `rows_B` holds their numbers, int32. A row's masks depend on (key,
+    number, num_rows) alone. Counts are stratified over all `num_rows` rows.
     """
     time_key, mask_key = jax.random.split(key)
-    batch_size, length = batch.tokens_BL.shape
     n_B = jnp.sum(batch.maskable_BL, axis=1)
-    counts_B = jnp.minimum(1 + jnp.floor(stratified_times(time_key, batch_size) * n_B), n_B).astype(jnp.int32)
-    noise_BL = jnp.where(batch.maskable_BL, _uniform_rows(mask_key, batch_size, length), jnp.inf)
+    times_B = stratified_times(time_key, num_rows)[rows_B]
+    counts_B = jnp.minimum(1 + jnp.floor(times_B * n_B), n_B).astype(jnp.int32)
+    noise_BL = jnp.where(batch.maskable_BL, _uniform_rows(mask_key, rows_B, batch.tokens_BL.shape[1]), jnp.inf)
     ranks_BL = jnp.argsort(jnp.argsort(noise_BL, axis=1), axis=1)
     masked_BL = (ranks_BL < counts_B[:, None]) & batch.maskable_BL
-    p_BL = jnp.broadcast_to((counts_B / jnp.maximum(n_B, 1))[:, None], (batch_size, length))
+    p_BL = jnp.broadcast_to((counts_B / jnp.maximum(n_B, 1))[:, None], batch.tokens_BL.shape)
     return Corrupted(jnp.where(masked_BL, mask_id, batch.tokens_BL), masked_BL, p_BL)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,8 +60,16 @@ class EvaluatorContext(NamedTuple):
 
 def make_evaluators(names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches,
                     mesh: Mesh) -> dict[str, Evaluator]:
-    """Builds evaluators by name. Raises ConfigError as `check_evaluation` does."""
+    """Builds evaluators by name. Raises ConfigError as `check_evaluation` does.
+
+    Where nothing is held out, those that need it are left out, with a line on stderr.
+    """
     check_evaluation(config, corpus.tokenizer)
+    skipped = [name for name in names if name != "samples" and not corpus.heldout.num_documents]
+    if skipped and hosts.is_primary():
+        print(f"skipping {', '.join(skipped)}: none of {corpus.train.num_documents:,} documents is held out "
+              f"(config.data.heldout_fraction = {config.data.heldout_fraction:g})", file=sys.stderr, flush=True)
+    names = tuple(name for name in names if name not in skipped)
     context = EvaluatorContext(config, corpus, pipeline, mesh)
     return {name: EVALUATORS[name](context) for name in names}
 
@@ -83,18 +92,20 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
     """The bound on held-out text by the fixed-count estimator (LLaDA, eq. 6): `eval/bits_per_byte` and `…_stderr`.
 
     Bits are divided by the original UTF-8 bytes; tokens include the EOS of every document. The standard error of the
-    ratio over windows covers both the random masks and the choice of text. Mask counts are stratified within a batch,
-    so the estimate errs on the high side.
+    ratio over windows covers both the random masks and the choice of text. Mask counts are stratified over the windows,
+    so the estimate errs on the high side. The masks of a window depend on its number, the number of windows and
+    config.seed alone: the bound does not depend on the devices or on eval.batch_size, and evaluations are paired.
     """
     config, corpus, pipeline, mesh = context
     windows = pipeline.heldout_windows(corpus.heldout, config.data.length, config.eval.windows)
+    num_rows = len(windows.tokens_BL)
     rows_sharding = sharding.batch_sharding(mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = math.ceil(config.eval.batch_size / shards) * shards
 
     @jax.jit
-    def nats(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        corrupted = corrupt_fixed_count(key, batch, config.diffusion.mask_id)
+    def nats(params: Any, batch: Batch, rows_B: jax.Array, key: jax.Array) -> jax.Array:
+        corrupted = corrupt_fixed_count(key, batch, config.diffusion.mask_id, rows_B, num_rows)
         hidden_BLD = model.hidden(config.model, params, corrupted.noisy_BL, batch.positions_BL, batch.segments_BL)
         head = functools.partial(model.head, config.model, params)
         losses = functools.partial(token_losses, head, chunk=config.train.logits_chunk)
@@ -102,13 +113,13 @@ def bits_per_byte(context: EvaluatorContext) -> Evaluator:
 
     def evaluate(params: Any, _: int) -> dict[str, float | str]:
         key = key_for(config.seed, Purpose.EVALUATION)  # the same masks at every step, so that evaluations compare
-        num_rows = len(windows.tokens_BL)
         nats_N = np.zeros(num_rows)
         for start in range(0, num_rows, batch_size):
             part = jax.tree.map(lambda x: _pad_rows(x[start : start + batch_size], batch_size), windows)  # noqa: B023
-            batch = jax.device_put(part, rows_sharding)
+            rows_B = np.arange(start, start + batch_size, dtype=np.int32) % num_rows  # rows of padding mask nothing
+            batch, rows_B = jax.device_put((part, rows_B), rows_sharding)
             with use_mesh(mesh):
-                draws = [nats(params, batch, jax.random.fold_in(jax.random.fold_in(key, start), draw))
+                draws = [nats(params, batch, rows_B, jax.random.fold_in(key, draw))
                          for draw in range(config.eval.draws)]
             nats_N[start : start + batch_size] = np.mean(hosts.fetch(draws), axis=0)[: num_rows - start]
         tokens_N = windows.maskable_BL.sum(axis=1)
@@ -186,7 +197,8 @@ def infill(context: EvaluatorContext) -> Evaluator:
             text += tokenizer.decode(passage[end:start], after=passage[:end])
             text += f"⟦{predicted} ✓⟧" if predicted == truth else f"⟦{predicted} ✗ {truth}⟧"
             end = start + width
-        return text + tokenizer.decode(passage[end:], after=passage[:end])
+        text += tokenizer.decode(passage[end:], after=passage[:end])
+        return text.replace("\n", "⏎")  # a passage stays on one line
 
     def evaluate(params: Any, _: int) -> dict[str, float | str]:
         pairs = [(passage, result.tokens) for passage, result in zip(
@@ -194,7 +206,7 @@ def infill(context: EvaluatorContext) -> Evaluator:
         hits = [filled[column] == passage[column] for passage, filled in pairs for column in hidden]
         lines = [f"[{number}] {show(*pair)}" for number, pair in enumerate(pairs, 1)]
         return {"eval/infill_accuracy": float(np.mean(hits)),
-                "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧", *lines])}
+                "eval/infill": "\n".join(["⟦filled in ✓⟧ or ⟦filled in ✗ truth⟧; ⏎ is a line break", *lines])}
 
     return evaluate
 

@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from etils import epy
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from illada_jax.config import ModelConfig
+
+with epy.lazy_imports():  # for TPUs only
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 # The name of attention's output in remat policies.
 ATTENTION_OUT = "attention_out"

@@ -191,7 +191,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.num_layers,
-            unroll=c.scan_unroll,
+            unroll=c.scan_unroll or c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = RMSNorm(c.norm_eps)
@@ -241,7 +241,8 @@ class Transformer(nn.Module):
             return (x_BTD, cache.write(index, new_kv) if writes else cache), None
 
         last = c.num_layers - 1
-        carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=min(c.scan_unroll, max(last, 1)))
+        unroll = min(c.scan_unroll or c.num_layers, max(last, 1))
+        carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=unroll)
         (x_BQD, cache), _ = layer(carry, last, query_columns_BQ)
         if writes:
             cache = cache.replace(segments_BS=segments_BT, writes=False)

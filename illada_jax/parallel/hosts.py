@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from etils import epy
 from jax.experimental import multihost_utils
 
 from illada_jax.errors import InputError
+
+with epy.lazy_imports():  # half a second, which one process does not need
+    import orbax.checkpoint as ocp
 
 T = TypeVar("T")
 

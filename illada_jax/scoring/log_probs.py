@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from illada_jax.decoding.query import CanvasSlice, LogitsFn, SpecialIds, guided_logits
+from illada_jax.parallel.hosts import fetch
 from illada_jax.parallel.mesh import use_mesh
 from illada_jax.parallel.sharding import batch_sharding
 
@@ -97,7 +98,7 @@ class LogProbEvaluator:
                       for batch in batches]
         results = {}
         for batch, result in dispatched:  # all batches are dispatched before the first is fetched
-            log_probs_BQC, best_BQ = jax.device_get(result)
+            log_probs_BQC, best_BQ = fetch(result)
             for row, group in enumerate(batch):
                 for target, index in enumerate(group):
                     count = len(queries[index].hidden_Q)

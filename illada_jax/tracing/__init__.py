@@ -7,10 +7,10 @@ decoding and all packages below it; only commands import it.
 """
 
 from illada_jax.tracing.page import write_page
-from illada_jax.tracing.picture import SUFFIXES, write_picture
+from illada_jax.tracing.picture import SUFFIXES, check_picture, write_picture
 from illada_jax.tracing.strategies import NEEDS, describe, differences
 from illada_jax.tracing.terminal import Watcher
 from illada_jax.tracing.trace import Trace, compare, make_trace
 
-__all__ = ["NEEDS", "SUFFIXES", "Trace", "Watcher", "compare", "describe", "differences", "make_trace", "write_page",
-           "write_picture"]
+__all__ = ["NEEDS", "SUFFIXES", "Trace", "Watcher", "check_picture", "compare", "describe", "differences", "make_trace",
+           "write_page", "write_picture"]

@@ -213,4 +213,5 @@ document.addEventListener("keydown", event => {
   else return;
   event.preventDefault();
 });
-draw();
+// A lone text is read first and replayed then; several are compared from the start.
+go(traces.length === 1 ? last : 0);

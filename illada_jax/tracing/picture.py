@@ -1,5 +1,6 @@
 """Traces as pictures: an animated GIF of the steps, or a PNG with the order of writing as colours."""
 
+import importlib.util
 import math
 import pathlib
 from typing import Any
@@ -16,6 +17,14 @@ _NEW, _ACCENT = (255, 216, 131), (44, 103, 201)
 SUFFIXES = (".gif", ".png")
 
 
+def check_picture(path: pathlib.Path) -> None:
+    """Raises InputError if `write_picture` could not write `path`, for its suffix or a missing package."""
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: the suffix must be {' or '.join(SUFFIXES)}")
+    if not all(map(importlib.util.find_spec, ("matplotlib", "PIL"))):
+        raise InputError(f"{path}: pictures need matplotlib: pip install 'illada_jax[plot]'")
+
+
 def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
     """Writes `path`: a .gif of all steps, or a .png of the finished text with the order of writing as colours.
 
@@ -23,13 +32,10 @@ def write_picture(path: str | pathlib.Path, trace: Trace) -> None:
       InputError: the suffix is not one of SUFFIXES, or Pillow or matplotlib is not installed.
     """
     path = pathlib.Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: the suffix must be {' or '.join(SUFFIXES)}")
-    try:
-        import matplotlib
-        from PIL import ImageFont
-    except ImportError as error:
-        raise InputError(f"{path}: pictures need matplotlib: pip install 'illada_jax[plot]'") from error
+    check_picture(path)
+    import matplotlib
+    from PIL import ImageFont
+
     fonts = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(str(fonts / "DejaVuSansMono.ttf"), _FONT_SIZE)
     small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 17)

@@ -16,17 +16,28 @@ _DESCRIBED = ("confidence", "reveal", "threshold", "factor", "entropy_bound", "s
               "length", "cache", "cache_refresh", "temperature", "top_k", "top_p", "cfg_scale")
 
 
+_ORDERS = {"low_confidence": "the most probable tokens first", "margin": "the clearest choices first",
+           "entropy": "the least uncertain positions first", "random": "in random order"}
+_AMOUNTS = {"schedule": "{steps_per_block} steps for a block of {block_length} tokens",
+            "threshold": "all above a probability of {threshold} at once",
+            "factor": "as many at once as the factor {factor} allows",
+            "entropy_bound": "as many at once as an entropy of {entropy_bound} nats allows"}
+
+
 def describe(decode: DecodeConfig) -> str:
-    """The settings that decide the order of writing, and others that differ from the defaults.
+    """The order of writing in words, and other settings that differ from the defaults.
 
     >>> describe(DecodeConfig())
-    'confidence=low_confidence, reveal=schedule, steps_per_block=32'
-    >>> describe(DecodeConfig(confidence="margin", reveal="threshold", temperature=0.5))
-    'confidence=margin, reveal=threshold, threshold=0.9, temperature=0.5'
+    'the most probable tokens first, 32 steps for a block of 32 tokens'
+    >>> describe(DecodeConfig(confidence="random", reveal="threshold", temperature=0.5))
+    'in random order, all above a probability of 0.9 at once (temperature=0.5)'
     """
-    defaults = to_dict(DecodeConfig())
-    return _words({name: value for name, value in _effective(decode).items()
-                   if name in ("confidence", "reveal", *NEEDS) or (name in _DESCRIBED and value != defaults[name])})
+    settings, defaults = to_dict(decode), to_dict(DecodeConfig())
+    text = f"{_ORDERS[decode.confidence]}, {_AMOUNTS[decode.reveal].format(**settings)}"
+    said = ("confidence", "reveal", "threshold", "factor", "entropy_bound", "steps_per_block", "block_length")
+    others = {name: value for name, value in _effective(decode).items()
+              if name in _DESCRIBED and name not in said and value != defaults[name]}
+    return f"{text} ({_words(others)})" if others else text
 
 
 def differences(strategies: Sequence[DecodeConfig]) -> list[str]:

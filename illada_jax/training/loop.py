@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
+from illada_jax.errors import InputError
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
@@ -65,6 +66,7 @@ class Outcome:
     """Result of a run."""
 
     state: TrainState  # the last
+    start: int  # step at which this process began; equal to `step` if nothing was left to do
     step: int  # steps taken
     status: Literal["finished", "stopped", "preempted"]  # all steps, train.stop_step, or SIGTERM or SIGINT; all saved
     final: dict[str, float | str]  # results of the evaluators at the last step
@@ -99,13 +101,36 @@ def train(setup: RunSetup) -> Outcome:
         if earlier is not None:
             hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
-        lines = read_lines(workdir) if start else []
+        stop, lines = config.train.stop_step or config.train.steps, read_lines(workdir) if start else []
+        if start > stop:
+            key = "stop_step" if config.train.stop_step else "steps"
+            raise InputError(f"config.train.{key} = {stop}: the run in {workdir} is at step {start}; use another "
+                             f"workdir, or --config.train.{key}=N with N > {start}")
+        if start == stop:
+            results = [line for line in lines if line["step"] == start]
+            return Outcome(state, start, start, _status(config, start), {
+                name: value for line in results for name, value in line.items() if name.startswith("eval/")})
+        if start and hosts.is_primary():
+            print(f"Resuming from step {start:,} of {config.train.steps:,}", flush=True)
         clock = Clock(earlier_seconds(lines, start))
-        with (MetricWriter(workdir, start, config.train.tensorboard) as writer, stop_signals() as told_to_stop,
-              watchdog(clock, config.train.watchdog_seconds)):
+        with (MetricWriter(workdir, start, config.train.tensorboard, config.train.wandb) as writer,
+              stop_signals() as told_to_stop, watchdog(clock, config.train.watchdog_seconds)):
             recent = [line for line in lines if start - config.train.plateau_window < line["step"] <= start]
             faults = FaultWatch(config, workdir, setup.batches, counts)
             return _Loop(setup, restore, checkpoints, writer, clock, faults, recent).run(state, start, told_to_stop)
+
+
+def _status(config: Config, step: int) -> str:
+    """The `Outcome.status` of a run that ends at a step."""
+    ended = "stopped" if step == config.train.stop_step else "preempted"
+    return "finished" if step == config.train.steps else ended
+
+
+def _say(text: str, file: TextIO) -> None:
+    """Prints beside the bar, at once: the output may be a file that somebody follows."""
+    if hosts.is_primary():
+        tqdm.write(text, file=file)
+        file.flush()
 
 
 def _new_state(config: Config, mesh: Mesh, initial: LazyModel | None) -> TrainState:
@@ -137,6 +162,7 @@ class _Loop:
             if "train/loss" in line:
                 self._plateau.add(line["step"], *sums_of_curve(line))
         self._log_started = time.perf_counter()
+        self._first_ended = self._log_started, 0  # time and number of the first step of this process
         self._unlogged_tokens = 0
         self._set_rate(faults.counts.rate)
 
@@ -147,10 +173,10 @@ class _Loop:
 
     def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:
         """Trains from step `start`, see `train`."""
-        saved = start
+        first = saved = start
         while True:
             try:
-                return self._run(state, start, saved, told_to_stop)
+                return dataclasses.replace(self._run(state, start, saved, told_to_stop), start=first)
             except RollBack as fault:
                 bad = fault.step
             # Outside the handler: the exception holds a reference to the discarded state.
@@ -168,9 +194,8 @@ class _Loop:
         self._set_rate(self._faults.counts.rate)
         self._writer.write(step, self._faults.counts.metrics())
         self._log_started, self._unlogged_tokens = time.perf_counter(), 0
-        if hosts.is_primary():
-            print(f"step {step}: continuing with the state of step {saved}, learning rate × "
-                  f"{self._faults.counts.rate:g}", file=sys.stderr, flush=True)
+        _say(f"step {step}: continuing with the state of step {saved}, learning rate × {self._faults.counts.rate:g}",
+             sys.stderr)
         return skip_steps(state, step - saved), saved
 
     def _run(self, state: TrainState, start: int, saved: int, told_to_stop: Callable[[int], bool]) -> Outcome:
@@ -194,6 +219,8 @@ class _Loop:
                 batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows_sharding, x), rows)
                 state, metrics = self._step_fn(state, batch)
                 self._clock.enter("step", step)
+                if step == start:
+                    self._first_ended = time.perf_counter(), step
                 # Dispatch runs ahead of the device: metrics are fetched only once the next step is under way.
                 if len(unlogged) == c.train.log_every or (unlogged and step % c.train.log_every == 0):
                     self._log(step, unlogged, bar)
@@ -218,8 +245,7 @@ class _Loop:
         if step > saved:  # told to stop, or a rollback led to the last step
             results = self._evaluate(step, state, bar) if step == stop else {}
             self._save(step, state, results)
-        status = "finished" if step == c.train.steps else "stopped" if step == stop else "preempted"
-        return Outcome(state, step, status, results)
+        return Outcome(state, start, step, _status(c, step), results)
 
     def _save(self, step: int, state: TrainState, results: dict[str, float | str]) -> None:
         self._clock.enter("checkpoint", step)
@@ -244,9 +270,16 @@ class _Loop:
         self._unlogged_tokens = 0
         if good:
             metrics |= self._means(step, good)
-            bar.set_postfix_str(
-                f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
         self._writer.write(step, metrics)
+        loss = f"loss {metrics['train/loss']:.3f}" if good else "no good step"
+        words = f"{loss}, {metrics['train/tokens_per_second']:,.0f} tokens/s"
+        bar.set_postfix_str(words)
+        if bar.disable:  # not a terminal
+            began, first = self._first_ended
+            stop = self._config.train.stop_step or self._config.train.steps
+            left = (stop - step) * (now - began) / max(step - 1 - first, 1)
+            _say(f"step {step:,} of {stop:,}: {words}, {metrics['goodput/share']:.0%} of the time in training, "
+                 f"{tqdm.format_interval(left)} left", sys.stderr)
 
     def _means(self, step: int, steps: list[StepMetrics]) -> dict[str, float]:
         """Metrics of some steps up to `step`, averaged."""
@@ -261,8 +294,8 @@ class _Loop:
         trend = self._plateau.add(step, sums.masked_K, sums.ce_K)
         if trend is not None:
             metrics |= {f"trend/{name}": value for name, value in trend._asdict().items()}
-            if trend.stopped and not self._plateau_reported and hosts.is_primary():
-                tqdm.write(advice(step, trend))
+            if trend.stopped and not self._plateau_reported:
+                _say(advice(step, trend), sys.stdout)
             self._plateau_reported = trend.stopped
         return metrics
 
@@ -276,6 +309,5 @@ class _Loop:
             self._writer.write(step, results)
         for name, value in results.items():
             text = f"{name}:\n{value}" if isinstance(value, str) else f"{name} = {value:.4g}"
-            if hosts.is_primary():
-                tqdm.write(f"step {step}: {text}")
+            _say(f"step {step}: {text}", sys.stdout)
         return results

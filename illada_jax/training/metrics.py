@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from illada_jax.diffusion.objective import NUM_BUCKETS, LossSums
-from illada_jax.errors import StorageError
+from illada_jax.errors import InputError, StorageError
 from illada_jax.files import is_remote, remove_leftovers, write_atomically
 
 NAME = "metrics.jsonl"
@@ -26,8 +26,11 @@ _PUBLISH_SECONDS = 60.0
 class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager."""
 
-    def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
-        """Opens the files and drops lines after `start_step`, where this process starts: it writes them again."""
+    def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool, wandb: bool = False):
+        """Opens the files and drops lines after `start_step`, where this process starts: it writes them again.
+
+        `wandb` copies the TensorBoard events to Weights & Biases. Raises InputError if its package is not installed.
+        """
         self._file = None
         self._events = None
         if jax.process_index():
@@ -42,6 +45,8 @@ class MetricWriter:
             path.copy(self._local / NAME)
         self._published = time.monotonic()
         self._file = (self._local / NAME).open("a")
+        if wandb:
+            start_wandb()
         if tensorboard:
             # Imported here because it takes a second.
             from tensorboardX import SummaryWriter
@@ -88,6 +93,15 @@ class MetricWriter:
         for path in self._local.iterdir():
             path.copy(self._workdir / path.name, overwrite=True)
         self._published = time.monotonic()
+
+
+def start_wandb() -> None:
+    """Starts Weights & Biases, which watches the TensorBoard writers made afterwards and ends with the process."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("config.train.wandb = True: needs wandb: pip install 'illada_jax[wandb]'") from error
+    wandb.init(sync_tensorboard=True)
 
 
 def _encode(line: dict[str, Any]) -> str:

@@ -18,10 +18,10 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
     c = config.optimizer
     scale = peak / c.learning_rate
     schedules = [optax.constant_schedule(rate * scale) for rate in (c.learning_rate, *c.changed_rates)]
-    boundaries = list(c.change_steps)
-    if c.warmup_steps:
-        schedules.insert(0, optax.linear_schedule(0.0, peak, c.warmup_steps))
-        boundaries.insert(0, c.warmup_steps)
+    boundaries = list(config.change_steps)
+    if config.warmup_steps:
+        schedules.insert(0, optax.linear_schedule(0.0, peak, config.warmup_steps))
+        boundaries.insert(0, config.warmup_steps)
     if config.decay_steps:
         before, floor = (c.learning_rate, *c.changed_rates)[-1], c.final_learning_rate
         if c.decay_shape == "cosine":

@@ -59,8 +59,7 @@ class PlateauWatch:
     @classmethod
     def of(cls, config: Config) -> "PlateauWatch":
         """The watch configured by `config.train` and the schedule of `config.optimizer`."""
-        optimizer, train = config.optimizer, config.train
-        changes = (optimizer.warmup_steps, *optimizer.change_steps)
+        train, changes = config.train, (config.warmup_steps, *config.change_steps)
         return cls(train.plateau_window, train.plateau_tolerance, changes, config.decay_start)
 
     def add(self, step: int, masked_K: np.ndarray, ce_K: np.ndarray) -> Trend | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shlex
 import sys
 
@@ -25,6 +26,8 @@ from illada_jax.training.saved_model import LazyModel, open_initial
 from illada_jax.training.step import abstract_state, donates
 
 GIB = 2**30
+_READ_DOCUMENTS = 20  # in which an example sentence is looked for
+_SENTENCE = re.compile(r"(?<![^.:] )\b[A-Z][a-z]*(?: [A-Za-z]+[,;]?){7,14}\.(?= |$)")
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -87,11 +90,11 @@ def resolve_epochs(config: Config, steps: int) -> Config:
     """Config with train.steps and, if given in epochs, eval.every computed from the number of steps.
 
     Raises:
-      ConfigError: both train.steps and train.epochs are given, or the schedule does not fit into the steps.
+      ConfigError: both train.steps and train.epochs are given.
     """
     if config.train.steps:
         raise ConfigError(f"config.train.steps = {config.train.steps}: must be 0 if config.train.epochs = "
-                          f"{config.train.epochs} is given")
+                          f"{config.train.epochs} is given; for example --config.train.epochs=0")
     every = config.eval.every
     if config.eval.every_epochs:
         every = math.ceil(steps * config.eval.every_epochs / config.train.epochs)
@@ -148,7 +151,7 @@ def describe_plan(config: Config) -> str:
         f"parameters        {count:,} ({_in_units(count)}), without embedding and head {count - embeddings:,} "
         f"({_in_units(count - embeddings)})",
         f"tokens per step   {tokens:,} ({config.data.batch_size:,} rows of {config.data.length:,})",
-        f"steps             {steps}",
+        f"steps             {steps}{_scaled(config)}",
         f"FLOPs             {flops:.4g} per token, {flops * tokens:.4g} per step{total} (attention not halved, "
         "recomputation not counted)",
     ]
@@ -158,6 +161,14 @@ def describe_plan(config: Config) -> str:
         lines.append(f"state per device  {_state_gib(config, mesh):,.2f} GiB with {axes} (float32 "
                      "params, gradients, optimizer; activations not included)")
     return "\n".join(lines)
+
+
+def _scaled(config: Config) -> str:
+    """A remark if warm-up and decay were scaled to the run."""
+    if config.schedule_scale == 1 or not config.train.steps:
+        return ""
+    return (f"; too few for the schedule, which is scaled by {config.schedule_scale:.2g}: warm-up "
+            f"{config.warmup_steps:,}, decay {config.decay_steps:,} steps")
 
 
 def _in_units(number: float) -> str:
@@ -188,7 +199,7 @@ def print_start(config: Config, workdir: epath.Path, mesh: Mesh, corpus: Corpus 
     print(f"corpus   {corpus.train.num_tokens:,} tokens of {corpus.train.num_documents:,} documents; held out "
           f"{corpus.heldout.num_tokens:,} tokens of {corpus.heldout.num_documents:,}")
     epochs = config.train.epochs or config.train.steps * tokens / max(corpus.train.num_tokens, 1)
-    print(f"training {config.train.steps:,} steps of {tokens:,} tokens ({epochs:.4g} epochs)")
+    print(f"training {config.train.steps:,} steps of {tokens:,} tokens ({epochs:.4g} epochs){_scaled(config)}")
     print(f"devices  {mesh.size} × {device.device_kind}, mesh {axes}")
     print(f"workdir  {workdir}", flush=True)
 
@@ -197,7 +208,8 @@ def print_end(
     config: Config, outcome: Outcome, results: dict[str, float | str], workdir: epath.Path, corpus: Corpus | Examples
 ) -> None:
     """Prints how the run ended, the results of the evaluators, and the commands to try next."""
-    print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}.\n")
+    before = " already, so nothing was trained or evaluated" if outcome.start == outcome.step else ""
+    print(f"\n{outcome.status.capitalize()} at step {outcome.step:,}{before}.\n")
     if "eval/bits_per_byte" in results:
         bound, stderr = results["eval/bits_per_byte"], results["eval/bits_per_byte_stderr"]
         print(f"Held-out text: at most {bound:.3f} ± {stderr:.3f} bits per byte (bound ± standard error).")
@@ -233,10 +245,15 @@ def _example_prompts(config: Config, corpus: Corpus | Examples) -> tuple[str, st
         prompt, answer = stream.question(0)
         asked = corpus.tokenizer.decode(prompt)
         return asked, f"{asked}[[mask:{len(answer)}]]"
-    tokens = stream.document(0)
-    text = " ".join(corpus.tokenizer.decode(tokens).split())[:60]
+    texts = [" ".join(corpus.tokenizer.decode(stream.document(index)).split())
+             for index in range(min(stream.num_documents, _READ_DOCUMENTS))]
+    text = texts[0][:60]
     question, separator, answer = text.partition(config.eval.separator)
     if separator and {"exact_match", "decoding_orders"} & {*config.eval.evaluators, *config.eval.final}:
         return question + separator, f"{question}{separator}[[mask:{len(corpus.tokenizer.encode(answer))}]]"
-    middle = len(text) // 2
-    return next(filter(None, config.eval.prompts), text[:20]), f"{text[:middle - 6]}[[mask:4]]{text[middle + 6:]}"
+    sentence = next(filter(None, map(_SENTENCE.search, texts)), None)
+    words = sentence[0].split(" ") if sentence else text.split(" ")
+    start, hidden, end = (" ".join(part) for part in (words[:4], words[4:6], words[6:]))
+    # A token includes the space before its word.
+    gap = len(corpus.tokenizer.encode(f" {hidden}")) if hidden else 4
+    return next(filter(None, config.eval.prompts), start), f"{start}[[mask:{gap}]]{f' {end}' if end else ''}"

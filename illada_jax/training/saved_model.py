@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -25,6 +24,9 @@ from illada_jax.model.int8 import Int8, quantize_matrix, quantize_params, quanti
 from illada_jax.parallel import sharding
 from illada_jax.parallel.fingerprints import digest, fingerprints, first_difference
 from illada_jax.parallel.mesh import check_model_divisible
+
+with epy.lazy_imports():  # half a second, which models of other layouts do not need
+    import orbax.checkpoint as ocp
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 26  # of converted weights on disk: reading an array of one chunk needs twice its memory

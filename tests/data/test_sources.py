@@ -160,3 +160,16 @@ def test_the_group_decides_the_split():
     assert Document("a").split_hash != Document("b").split_hash
     fraction = sum(Document(str(i)).split_hash < 0.1 * 2**64 for i in range(20_000)) / 20_000
     assert abs(fraction - 0.1) < 4 * (0.1 * 0.9 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize(("spec", "meant"), [
+    ("books/", "text:books/"), ("books/a.txt", "text:books/a.txt"), ("books/*.txt", "text:books/*.txt"),
+    ("web.jsonl.gz", "jsonl:web.jsonl.gz"), ("txt:books/", "text"),
+])
+def test_a_source_without_its_kind_is_suggested(spec, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("a")
+    (tmp_path / "web.jsonl.gz").touch()
+    with pytest.raises(InputError, match=rf"unknown kind .*; did you mean {re.escape(meant)}\? known: jsonl"):
+        registry.parts(spec)

@@ -83,7 +83,8 @@ def test_sampled_masks_agree_with_the_enumeration_for_their_eps(conditionals, sa
 def test_fixed_counts_agree_with_the_exact_bound_and_vary_less(conditionals):
     batch = make_batch(np.tile(OUTCOMES[17], (256, 1)))
     keys = jax.random.split(jax.random.key(1), 100)
-    fixed = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt_fixed_count(key, batch, MASK))))
+    fixed = jax.jit(lambda key: jnp.mean(nats_of_rows(
+        conditionals, batch, corrupt_fixed_count(key, batch, MASK, jnp.arange(256), 256))))
     config = DiffusionConfig(mask_id=MASK, eps=1e-3, time_sampling="uniform")
     sampled = jax.jit(lambda key: jnp.mean(nats_of_rows(conditionals, batch, corrupt(key, batch, config))))
     means, others = (np.asarray([f(key) for key in keys]) for f in (fixed, sampled))

@@ -62,6 +62,12 @@ def test_a_segment_has_one_time_and_segments_differ(sampling):
     assert len(set(times_BL[:, 0])) == 4
 
 
+def test_further_segments_are_a_golden_ratio_apart():
+    segments_BL = np.array([[1, 2, 3, 4]] * 8, np.int32)
+    times_BL = np.asarray(sample_times(jax.random.key(1), segments_BL, "stratified"))
+    np.testing.assert_allclose(np.diff(times_BL, axis=1) % 1, (5**0.5 - 1) / 2, atol=1e-6)
+
+
 def test_masks_follow_their_probability_and_spare_what_is_not_maskable():
     maskable_BL = np.ones((64, 512), bool)
     maskable_BL[:, :100] = False
@@ -88,7 +94,7 @@ def test_fixed_counts_are_uniform_exact_and_without_replacement():
     maskable_BL[:, 7:] = False
     maskable_BL[3] = False
     batch = make_batch(16, 10, maskable_BL=maskable_BL)
-    draw = jax.jit(lambda key: corrupt_fixed_count(key, batch, MASK))
+    draw = jax.jit(lambda key: corrupt_fixed_count(key, batch, MASK, jnp.arange(16), 16))
     counts = np.zeros(8)
     for key in jax.random.split(jax.random.key(0), 100):
         out = draw(key)

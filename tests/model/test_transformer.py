@@ -81,7 +81,7 @@ def test_queried_columns_are_those_of_the_whole(num_layers, scan_unroll):
     np.testing.assert_allclose(some_BQV, np.take_along_axis(whole_BLV, query_columns_BQ[:, :, None], 1), atol=2e-5)
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 0}])
 def test_how_it_is_computed_changes_neither_values_nor_gradients(change):
     params = random_params(SMALL)
     rows = inputs()

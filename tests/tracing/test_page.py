@@ -52,6 +52,8 @@ def text(page, card=0):
 
 def test_the_slider_moves_and_candidates_show(open_page):
     page = open_page([TRACE])
+    assert page.inner_text("#shown") == "step 3 of 3", "a lone text is shown whole"
+    page.keyboard.press("Home")
     masked = page.locator(".canvas .masked:visible")
     assert page.inner_text("#shown") == "step 0 of 3" and masked.count() == 2
     page.locator("#step").press("ArrowRight")
@@ -104,6 +106,7 @@ def test_a_strategy_with_fewer_steps_waits_for_the_other(open_page):
 
 def test_keys_go_through_steps_and_tokens(open_page):
     page = open_page([TRACE])
+    page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")

@@ -124,7 +124,7 @@ def test_strategies_of_one_prompt_are_what_decoding_them_gives(lm):
     filled = compare(lm, "a[[mask:3]]b", strategies[:2], infill=True)
     assert all(trace.pieces[0] == "a" and trace.pieces[-1] == "b" for trace in filled)
     alone = compare(lm, "abc", [{"confidence": "margin"}])[0]
-    assert alone.strategy == "confidence=margin, reveal=schedule, steps_per_block=4, block_length=4"
+    assert alone.strategy == "the clearest choices first, 4 steps for a block of 4 tokens"
     with pytest.raises(InputError, match="confidnce: unknown key"):
         compare(lm, "abc", [{}, {"confidnce": "random"}])
 

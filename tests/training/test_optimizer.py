@@ -45,15 +45,36 @@ def test_the_schedule_has_its_hand_values(optimizer, expected):
     [
         ({"change_steps": (30,)}, "changed_rates"),
         ({"warmup_steps": 30, "decay_start": 20, "decay_steps": 10}, "warmup_steps = 30: must not exceed .*, 20"),
-        ({"warmup_steps": 70, "decay_steps": 40}, "warmup_steps = 70: must not exceed .*, 60"),
+        ({"warmup_steps": 70, "decay_start": 60, "decay_steps": 40}, "warmup_steps = 70: must not exceed .*, 60"),
         ({"change_steps": (30, 20), "changed_rates": (1e-4, 1e-5)}, "must ascend"),
-        ({"change_steps": (70,), "changed_rates": (1e-4,), "decay_steps": 40}, "start of the decay"),
+        ({"change_steps": (70,), "changed_rates": (1e-4,), "decay_start": 60, "decay_steps": 40}, "start of the decay"),
         ({"change_steps": (30,), "changed_rates": (1e-4,), "final_learning_rate": 2e-4}, "final_learning_rate"),
     ],
 )
 def test_inconsistent_schedules_are_refused(optimizer, message):
     with pytest.raises(ConfigError, match=message):
         config_with(**optimizer)
+
+
+@pytest.mark.parametrize(("steps", "optimizer", "expected"), [
+    (4400, {"warmup_steps": 50, "decay_steps": 3400}, (50, (), 1000, 3400)),
+    (3450, {"warmup_steps": 50, "decay_steps": 3400}, (50, (), 50, 3400)),
+    (345, {"warmup_steps": 50, "decay_steps": 3400}, (5, (), 5, 340)),
+    (1, {"warmup_steps": 50, "decay_steps": 3400}, (0, (), 1, 0)),
+    (100, {"warmup_steps": 200}, (100, (), 100, 0)),
+    (100, {"warmup_steps": 50, "decay_fraction": 0.7}, (30, (), 30, 70)),
+    (100, {"warmup_steps": 20, "decay_fraction": 0.7}, (20, (), 30, 70)),
+    (100, {"warmup_steps": 20, "change_steps": (600,), "changed_rates": (1e-4,), "decay_steps": 400},
+     (2, (60,), 60, 40)),
+    (100, {"warmup_steps": 20, "decay_start": 500, "decay_steps": 400}, (20, (), 500, 400)),
+])
+def test_a_schedule_that_does_not_fit_is_scaled(steps, optimizer, expected):
+    """Only then, and down; a start of the decay is kept."""
+    config = config_with(steps, **optimizer)
+    assert (config.warmup_steps, config.change_steps, config.decay_start, config.decay_steps) == expected
+    assert (config.schedule_scale == 1) == (config.warmup_steps == optimizer["warmup_steps"])
+    rates = np.asarray(make_schedule(config, 1e-3)(np.arange(steps)))
+    assert rates.max() <= 1.001e-3 and (steps == 1 or rates.max() > 9e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -78,7 +99,9 @@ def test_muon_makes_the_updates_of_layer_matrices_orthogonal():
     shapes = model.abstract_params(SMALL)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     updates, _ = jax.jit(lambda: optimizer.update(params, optimizer.init(params), params))()
-    q_DNH, o_NHD = updates["layers"]["attention"]["q"][0], updates["layers"]["attention"]["o"][1]
-    for matrix in (q_DNH.reshape(16, 16), o_NHD.reshape(16, 16), updates["layers"]["mlp"]["down"][0]):
-        singular = np.linalg.svd(matrix, compute_uv=False)
-        assert singular.min() > 0.4 * singular.max()
+    inputs = {"q": 16, "k": 16, "v": 16, "o": 16, "gate": 16, "up": 16, "down": 32}
+    matrices = {**updates["layers"]["attention"], **updates["layers"]["mlp"]}
+    for name, size in inputs.items():
+        for matrix in matrices[name]:
+            singular = np.linalg.svd(matrix.reshape(size, -1), compute_uv=False)
+            assert singular.min() > 0.4 * singular.max(), name

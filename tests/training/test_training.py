@@ -2,10 +2,16 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from illada_jax.config import DataConfig, from_dict
 from illada_jax.data.corpus import open_corpus
@@ -15,6 +21,7 @@ from illada_jax.errors import InputError
 from illada_jax.evaluation.evaluators import ratio_and_stderr
 from illada_jax.interop import load_model
 from illada_jax.training import lock
+from illada_jax.training.metrics import MetricWriter
 
 
 def leaves(outcome):
@@ -97,6 +104,47 @@ def test_it_learns_and_the_bound_is_reported(run, tmp_path):
     masked = [value for key, value in lines[0].items() if key.startswith("train_by_p/masked_tokens/")]
     assert len(masked) > 3  # a curve over the masking probability
     assert sum(masked) == pytest.approx(lines[0]["train/mask_fraction"] * 3 * 8 * 32)
+
+
+def test_output_without_a_terminal_resuming_and_a_finished_run(run, tmp_path, capsys):
+    calls, workdir = [], tmp_path / "w"
+    evaluators = {"bound": lambda params, step: calls.append(step) or {"eval/bound": 2.0}}
+    run(workdir, evaluators=evaluators, train__stop_step=5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    pattern = r"step (\d+) of 5: loss \d\.\d{3}, [\d,]+ tokens/s, \d+% of the time in training, (\d\d:\d\d) left"
+    assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["3", "5"]
+    assert re.fullmatch(pattern, lines[-1]).group(2) == "00:00"
+    outcome, _ = run(workdir, evaluators=evaluators)
+    assert "Resuming from step 5 of 10\n" in capsys.readouterr().out and (outcome.start, calls) == (5, [5, 10])
+    before = (workdir / "metrics.jsonl").read_text()
+    again, _ = run(workdir, evaluators=evaluators)
+    assert (again.start, again.step, again.status, again.final) == (10, 10, "finished", {"eval/bound": 2.0})
+    assert calls == [5, 10] and (workdir / "metrics.jsonl").read_text() == before
+    assert all((a == b).all() for a, b in zip(leaves(outcome), leaves(again), strict=True))
+    with pytest.raises(InputError, match=r"train\.stop_step = 9: the run in .* is at step 10; use another workdir"):
+        run(workdir, train__stop_step=9)
+
+
+def test_weights_and_biases_starts_before_the_writer_and_is_asked_for_by_name(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: started.append(given)))
+    with MetricWriter(epath.Path(tmp_path), 0, tensorboard=True, wandb=True) as writer:
+        writer.write(1, {"train/loss": 1.0})
+    assert started == [{"sync_tensorboard": True}]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'illada_jax\[wandb\]'"):
+        MetricWriter(epath.Path(tmp_path), 0, tensorboard=True, wandb=True)
+
+
+def test_weights_and_biases_offline(tmp_path):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    code = ("from etils import epath; from illada_jax.training.metrics import MetricWriter\n"
+            "with MetricWriter(epath.Path('.'), 0, True, True) as writer: writer.write(1, {'train/loss': 1.5})")
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"train/loss" in record.read_bytes()
 
 
 @pytest.mark.slow

@@ -5,7 +5,10 @@ the package. With `takes_limit` the function takes the longest document in bytes
 possibly in other processes, so the content of a part may depend only on its files and arguments.
 """
 
+import difflib
+import glob
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,6 +74,17 @@ def register(kind: str, takes_argument: bool = True, takes_limit: bool = False) 
     return lambda function: _KINDS.setdefault(kind, (function, takes_argument, takes_limit))[0]
 
 
+def _unknown(spec: str, kind: str) -> str:
+    """The message for a source of unknown kind, with the source that may be meant."""
+    if glob.glob(os.path.expanduser(spec)):  # a path without its kind
+        suffix = pathlib.Path(spec).suffixes[:1]
+        near = f"{'jsonl' if suffix == ['.jsonl'] else 'text'}:{spec}"
+    else:
+        near = "".join(difflib.get_close_matches(kind, _KINDS, n=1))
+    hint = f"did you mean {near}? " if near else ""
+    return f"unknown kind {kind!r}; {hint}known: {', '.join(sorted(_KINDS))}"
+
+
 def parts(spec: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> list[Part]:
     """The parts of a source, in order.
 
@@ -85,7 +99,7 @@ def parts(spec: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> list[Part]:
     if kind == "prepared":
         raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
-        raise InputError(f"source {spec!r}: unknown kind {kind!r}; known: {', '.join(sorted(_KINDS))}")
+        raise InputError(f"source {spec!r}: {_unknown(spec, kind)}")
     list_parts, takes_argument, takes_limit = _KINDS[kind]
     if argument and not takes_argument:
         raise InputError(f"source {spec!r}: {kind!r} takes no argument")
