@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from illada_jax.errors import InputError
+from illada_jax.files import CONFIG_BYTES, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -62,6 +63,8 @@ class TensorDirectory:
 
     def _add(self, path: pathlib.Path) -> None:
         """Adds the metadata of the tensors of a file."""
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: must be a regular file")
         try:
             with safe_open(path, framework="np") as file:
                 parts = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -106,7 +109,7 @@ def _read_index(directory: pathlib.Path, files: set[str]) -> dict[str, str] | No
     if not path.exists():
         return None
     try:
-        index = json.loads(path.read_bytes())["weight_map"]
+        index = read_json(path, CONFIG_BYTES)["weight_map"]
         missing = set(index.values()) - files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: must be JSON with a weight_map from tensors to files") from error

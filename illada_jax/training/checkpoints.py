@@ -32,6 +32,7 @@ from illada_jax.training.saved_model import (
     CorruptCheckpointError,
     absolute_path,
     check_checksum,
+    check_file_types,
     encode_files,
     translate_read_errors,
     with_checksum,
@@ -46,6 +47,11 @@ def _is_not_a_repetition(record: logging.LogRecord) -> bool:
     """False for Orbax's messages about failed writes: hundreds of lines about an error that it also raises."""
     return record.levelno < logging.ERROR or not (
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return getattr(error, "strerror", None) or (text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -86,11 +92,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # waiting for a save could mean waiting for dead processes
+        common = kind is None or (issubclass(kind, InputError) and not issubclass(kind, StorageError))
+        if jax.process_count() > 1 and not common:
+            return  # waiting for a save could mean waiting for processes that are dead or know of no error
         try:
+            self.wait()
             with self._writing():
-                self._manager.wait_until_finished()
                 self._manager.close()
         except StorageError as error:
             if kind is None:
@@ -107,13 +114,41 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            text = " ".join(str(error).split())
-            text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
-            reason = getattr(error, "strerror", None) or text
-            complete = ocp.utils.checkpoint_steps(self._manager.directory)
+            complete = self._steps_on_disk()
             newest = f"the newest complete one is from step {max(complete)}" if complete else "there is no complete one"
-            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix the "
-                               "cause and repeat the command to resume") from error
+            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {_reason(error)}; {newest}. "
+                               "Fix the cause and repeat the command to resume") from error
+
+    def _steps_on_disk(self) -> list[int]:
+        directory = self._manager.directory
+        return ocp.utils.checkpoint_steps(directory) if directory.exists() else []
+
+    def wait(self) -> None:
+        """Waits for the save in progress. Raises StorageError if it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def problems(self) -> list[str]:
+        """Waits for the save in progress; describes its failure, and checkpoints that others have removed.
+
+        After a failure the next save may succeed. With several processes, which wait for each other during a save, a
+        failure is a StorageError.
+        """
+        found = []
+        try:
+            self.wait()
+        except StorageError as error:
+            if jax.process_count() > 1:
+                raise
+            found.append(f"a checkpoint could not be written ({_reason(error.__cause__)})")
+        complete = self._steps_on_disk()
+        gone = [f"checkpoints/{step}" for step in self._manager.all_steps() if step not in complete]
+        if gone:
+            found.append(f"{', '.join(gone)} disappeared")
+        self._manager.directory.mkdir(parents=True, exist_ok=True)
+        if found:
+            self._manager.reload()
+        return found
 
     @property
     def latest_step(self) -> int | None:
@@ -151,8 +186,7 @@ class Checkpoints:
           InputError: the workdir was trained on another corpus, or all of its checkpoints are corrupt.
         """
         corrupt = []
-        with self._writing():
-            self._manager.wait_until_finished()
+        self.wait()
         while (step := self.latest_step if before is None else self._scheduled_before(before)) is not None:
             try:
                 return self._restore(step, abstract)
@@ -170,6 +204,7 @@ class Checkpoints:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
         items = _items(abstract if has_average else dataclasses.replace(abstract, ema=None))
         with translate_read_errors():
+            check_file_types(self._manager.directory / str(step))
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
                 **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()},

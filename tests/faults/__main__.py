@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults import kills, programs, signals, storage
+from tests.faults import kills, leaving, programs, removed, signals, storage
 
 # Faults that need no separate process: these tests, with many examples in the full set.
 IN_PROCESS = {
@@ -26,6 +26,9 @@ IN_PROCESS = {
     "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
     "foreign checkpoints: headers, indices, links": ["tests/interop/test_malformed_checkpoints.py"],
     "files that run code or claim to be large": ["tests/test_untrusted_files.py"],
+    "directories, FIFOs and devices as files, deep and large JSON, half a line": [
+        "tests/test_files.py", "tests/training/test_workdir.py"],
+    "control characters on a terminal": ["tests/test_console.py"],
     "fuzz: texts, configs, JSONL, templates, headers, manifests": [
         "tests/fuzz", "tests/data/test_tokenizers.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
     "programs that try to escape from the sandbox": ["tests/evaluation/test_sandbox.py"],
@@ -61,11 +64,16 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
     table.add("two runs of the same config", 2, wrong, "the same metrics and arrays, bit for bit")
     programs.must(programs.train_command(directory, directory / "short", *storage.SHORT))
 
-    killed, wrong = kills.killed_training(directory / "whole", directory / "killed", 6 if quick else 50, directory,
-                                          whole)
-    moments = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
-    table.add("kill -9 while training", f"{sum(killed.values())} ({moments})", wrong,
-              "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
+    for name, count, moments in (("killed", 6 if quick else 20, kills.MOMENTS),
+                                 ("killed-evaluating", 2 if quick else 30, ("evaluation",)),
+                                 ("killed-saving", 2 if quick else 10, (kills.TWO_SAVES,))):
+        if kills.TWO_SAVES in moments and not storage.can_trace():
+            table.add("kill -9 with two saves on a slow disk", 0, [], "not permitted here, or no strace")
+            continue
+        killed, wrong = kills.killed_training(directory / "whole", directory / name, count, directory, whole, moments)
+        done = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
+        table.add("kill -9 while training", f"{sum(killed.values())} ({done})", wrong,
+                  "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
     count, wrong = kills.killed_preparation(directory, 4 if quick else 20)
     table.add("kill -9 while preparing", count, wrong, "the same corpus, byte for byte")
 
@@ -83,6 +91,12 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
     for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(directory, 1 if quick else 3):
         table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or no effect; then finishes")
+    for name, wrong in removed.removed(directory, directory / "whole", whole):
+        table.add(f"removed during a run: {name}", 1, [wrong] if wrong else [],
+                  "one line, exit code 2, all written again; then finishes like the undisturbed run, bit for bit")
+    for cause, processes, wrong, outcome in leaving.causes(directory):
+        table.add(f"time to leave after an error: {cause}", f"{processes} process{'es' * (processes > 1)}",
+                  [wrong] if wrong else [], outcome)
     for fault, files in IN_PROCESS.items():
         if not quick:  # the test suite runs them
             _pytest(table, fault, files)

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 from illada_jax.errors import InputError
+from illada_jax.files import parse_json
 
 SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first one with a template wins
@@ -93,7 +94,7 @@ class Tokenizer(abc.ABC):
 def read_chat_template(files: Mapping[str, bytes]) -> str | None:
     """The chat template in the files of a tokenizer, or None. Raises InputError if one of CHAT_FILES is malformed."""
     try:
-        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        template = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json").get("chat_template")
         if "chat_template.jinja" in files:
             return files["chat_template.jinja"].decode()
         if isinstance(template, list):  # several named templates
