@@ -38,6 +38,7 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         return code
 
     console.protect_stdout()
+    sys.unraisablehook = _report_unraisable
     try:
         app.run(run_main, flags_parser=_parse)
     except BrokenPipeError:
@@ -64,6 +65,12 @@ def report(error: Exception) -> int:
         text, code = "".join(traceback.format_exception(error)).rstrip(), 1
     print(console.visible_on(sys.stderr, text), file=sys.stderr)
     return code
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drops the errors of TensorStore's threads that come after a failed read: Orbax has reported the first."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class ModelFlags:

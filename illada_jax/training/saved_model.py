@@ -21,7 +21,7 @@ from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, ModelConfig
 from illada_jax.data.tokenizers import Tokenizer, tokenizer_from_files
-from illada_jax.errors import InputError
+from illada_jax.errors import InputError, StorageError
 from illada_jax.files import is_remote, read_json
 from illada_jax.model.int8 import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding
@@ -215,14 +215,18 @@ def check_file_types(directory: epath.Path) -> None:
 def translate_read_errors() -> Iterator[None]:
     """Turns Orbax's errors about missing, truncated or undecodable files into CorruptCheckpointError.
 
-    Some are bare Exceptions, so all exceptions are caught; errors of the devices pass through.
+    Some are bare Exceptions, so all exceptions are caught; errors of the devices pass through. What this user may not
+    read is a StorageError: it may be whole.
     """
     try:
         yield
     except (CorruptCheckpointError, InputError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise CorruptCheckpointError(" ".join(str(error).split())[:200]) from error
+        reason = " ".join(str(error).split())
+        if "ermission denied" in reason:  # of the system, also as TensorStore quotes it
+            raise StorageError(f"cannot be read: {reason[-200:]}") from error
+        raise CorruptCheckpointError(reason[:200]) from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tests.faults import programs, storage
 
@@ -15,9 +15,8 @@ LIMITS = {1: 15.0, 2: 60.0}  # seconds from the first line of an error to the en
 _NOBODY = 65534
 
 
-def causes(directory: pathlib.Path) -> list[tuple[str, int, str, str]]:
+def causes(directory: pathlib.Path) -> Iterator[tuple[str, int, str, str]]:
     """(Cause, processes, failure or an empty text, outcome) of each fatal error."""
-    found = []
     as_nobody = _as_nobody(directory)
 
     def unwritable(workdir: pathlib.Path) -> None:
@@ -50,12 +49,11 @@ def causes(directory: pathlib.Path) -> list[tuple[str, int, str, str]]:
     ]
     for number, (cause, prepare, prefixes, flags, last, expected) in enumerate(cases):
         if None in prefixes:
-            found.append((cause, len(prefixes), "", "not permitted here"))
+            yield cause, len(prefixes), "", "not permitted here"
             continue
         workdir = directory / f"leaving-{number}"
         prepare(workdir)
-        found.append((cause, len(prefixes), *_timed(directory, workdir, prefixes, flags, last, expected)))
-    return found
+        yield cause, len(prefixes), *_timed(directory, workdir, prefixes, flags, last, expected)
 
 
 def _half_way(directory: pathlib.Path, workdir: pathlib.Path) -> None:
