@@ -63,7 +63,7 @@ def report(error: Exception) -> int:
         text, code = f"error: {error.filename or 'a file'}: {error.strerror}", EXIT_BAD_INPUT
     else:
         text, code = "".join(traceback.format_exception(error)).rstrip(), 1
-    print(console.visible_on(sys.stderr, text), file=sys.stderr)
+    console.print_error(text)
     return code
 
 

@@ -5,7 +5,7 @@ import io
 import os
 import re
 import sys
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 # C0 but tab and newline, DEL, C1 (ESC, CSI and OSC are among them), and what reorders text (Unicode TR 36).
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -20,9 +20,10 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def visible_on(stream: TextIO, text: str) -> str:
-    """`visible(text)` if the stream is a terminal, else the text as it is."""
-    return visible(text) if stream.isatty() else text
+def print_error(text: str) -> None:
+    """Prints to standard error, in one piece, and shows control characters if it is a terminal."""
+    sys.stderr.write(f"{visible(text) if sys.stderr.isatty() else text}\n")
+    sys.stderr.flush()
 
 
 class _Visible(io.TextIOWrapper):

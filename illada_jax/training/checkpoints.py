@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +41,8 @@ from illada_jax.training.saved_model import (
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
-# Orbax calls this several times per save, for a message about throughput; each call leaks 0.65 KiB (TensorStore 0.1.86).
+# Orbax calls this several times per save, for a message about throughput, and each call leaks a list per metric
+# (TensorStore 0.1.86).
 tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 _SAVE_THREADS = ("async_save", "save_finalize")  # of Orbax
 _REASON_LENGTH = 200  # characters of a library's message, from its end, which holds the cause
@@ -56,8 +56,8 @@ def _is_not_a_repetition(record: logging.LogRecord) -> bool:
     """
     error = record.exc_info[1] if record.exc_info else None
     if jax.process_count() > 1 and record.threadName in _SAVE_THREADS and isinstance(error, OSError | ValueError):
-        sys.stderr.write(f"error: process {jax.process_index()}: cannot write a checkpoint: {_reason(error)}. Fix the "
-                         "cause and repeat the command to resume\n")  # in one piece: other threads write too
+        console.print_error(f"error: process {jax.process_index()}: cannot write a checkpoint: {_reason(error)}. Fix "
+                            "the cause and repeat the command to resume")
         console.hard_exit(EXIT_BAD_INPUT)
     return record.levelno < logging.ERROR or not (
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
@@ -117,7 +117,7 @@ class Checkpoints:
             if kind is None:
                 raise
             if not issubclass(kind, StorageError):  # else the user has seen it
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+                console.print_error(f"warning: {error}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -212,8 +212,8 @@ class Checkpoints:
                 return restored
             moved_to = self._set_aside(step)
             corrupt.append(str(moved_to))
-            print(f"warning: {self._manager.directory / str(step)}: corrupt: {problems[0]}; moved to {moved_to}",
-                  file=sys.stderr, flush=True)
+            console.print_error(f"warning: {self._manager.directory / str(step)}: corrupt: {problems[0]}; moved to "
+                                f"{moved_to}")
         if not corrupt:
             return None
         raise InputError(f"{self._manager.directory}: all checkpoints are corrupt and were moved to "

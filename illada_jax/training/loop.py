@@ -41,7 +41,7 @@ from illada_jax.training.step import (
     skip_steps,
 )
 from illada_jax.training.stop_signals import stop_signals
-from illada_jax.training.workdir import prepare_workdir, restore_missing, write_config
+from illada_jax.training.workdir import prepare_workdir, restore_missing, resume_workdir
 
 # (params, step) → numbers and texts by name.
 Evaluator = Callable[[Any, int], dict[str, float | str]]
@@ -99,7 +99,7 @@ def train(setup: RunSetup) -> Outcome:
 
         state, counts = restore()
         if earlier is not None:
-            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
+            hosts.broadcast_from_primary(lambda: resume_workdir(workdir, config, setup.tokenizer))
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
         lines = read_lines(workdir) if start else []
         clock = Clock(earlier_seconds(lines, start))

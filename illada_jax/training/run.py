@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from illada_jax import model
+from illada_jax import console, model
 from illada_jax.config import Config
 from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples
 from illada_jax.data.finetuning import example_batches
@@ -63,7 +63,7 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
     from_checkpoint = config.data.tokenizer == "checkpoint"
     examples = open_examples(config, (initial or open_initial(config)).tokenizer if from_checkpoint else None)
     if examples.dropped:
-        print(examples.dropped, file=sys.stderr, flush=True)
+        console.print_error(examples.dropped)
     config = _stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
     batches = example_batches(config, examples)
     if config.train.epochs:

@@ -29,11 +29,9 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     if path.exists():
         values = read_json(path)
         try:
-            earlier = config_lib.to_dict(config_lib.from_saved(values))
+            return config_lib.to_dict(config_lib.from_saved(values))
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path}: not the config of a run: {error}") from error
-        restore_missing(workdir, config, tokenizer)
-        return earlier
     try:
         with contextlib.suppress(FileNotFoundError):
             # A process killed before it wrote the config may have left these; they are rewritten.
@@ -60,6 +58,12 @@ def restore_missing(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     except OSError as error:
         raise StorageError(f"{workdir}: cannot write {', '.join(missing)}: {error.strerror or error}") from error
     return missing
+
+
+def resume_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes the config of a resumed run, after all checks, and the tokenizer if it is missing."""
+    write_config(workdir, config)
+    restore_missing(workdir, config, tokenizer)
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:

@@ -8,6 +8,7 @@ The full set kills a training run 50 times and takes about half an hour on two c
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import time
 
-from tests.faults import kills, leaving, programs, removed, signals, storage
+import numpy as np
+
+from tests.faults import kills, leaving, long_run, programs, removed, signals, storage
 
 # Faults that need no separate process: these tests, with many examples in the full set.
 IN_PROCESS = {
@@ -33,6 +36,9 @@ IN_PROCESS = {
         "tests/fuzz", "tests/data/test_tokenizers.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
     "programs that try to escape from the sandbox": ["tests/evaluation/test_sandbox.py"],
 }
+
+
+_MIB_PER_10_000_STEPS = 1.0
 
 
 class Table:
@@ -97,10 +103,31 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
     for cause, processes, wrong, outcome in leaving.causes(directory):
         table.add(f"time to leave after an error: {cause}", f"{processes} process{'es' * (processes > 1)}",
                   [wrong] if wrong else [], outcome)
+    if not quick:
+        _memory(table, directory)
     for fault, files in IN_PROCESS.items():
         if not quick:  # the test suite runs them
             _pytest(table, fault, files)
     return table
+
+
+def _memory(table: Table, directory: pathlib.Path) -> None:
+    """Adds the growth of memory over a long run with and without saves, and over many prompts."""
+    steps, slopes = 30_000, {}
+    for save_every in (1000, steps):
+        samples, _ = long_run.watch(directory, steps, save_every)
+        slopes[save_every], error = long_run.growth(samples, steps)
+        wrong = [] if slopes[save_every] <= _MIB_PER_10_000_STEPS else ["more than 1 MiB"]
+        table.add(f"memory over {steps:,} steps with saves every {save_every:,}", 1, wrong,
+                  f"{slopes[save_every]:+.2f} ± {error:.2f} MiB per 10,000 steps after the first tenth")
+    table.add("memory of a save", 1, [], f"{(slopes[1000] - slopes[steps]) / 10 * 1024:.0f} KiB")
+    result = json.loads(programs.must([sys.executable, "-m", "tests.faults.many_prompts"]).splitlines()[-1])
+    later = np.array([sample for sample in result["samples"] if sample[0] >= 500])
+    grown = later[-1] - later[0]
+    table.add("memory over 2,000 prompts of random lengths", 1,
+              [f"grows by {grown[1]:.1f} MiB, {grown[2]:.0f} compilations"] if grown[1] > 1 or grown[2] else [],
+              f"{grown[1]:+.2f} MiB and no compilation after the first 500; {later[-1][2]:.0f} compilations before, "
+              f"{len(result['shapes'])} of them of the decoding loop: {', '.join(result['shapes'])}")
 
 
 def _pytest(table: Table, fault: str, files: list[str]) -> None:
