@@ -35,7 +35,7 @@ from illada_jax.evaluation import code_execution, presets
 from illada_jax.evaluation.manifest import make_manifest
 from illada_jax.evaluation.settings import KNOWN_SETTINGS, Settings, did_you_mean, make_settings, parse_settings
 from illada_jax.evaluation.work import Work
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import digest
 
@@ -184,7 +184,7 @@ def write_manifest(directory: epath.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest before the evaluation. Raises InputError if the directory holds another evaluation."""
     path = directory / "manifest.json"
     if path.exists():
-        different = config_lib.differences(json.loads(path.read_text()), manifest)
+        different = config_lib.differences(read_json(path), manifest)
         if different:
             raise InputError(f"--output_dir={directory}: holds another evaluation ({'; '.join(different[:3])}); "
                              "choose another directory")

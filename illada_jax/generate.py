@@ -40,7 +40,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.data.sources.records import RejectedExample, read_records
 from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_file, write_atomically
 
 MODEL = cli.ModelFlags()
 
@@ -375,10 +375,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
     """Line numbers (from 0) of the prompts with a result; removes a line that an interruption cut off."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    except OSError as error:
-        raise InputError(f"--results={path}: {error.strerror}") from error
+    text = read_file(path).decode(errors="replace") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     done = set()
     for number, line in enumerate(whole.split("\n")[:-1], start=1):

@@ -20,15 +20,14 @@ When a process of several dies, JAX aborts the others (SIGABRT, 134 in a shell);
 """
 
 import sys
-import traceback
 
 import jax
 from absl import flags
 from etils import epath
 
-from illada_jax import cli
+from illada_jax import cli, console
 from illada_jax.config import Config
-from illada_jax.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, ConfigError, InputError, StorageError
+from illada_jax.errors import EXIT_RESUMABLE, ConfigError, InputError, StorageError
 from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
 from illada_jax.interop import open_model
 from illada_jax.interop.families import ILLADA, write_model_config
@@ -100,22 +99,19 @@ def main(_: list[str]) -> int:
         # All processes raise an InputError together, unless it comes from their own storage.
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
-        return hosts.hard_exit(report_failure(error))
+        console.hard_exit(report_failure(error))
 
 
 def report_failure(error: Exception) -> int:
     """Prints an error that other processes of the run may not have; returns the exit code."""
-    if isinstance(error, StorageError):
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    traceback.print_exception(error)
-    while error is not None:
+    code = cli.report(error)
+    while code == 1 and error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             print("error: a device or collective operation failed, perhaps because another process died; restart all "
                   "processes", file=sys.stderr)
             return EXIT_RESUMABLE
         error = error.__cause__ or error.__context__
-    return 1
+    return code
 
 
 def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from illada_jax.data.shards import ExampleSet, ShardInfo, TokenStream
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -83,15 +83,12 @@ class Manifest:
           InputError: the manifest is missing, malformed or of another format version.
         """
         path = directory / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
+        if not path.exists():
             raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing: never finished); run: "
                              "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
-                             f"--target={directory}") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
-        version = content.get("format_version") if isinstance(content, dict) else None
+                             f"--target={directory}")
+        content = read_json(path)
+        version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}")
         try:

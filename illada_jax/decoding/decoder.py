@@ -245,7 +245,9 @@ class Decoder:
         """Yields (index, result) as rows finish; a finished row frees its slot for the next request."""
         if not requests:
             return
-        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(row_numbers)))
+        # Repeated to a power of two: not every number of prompts compiles another program.
+        padded = np.resize(row_numbers, 1 << (len(requests) - 1).bit_length())
+        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(padded)))
         pending = collections.deque(requests)
         slots: list[Request | None] = [None] * self._num_slots(len(requests))
         rows = [new_row(Request(-1, [], 0, 0, ""), keys[0], done=True)] * len(slots)

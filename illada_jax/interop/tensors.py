@@ -16,6 +16,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 
 from illada_jax.errors import InputError
+from illada_jax.files import CONFIG_BYTES, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -84,7 +85,7 @@ class TensorDirectory:
 
     def _add(self, path: pathlib.Path) -> None:
         """Adds the metadata of the tensors of a file."""
-        if not path.is_file():  # a dangling link, for example
+        if not path.is_file():  # a dangling link or a FIFO, for example
             raise InputError(f"{path}: cannot be read: no such file, or not a regular one")
         try:
             with open(path, "rb") as stream:
@@ -181,10 +182,7 @@ def _read_index(directory: pathlib.Path, files: set[str]) -> dict[str, str] | No
     if not path.exists():
         return None
     try:
-        if path.stat().st_size > _MAX_LIST_BYTES:
-            raise InputError(f"{path}: its weight_map is too long: the file has {path.stat().st_size:,} bytes, at most "
-                             f"{_MAX_LIST_BYTES:,} are allowed")
-        index = json.loads(path.read_bytes())["weight_map"]
+        index = read_json(path, CONFIG_BYTES)["weight_map"]
         if len(index) > _MAX_TENSORS:
             raise InputError(f"{path}: its weight_map names {len(index):,} tensors; at most {_MAX_TENSORS:,} are "
                              "allowed")

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from illada_jax import model
+from illada_jax import console, model
 from illada_jax.config import Config
 from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples
 from illada_jax.data.finetuning import example_batches
@@ -75,7 +75,7 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
 
 def _print_report(corpus: Corpus) -> None:
     for report in filter(None, (corpus.dropped, corpus.split_warning)):
-        print(report, file=sys.stderr, flush=True)
+        console.print_error(report)
 
 
 def _stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:

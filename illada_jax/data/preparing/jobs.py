@@ -27,7 +27,7 @@ from illada_jax.data.shards import ShardInfo, ShardWriter
 from illada_jax.data.sources.records import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
-from illada_jax.files import new_directory, write_atomically
+from illada_jax.files import new_directory, read_json, write_atomically
 
 DONE_DIRECTORY = "done"
 TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
@@ -236,7 +236,7 @@ def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJo
     (directory / DONE_DIRECTORY).mkdir(exist_ok=True)
     engine(jobs, directory, settings.drop_duplicates)
     paths = sorted((directory / DONE_DIRECTORY).glob("*.json"), key=lambda path: int(path.stem))
-    done = [json.loads(path.read_bytes()) for path in paths]
+    done = [read_json(path) for path in paths]
     report = Report()
     for record in done:
         report.merge(Report(**record["report"]))

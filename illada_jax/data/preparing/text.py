@@ -32,7 +32,7 @@ from illada_jax.data.preparing.settings import Settings, given_tokenizer
 from illada_jax.data.sources import registry
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.errors import InputError
-from illada_jax.files import remove_leftovers, write_atomically
+from illada_jax.files import read_file, remove_leftovers, write_atomically
 
 _IN_MEMORY_BYTES = 64 * 2**20
 _IN_MEMORY_CHARACTERS = 4 * _IN_MEMORY_BYTES  # of compressed files
@@ -83,7 +83,7 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
     if (directory / MANIFEST).exists():
         raise InputError(f"{directory}: already holds a prepared corpus; choose another target")
     if path.exists():
-        if path.read_text() != plan:
+        if read_file(path).decode(errors="replace") != plan:
             raise InputError(f"{directory}: holds an unfinished preparation with other sources, files or settings (see "
                              f"{path}); repeat its command, delete it, or choose another target")
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

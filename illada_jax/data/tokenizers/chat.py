@@ -7,7 +7,6 @@ rendering.
 """
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from illada_jax.data.tokenizers.messages import Message, check_messages, check_t
 from illada_jax.data.tokenizers.templates import reason_to_refuse, render
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
+from illada_jax.files import parse_json
 
 # For tokenizers without a template. A user cannot write BOS; it separates contents from roles.
 DEFAULT_TEMPLATE = (
@@ -235,7 +235,7 @@ def _probe(template: str, special_tokens: tuple[tuple[str, int], ...], variables
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:
     """The variables that name special tokens: those of `tokenizer_config.json`, else those of the tokenizer."""
-    named = json.loads(tokenizer.chat_files.get("tokenizer_config.json", b"{}"))
+    named = parse_json(tokenizer.chat_files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
     if not named:
         return {f"{name}_token": tokenizer.id_to_piece(id_) for name, id_ in tokenizer.special_ids.items()}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}

@@ -12,6 +12,7 @@ import tokenizers
 
 from illada_jax.data.tokenizers.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from illada_jax.errors import InputError
+from illada_jax.files import parse_json
 
 HUGGING_FACE_FILE = "tokenizer.json"
 # Names of special tokens without their brackets, the preferred one first.
@@ -51,8 +52,8 @@ class HuggingFaceTokenizer(Tokenizer):
           InputError: the file is not a tokenizer, or an id is too large.
         """
         try:
-            description = json.loads(tokenizer_json)
-            names = json.loads(tokenizer_config or b"{}")
+            description = parse_json(tokenizer_json, HUGGING_FACE_FILE)
+            names = parse_json(tokenizer_config or b"{}", "tokenizer_config.json")
             added = description.get("added_tokens") or []
             table = tokenizers.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises a bare Exception for any malformed content

@@ -1,6 +1,5 @@
 """Loading of tokenizers from their files."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ from illada_jax.data.tokenizers.tokenizer import (
     read_chat_templates,
 )
 from illada_jax.errors import InputError
+from illada_jax.files import TOKENIZER_BYTES, parse_json, read_file
 
 # The first one wins. `tokenizer.model` is the name of a SentencePiece model in Hugging Face directories.
 _MODEL_FILES = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, "tokenizer.model")
@@ -29,12 +29,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     try:
         if path.is_dir():
-            return tokenizer_from_files({name: (path / name).read_bytes() for name in TOKENIZER_FILES
-                                         if (path / name).is_file()})
-        files = {SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE: path.read_bytes()}
-        beside = (path.parent / name for name in CHAT_FILES)
-        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
-        return tokenizer_from_files(files)
+            paths = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+        else:
+            paths = {name: path.parent / name for name in CHAT_FILES if (path.parent / name).is_file()}
+            paths[SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE] = path
+        return tokenizer_from_files({name: read_file(file, TOKENIZER_BYTES) for name, file in paths.items()})
     except OSError as error:
         raise InputError(f"tokenizer {path}: {error.strerror}") from error
     except InputError as error:
@@ -57,7 +56,7 @@ def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     special_ids = None
     if SPECIAL_IDS_FILE in files:
         try:
-            described = json.loads(files[SPECIAL_IDS_FILE])
+            described = parse_json(files[SPECIAL_IDS_FILE], SPECIAL_IDS_FILE)
             special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{SPECIAL_IDS_FILE}: must give integer ids for {', '.join(SPECIAL_NAMES)}") from error

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from illada_jax.errors import InputError
+from illada_jax.files import parse_json
 
 SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 # The first one with a template wins.
@@ -147,7 +148,7 @@ def read_chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     Raises InputError if one of CHAT_FILES is malformed.
     """
     try:
-        found = [json.loads(files[name]).get("chat_template") for name in CHAT_FILES[1:] if name in files]
+        found = [parse_json(files[name], name).get("chat_template") for name in CHAT_FILES[1:] if name in files]
         if "chat_template.jinja" in files:
             found.insert(0, files["chat_template.jinja"].decode())
         found = next((template for template in found if template), {})
