@@ -16,8 +16,11 @@ import traceback
 
 from absl import app, flags
 
+from illada_jax import console
+
 app.define_help_flags()
 _ABSL = set(flags.FLAGS)
+console.hard_exit = sys.exit  # a command that fails must not end the others
 
 
 def run(argv: list[str], stdin: str) -> dict:

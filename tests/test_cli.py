@@ -139,7 +139,6 @@ MISTAKES = [  # (line of the config, overrides, parts of the message)
     ("pass", ["--config.train.stepz=4"], ["--config.train.stepz=4: ", "did you mean config.train.steps?"]),
     ("pass", ["--config.train.steps=many"], ["--config.train.steps=many"]),
     ("pass", ["--config.train=4"], ["config.train"]),
-    ("pass", ["--config.data.sources=(1"], ["config.data.sources"]),
     ("pass", ["--config.model.num_layers=3", "--config.model.scan_unroll=2"], ["--config.model.scan_unroll=0"]),
     ("pass", ["--config.data.length=300"], ["--config.model.max_length=300"]),
     ("pass", ["--config.train.log_every=1000"], ["--config.train.plateau_window=20000"]),

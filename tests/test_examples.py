@@ -32,6 +32,8 @@ NOT_HERE = {
     "BUCKET": "needs a pod",
     "--set=help": "tests/evaluation",
     "GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset": "needs a benchmark from the Hub: tests/evaluation",
+    "arc_*": "needs a benchmark from the Hub: tests/evaluation",
+    "parquet:": "needs pyarrow: tests/data",
     "lm_eval_cli": "needs a benchmark from the Hub: tests/evaluation",
     "demo_text.py": "needs a package of the system",
     "experiments/demo": "needs the corpus of demo_text.py",
@@ -162,6 +164,7 @@ def test_no_example_is_left_out():
     assert len(HELPS) >= 12 and len(TRAIN) >= 5 and AFTER
 
 
+@pytest.mark.slow
 def test_examples_of_helps(here):
     check(run_all(here, [*MADE, *HELPS]))
     assert (here / "out.html").is_file() and (here / "corpora" / "books" / "manifest.json").is_file()

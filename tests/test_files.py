@@ -20,8 +20,7 @@ OWN = {
     "evaluate.py": "a copy", "evaluation/manifest.py": "a copy",
     "evaluation/lm_eval_model.py": "a context that the adapter has encoded",
     "evaluation/code_runner.py": "standard input", "data/tokenizers/template_sandbox.py": "standard input",
-    "generate.py": "lines, with their numbers", "data/sources/examples.py": "lines, with their numbers",
-    "data/sources/files.py": "lines, with their numbers",
+    "generate.py": "lines, with their numbers", "data/sources/records.py": "lines, with their numbers",
 }
 
 

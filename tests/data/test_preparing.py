@@ -279,6 +279,6 @@ def test_mixtures_that_cannot_be(two_corpora, texts, tmp_path):
 
 
 def test_a_missing_tokenizer_is_named(texts, tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer /nowhere\.model: No such file"):
+    with pytest.raises(InputError, match=r"tokenizer /nowhere\.model: cannot be read: No such file"):
         open_corpus(data_config(texts, tmp_path, tokenizer="/nowhere.model"), progress=False)
     assert not any(pathlib.Path(tmp_path / "cache").glob("*"))

@@ -178,7 +178,7 @@ exporting.export_model(open_saved_model({str(workdir)!r}), __import__("pathlib")
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 9
     leftover, = tmp_path.glob("out.tmp-*")
     assert sorted(tmp_path.iterdir()) == [leftover, tmp_path / "workdir"]
-    with pytest.raises(InputError, match=r"config\.json: No such file"):
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: No such file"):
         open_hf_model(leftover)
     export_model(open_saved_model(workdir), tmp_path / "out", ILLADA, np.dtype(np.float32), 10_000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "workdir"]

@@ -153,7 +153,7 @@ def test_long_lists_of_tensors_are_refused(tmp_path, monkeypatch):
     path = checkpoint(tmp_path, "illada-gqa-tied")
     file, index = sorted(path.glob("*.safetensors"))[0], (path / INDEX).read_text()
     (path / INDEX).write_text('{"weight_map": {' + ",".join(f'"{n}":"{file.name}"' for n in range(10**6)) + "}}")
-    fails(path, f"{INDEX}: its weight_map is too long: the file has ")
+    fails(path, f"{INDEX}: has ")
     (path / INDEX).write_text(index)
     monkeypatch.setattr(tensors, "_MAX_TENSORS", 19)
     fails(path, f"{INDEX}: its weight_map names 20 tensors; at most 19 are allowed")

@@ -213,7 +213,7 @@ def test_a_checkpoint_of_pickles_only(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("config.json", None, "config.json: No such file"),
+    ("config.json", None, "config.json: cannot be read: No such file"),
     ("config.json", "{", "config.json: not JSON"),
     ("config.json", "[]", "config.json: must be a JSON object"),
     ("tokenizer.json", None, "no tokenizer among"),

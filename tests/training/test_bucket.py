@@ -72,7 +72,6 @@ LOCAL = {
     ("training/profiler.py", "tempfile.mkdtemp"): "the profiler writes to local paths only",
     ("training/profiler.py", "pathlib.Path"): "the same",
     ("training/profiler.py", "shutil.rmtree"): "the same",
-    ("main.py", "pathlib.Path"): "the stem of the config file",
     ("training/run.py", "os.path.relpath"): "the interpreter, in a command to type",
 }
 HARMLESS = {"os.fspath", "os.sysconf", "os.getpid", "os.kill", "os.fstat", "os.strerror", "os.PathLike", "io.BytesIO"}

@@ -211,7 +211,7 @@ def test_what_a_killed_process_left_in_the_metrics_is_dropped(run, tmp_path):
 def test_a_broken_config_in_the_workdir_is_named(run, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.json").write_text('{"mod')
-    with pytest.raises(InputError, match=r"w/config\.json: not the config of a run"):
+    with pytest.raises(InputError, match=r"w/config\.json: not JSON"):
         run(tmp_path / "w")
 
 

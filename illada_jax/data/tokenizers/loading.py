@@ -34,10 +34,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
             paths = {name: path.parent / name for name in CHAT_FILES if (path.parent / name).is_file()}
             paths[SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE] = path
         return tokenizer_from_files({name: read_file(file, TOKENIZER_BYTES) for name, file in paths.items()})
-    except OSError as error:
-        raise InputError(f"tokenizer {path}: {error.strerror}") from error
     except InputError as error:
-        raise InputError(f"tokenizer {path}: {error}") from error
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise InputError(f"tokenizer {where}{error}") from error
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
