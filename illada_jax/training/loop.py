@@ -98,18 +98,19 @@ def train(setup: RunSetup) -> Outcome:
             return restored or (_new_state(config, setup.mesh, abstract, initial), FaultCounts())
 
         state, counts = restore()
-        if earlier is not None:
-            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
-        stop, lines = config.train.stop_step or config.train.steps, read_lines(workdir) if start else []
+        stop = config.train.stop_step or config.train.steps
         if start > stop:
             key = "stop_step" if config.train.stop_step else "steps"
             raise InputError(f"config.train.{key} = {stop}: the run in {workdir} is at step {start}; use another "
                              f"workdir, or --config.train.{key}=N with N > {start}")
+        if earlier is not None:
+            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
+        lines = read_lines(workdir) if start else []
         if start == stop:
-            results = [line for line in lines if line["step"] == start]
             return Outcome(state, start, start, _status(config, start), {
-                name: value for line in results for name, value in line.items() if name.startswith("eval/")})
+                name: value for line in lines if line["step"] == start
+                for name, value in line.items() if name.startswith("eval/")})
         if start and hosts.is_primary():
             print(f"Resuming from step {start:,} of {config.train.steps:,}", flush=True)
         clock = Clock(earlier_seconds(lines, start))
