@@ -32,7 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_layers = 5
     c.model.num_heads = 5
     c.model.num_kv_heads = 1
-    c.model.head_dim = 32
     c.model.d_ff = 448
     c.model.max_length = 512
     c.model.rope_theta = 500.0

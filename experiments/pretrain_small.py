@@ -31,7 +31,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_layers = 2
     c.model.num_heads = 2
     c.model.num_kv_heads = 1
-    c.model.head_dim = 32
     c.model.d_ff = 192
     c.model.max_length = 256
     c.model.rope_theta = 200.0

@@ -25,7 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_layers = 3
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
-    c.model.head_dim = 32
     c.model.d_ff = 384
     c.model.max_length = 256
     c.model.rope_theta = 200.0  # so that all frequencies tell positions of a short window apart

@@ -34,7 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_layers = 3
     c.model.num_heads = 4
     c.model.num_kv_heads = 4
-    c.model.head_dim = 16
     c.model.d_ff = 192
     c.model.max_length = 256
     c.model.rope_theta = 200.0

@@ -26,7 +26,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_layers = 4
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
-    c.model.head_dim = 32
     c.model.d_ff = 384
     c.model.max_length = 64
     c.model.scan_unroll = 0

@@ -28,7 +28,7 @@ from etils import epath
 from illada_jax import cli
 from illada_jax.config import Config, from_config_dict
 from illada_jax.errors import ConfigError, InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 from illada_jax.parallel.fingerprints import digest
 from illada_jax.planning import chips
 from illada_jax.planning.plan import Options, make_plan
@@ -103,7 +103,7 @@ def _read_results(path: str) -> list[dict[str, Any]]:
     if not path or not pathlib.Path(path).exists():
         return []
     try:
-        results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        results = read_json(path, kind=list)
         return [result for result in results if _key(result)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--json={path}: exists but holds no compared plans; choose another file") from error
@@ -120,13 +120,8 @@ def _head(results: list[dict[str, Any]], missing: list[str]) -> str:
 
 def read_cases(path: pathlib.Path) -> list[dict[str, Any]]:
     """The cases of a file for `--compare`. Raises InputError naming the file and the invalid case."""
-    try:
-        cases = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--compare={path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"--compare={path}: not JSON ({error})") from error
-    for index, case in enumerate(cases if isinstance(cases, list) and cases else [None]):
+    cases = read_json(path, kind=list)
+    for index, case in enumerate(cases or [None]):
         if not isinstance(case, dict) or not _REQUIRED <= case.keys() <= _REQUIRED | _OPTIONAL:
             raise InputError(f"{path}, case {index}: must be an object with name, config and topology, and may have "
                              f"{', '.join(sorted(_OPTIONAL))}")

@@ -11,8 +11,9 @@ a text was written.
 """
 
 import bisect
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -28,6 +29,7 @@ from illada_jax.decoding.gaps import GappedText, parse_gaps
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
 from illada_jax.model import make_init_cache, make_logits_fn, num_params
+from illada_jax.parallel.fingerprints import fingerprint
 from illada_jax.scoring import Score, ScoreConfig, Scorer
 
 Prompt = str | Sequence[int]
@@ -51,7 +53,8 @@ class Generation(Decoded):
 
 
 def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None,
-         quantize: Literal["none", "int8"] = "none", special_ids: Mapping[str, int] | None = None) -> "LanguageModel":
+         quantize: Literal["none", "int8"] = "none", special_ids: Mapping[str, int] | None = None,
+         chat_template: str = "") -> "LanguageModel":
     """Loads a model.
 
     Args:
@@ -61,11 +64,12 @@ def load(path: str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mes
       mesh: devices to shard params and batches over; None is the first device.
       quantize: `int8` quantises the matrices (not embeddings and norms), for half the memory of bfloat16.
       special_ids: ids by name (mask, bos, eos, pad, eot) that override those of a Hugging Face directory.
+      chat_template: name of one of the tokenizer's chat templates, where it has several.
 
     Raises:
       InputError: the path has no model, or a corrupt or unsupported one.
     """
-    loaded = load_model(path, dtype, mesh, quantize, special_ids)
+    loaded = load_model(path, dtype, mesh, quantize, special_ids, chat_template)
     return LanguageModel(loaded.config, loaded.params, loaded.tokenizer, mesh)
 
 
@@ -87,6 +91,11 @@ class LanguageModel:
         self.mesh = mesh
         self.logits_fn: LogitsFn = make_logits_fn(config.model, params)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all params, sixteen hexadecimal digits."""
+        return fingerprint(self.params)
+
     def __repr__(self) -> str:
         c, devices = self.config.model, 1 if self.mesh is None else self.mesh.size
         return (f"LanguageModel({num_params(c):,} parameters: {c.num_layers} layers of width {c.d_model}, {c.dtype}, "
@@ -99,7 +108,7 @@ class LanguageModel:
         return [result for _, result in sorted(finished)]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
-        """Answers a conversation, rendered by the tokenizer's chat template; stops at the end of the turn.
+        """Answers a conversation, rendered by the tokenizer's chat template; stops where the next turn begins.
 
         Args:
           messages: objects with `role` (system, user, assistant) and `content`; the last one is usually the user's.
@@ -109,7 +118,7 @@ class LanguageModel:
           InputError: a message is invalid, the template rejects the conversation, or it exceeds the context.
         """
         ids = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
-        stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), chat_format(self.tokenizer).end_id}
+        stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), *chat_format(self.tokenizer).stop_ids}
         return self.generate([ids], stop_ids=tuple(sorted(stop_ids)), **options)[0]
 
     def infill(self, texts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
@@ -125,11 +134,12 @@ class LanguageModel:
         Args:
           prompts: texts, or lists of ids, which are used as they are.
           infill: the prompts are texts with gaps (in ids: MASK), which are filled; nothing is appended.
-          stop: strings that end an answer; the text ends before the first of them.
+          stop: strings that end an answer; the text ends before the first of them. The name of a special token stands
+            for the token, too.
           rows: row numbers, which random draws depend on: the same seed and number give the same draws in any batch. By
             default 0, 1, 2, …
           on_block: called with (index of the prompt, result so far) after each of its blocks; a true return value stops
-            the row.
+            the row. The text so far has no incomplete character at its end, which may still change.
           **settings: fields of DecodeConfig that override `config.decode`. `block_length` alone sets `steps_per_block`,
             too: one token per step.
 
@@ -148,13 +158,16 @@ class LanguageModel:
         if ignored:
             raise InputError(f"config.decode.{ignored}: not allowed in infilling, where a gap has a given length")
         decode = self.decode_settings(settings)
-        decoder = Decoder(self.logits_fn, decode, SpecialIds.of(self.tokenizer), self.config.model.max_length,
+        stop_ids = {self.tokenizer.special_tokens[s] for s in stop if s in self.tokenizer.special_tokens}
+        stop_ids -= {*decode.stop_ids, self.tokenizer.eos_id, self.tokenizer.mask_id}
+        decode = replace(decode, stop_ids=(*decode.stop_ids, *sorted(stop_ids)))
+        decoder = Decoder(self.logits_fn, decode, SpecialIds.of(self.tokenizer, decode), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
         ids = [self._encode(index, source) for index, source in enumerate(sources)]
 
         def block_done(index: int, decoded: Decoded) -> bool:
-            so_far = self._generation(decoded, stop, sources[index], ids[index])
+            so_far = self._generation(decoded, stop, sources[index], ids[index], final=False)
             return bool(on_block and on_block(index, so_far)) or so_far.stopped_by == "stop_string"
 
         finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
@@ -189,7 +202,8 @@ class LanguageModel:
         bytes (acc_bytes).
         """
         pairs = self._pairs(context, candidates)
-        texts = [c if isinstance(c, str) else self.tokenizer.decode(c) for c in candidates]
+        texts = [candidate if isinstance(candidate, str) else self.tokenizer.decode(ids, after=before)
+                 for candidate, (before, ids) in zip(candidates, pairs, strict=True)]
         lengths = {"none": [1] * len(pairs), "tokens": [len(ids) for _, ids in pairs],
                    "characters": [len(text) for text in texts], "bytes": [len(text.encode()) for text in texts]}
         if normalise not in lengths:
@@ -217,8 +231,10 @@ class LanguageModel:
             whole, before = encode(context + candidate), encode(context)
             if whole[: len(before)] == before and (len(whole) > len(before) or not candidate):
                 return before, whole[len(before) :]
-        return tuple(encode(part) if isinstance(part, str) else [int(id_) for id_ in part]
-                     for part in (context, candidate))
+        before = encode(context) if isinstance(context, str) else [int(id_) for id_ in context]
+        if not isinstance(candidate, str):
+            return before, [int(id_) for id_ in candidate]
+        return before, self.tokenizer.encode_behind(candidate) if before else encode(candidate)
 
     def logits(self, tokens_BL: Any) -> jax.Array:
         """Logits of every position, float32 [B, L, V], for inspection: the whole array is held in memory.
@@ -277,8 +293,10 @@ class LanguageModel:
             raise InputError(f"prompt {index}: invalid text: character {error.start} is a lone surrogate") from error
         return source.tokens(self.tokenizer) if gapped else self.tokenizer.encode(source)
 
-    def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int]) -> Generation:
-        decode = self.tokenizer.decode
+    def _generation(self, decoded: Decoded, stop: Sequence[str], source: Any, ids: list[int],
+                    final: bool = True) -> Generation:
+        before = [] if self.tokenizer.mask_id in ids else ids  # in infilling, the tokens are those of the whole text
+        decode = functools.partial(self.tokenizer.decode, after=before, final=final)
         gapped = isinstance(source, GappedText)
         text = source.fill(self.tokenizer, ids, decoded.tokens) if gapped else decode(decoded.tokens)
         count, stopped_by = len(decoded.tokens), decoded.stopped_by

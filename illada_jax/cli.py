@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from illada_jax import console
 from illada_jax.config import Config, Experiment, from_dict
 from illada_jax.errors import EXIT_BAD_INPUT, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, InputError
 from illada_jax.files import cache_directory
@@ -31,7 +32,8 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
     """Parses flags, runs `main(argv)` and exits. Arguments that are not flags are an error unless `positional`.
 
     The exit code is 0 on success, the number that `main` returns, or one of the EXIT_ codes: an InputError, an unknown
-    flag or an invalid config override is one line on stderr and EXIT_BAD_INPUT.
+    flag or an invalid config override is one line on stderr and EXIT_BAD_INPUT. After an error the process is gone at
+    once: neither libraries' threads nor other processes can hold it.
     """
 
     def run_main(argv: list[str]) -> int | None:
@@ -41,6 +43,8 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         sys.stdout.flush()
         return code
 
+    console.protect_stdout()
+    sys.unraisablehook = _report_unraisable
     try:
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of `errors.exit_on_interrupt`
@@ -48,18 +52,33 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does: further output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BROKEN_PIPE)
+        code = EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        code = report(error)
+    if hosts := sys.modules.get("illada_jax.parallel.hosts"):  # `prepare` does not import JAX
+        hosts.disconnect()
+    console.hard_exit(code)
+
+
+def report(error: Exception) -> int:
+    """Prints an error, in one line if the user can fix it, else with a traceback. Returns the exit code."""
+    if isinstance(error, InputError):
+        text, code = f"error: {error}", EXIT_BAD_INPUT
+    elif isinstance(error, OSError) and (error.filename or error.errno in _STORAGE_ERRORS):
+        text, code = f"error: {error.filename or 'a file'}: {error.strerror}", EXIT_BAD_INPUT
+    else:
+        text, code = "".join(traceback.format_exception(error)).rstrip(), 1
+    console.print_error(text)
+    return code
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drops the errors of TensorStore's threads that come after a failed read: Orbax has reported the first."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class ModelFlags:
@@ -75,6 +94,7 @@ class ModelFlags:
         self.mesh = _shared(flags.DEFINE_string, "mesh", "",
                             "devices of this host to shard the model over, such as fsdp=4,tensor=2; default: the first")
         self.special_ids = special_id_flags()
+        self.chat_template = chat_template_flag()
 
     def load(self, default: str = "") -> "api.LanguageModel":
         """Loads the model named by the flags, or else `default`. Raises InputError if there is neither."""
@@ -92,7 +112,8 @@ class ModelFlags:
         use_compilation_cache()
         # With several processes the first of all devices may belong to another host.
         mesh = parse_mesh(self.mesh.value or ("data=1" if jax.process_count() > 1 else ""))
-        return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids))
+        named = {"chat_template": self.chat_template.value} if self.chat_template.value else {}
+        return api.load(checkpoint, self.dtype.value, mesh, self.quantize.value, given_ids(self.special_ids), **named)
 
 
 class ConfigFlag:
@@ -161,6 +182,11 @@ def use_compilation_cache(directory: str = "") -> None:
 def quantize_flag() -> flags.Flag:
     """Adds --quantize to the calling command."""
     return _shared(flags.DEFINE_enum, "quantize", "none", ["none", "int8"], "round the matrices to eight bits")
+
+
+def chat_template_flag() -> flags.Flag:
+    """Adds --chat_template to the calling command."""
+    return _shared(flags.DEFINE_string, "chat_template", "", "name of one of the tokenizer's several chat templates")
 
 
 def special_id_flags() -> dict[str, flags.Flag]:

@@ -20,6 +20,7 @@ import ml_collections
 from illada_jax.errors import ConfigError
 
 _FLOAT32_MAX = 3.4e38
+MAX_SIZE = 2**24  # of a model: a larger one is a mistake, and would overflow the sizes of arrays
 
 
 class Rule(NamedTuple):
@@ -31,12 +32,16 @@ class Rule(NamedTuple):
 
 _POSITIVE = Rule("must be greater than 0", lambda x: x > 0)
 _NON_NEGATIVE = Rule("must be 0 or more", lambda x: x >= 0)
+_AT_MOST_MAX_SIZE = Rule(f"must be at most {MAX_SIZE:,}", lambda x: x <= MAX_SIZE)
 _NOT_EMPTY = Rule("must not be empty", bool)
 
 PositiveInt = Annotated[int, _POSITIVE]
+Size = Annotated[int, _POSITIVE, _AT_MOST_MAX_SIZE]
+SizeOr0 = Annotated[int, _NON_NEGATIVE, _AT_MOST_MAX_SIZE]
 PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeInt = Annotated[int, _NON_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
+VocabSize = Annotated[int, _NON_NEGATIVE, Rule("must be at most 2**31", lambda x: x <= 2**31)]
 IntOrMinus1 = Annotated[int, Rule("must be 0 or more, or -1", lambda x: x >= -1)]
 AxisSize = Annotated[int, Rule("must be 1 or more, or -1 for all remaining devices", lambda x: x >= 1 or x == -1)]
 MultipleOf128 = Annotated[int, Rule("must be a multiple of 128", lambda x: x > 0 and x % 128 == 0)]
@@ -73,14 +78,14 @@ class Section:
 class ModelConfig(Section):
     """The transformer (iLLaDA paper, architecture table)."""
 
-    vocab_size: NonNegativeInt = 0  # rows of the embedding; 0 uses the size of the tokenizer
-    d_model: PositiveInt = 128  # width of the residual stream (D)
-    num_layers: PositiveInt = 4  # number of blocks
-    num_heads: PositiveInt = 4  # query heads (N)
-    num_kv_heads: PositiveInt = 2  # key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
-    head_dim: PositiveInt = 32  # width of a head (H), even
-    d_ff: PositiveInt = 384  # width of the SwiGLU feed-forward (F)
-    max_length: PositiveInt = 256  # the context length: the longest sequence to train on or decode, in tokens
+    vocab_size: VocabSize = 0  # rows of the embedding; 0 uses the size of the tokenizer
+    d_model: Size = 128  # width of the residual stream (D)
+    num_layers: Size = 4  # number of blocks
+    num_heads: Size = 4  # query heads (N)
+    num_kv_heads: Size = 2  # key/value heads (K); divides num_heads. Equal to it: MHA; fewer: GQA.
+    head_dim: SizeOr0 = 0  # width of a head (H), even; 0 is d_model / num_heads
+    d_ff: Size = 384  # width of the SwiGLU feed-forward (F)
+    max_length: Size = 256  # the context length: the longest sequence to train on or decode, in tokens
     rope_theta: PositiveFloat = 500_000.0  # base of the rotary frequencies
     norm_eps: PositiveFloat = 1e-6  # epsilon of RMSNorm
     tied_head: bool = True  # the LM head is the transposed embedding
@@ -104,6 +109,8 @@ class ModelConfig(Section):
         even = 2 * self.num_heads  # so that the width of a head, if it follows, is even
         self.require("d_model", self.d_model % self.num_heads == 0,
                      f"must be divisible by model.num_heads = {self.num_heads}", max(1, self.d_model // even) * even)
+        if self.head_dim == 0:  # resolved here, once, so that all code and all records have the number
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
                      f"must divide model.num_heads = {self.num_heads}", math.gcd(self.num_heads, self.num_kv_heads))
         self.require("head_dim", self.head_dim % 2 == 0, "must be even (rotary pairs)")
@@ -118,8 +125,8 @@ class DataConfig(Section):
     """Text and how it becomes batches."""
 
     # Sources of the text, `KIND` or `KIND:PATH`; the package `illada_jax/data/sources` has the kinds. `prepared:DIR` is
-    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` or `tasks:NAME:COUNT`, see
-    # `illada_jax/data/sources/examples.py`.
+    # a corpus prepared with `python -m illada_jax.prepare`. For fine-tuning: `chat:PATH` (`experiments/README.md` lists
+    # the forms of a record) or `tasks:NAME:COUNT`.
     sources: NonEmptyTexts = ("python_docs",)
     # Shares of the rows for several prepared corpora, in the order of `sources`, with sum 1; empty: in proportion to
     # their tokens.
@@ -131,6 +138,9 @@ class DataConfig(Section):
     tokenizer_vocab_size: PositiveInt = 4096  # ids of a tokenizer trained on the corpus, special ids included
     # Share of held-out documents, chosen by hash; training never sees them. Prepared corpora have their own split.
     heldout_fraction: FractionBelow1 = 0.02
+    # The longest document or record of a source. A longer document of `jsonl` or `parquet` is an error, a longer record
+    # of `chat` is left out; `text` is cut into short documents anyway.
+    max_document_megabytes: PositiveFloat = 16.0
     cache_dir: str = ""  # of small corpora and examples, keyed by content; empty: `$XDG_CACHE_HOME/illada_jax`
     length: PositiveInt = 64  # tokens of a training window (L)
     batch_size: PositiveInt = 8  # rows of the global batch (B)
@@ -151,6 +161,11 @@ class DataConfig(Section):
             self.require("weights", min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-6,
                          "must be greater than 0 and sum to 1")
 
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_megabytes` in bytes, at least 1."""
+        return max(int(self.max_document_megabytes * 2**20), 1)
+
 
 @dataclass(frozen=True)
 class SftConfig(Section):
@@ -160,6 +175,7 @@ class SftConfig(Section):
     # may be masked. `llada`: one example per row; the prompt is never masked, the answer is padded with EOS to the
     # longest row of the global batch, and the weights of each row sum to 1.
     format: Literal["none", "illada", "llada"] = "none"
+    chat_template: str = ""  # name of one of the tokenizer's chat templates, where it has several
     mask_prompts: bool = True  # with `illada`, mask prompts too, as published; else only answers and end tokens
     # Treatment of examples longer than data.length: `split` (into several windows or rows), `truncate` (the end is
     # lost) or `drop`. All are counted and reported.
@@ -326,7 +342,8 @@ class DecodeConfig(Section):
     entropy_bound: NonNegativeFloat = 0.1  # with reveal = entropy_bound: its bound on the sum of entropies, in nats
     confidence: str = "low_confidence"  # order of positions: `low_confidence`, `margin`, `entropy` or `random`
     temperature: NonNegativeFloat = 0.0  # sampling temperature; 0 is greedy
-    top_p: FractionAbove0 = 1.0  # nucleus sampling: total probability of the tokens to sample from; 1 is off
+    top_k: NonNegativeInt = 0  # number of the most probable tokens to sample from; 0 is off
+    top_p: FractionAbove0 = 1.0  # nucleus sampling, after top_k: total probability of the tokens to sample from; 1: off
     cfg_scale: NonNegativeFloat = 0.0  # classifier-free guidance w: logits_u + (w + 1)·(logits_c - logits_u); 0 is none
     suppressed_ids: tuple[int, ...] = ()  # ids that are never written, besides MASK and ids beyond the tokenizer
     stop_ids: tuple[int, ...] = ()  # ids that end an answer, besides EOS
@@ -351,8 +368,6 @@ class DecodeConfig(Section):
         self.require("steps_per_block", self.steps_per_block <= self.block_length,
                      f"must not exceed decode.block_length = {self.block_length}: a step reveals at least one token; "
                      f"set it to {self.block_length} or less")
-        self.require("block_length", self.length != "fixed" or self.max_new_tokens % self.block_length == 0,
-                     f"must divide a fixed length (decode.max_new_tokens = {self.max_new_tokens})")
 
 
 @dataclass(frozen=True)
@@ -498,6 +513,7 @@ def defaults() -> Experiment:
     experiment = Experiment()
     for name, value in to_dict(Config()).items():
         experiment[name] = Experiment(value) if isinstance(value, dict) else value
+    experiment.model.head_dim = 0  # follows from what the file and the command line give
     return experiment.lock()
 
 

@@ -20,6 +20,7 @@ from illada_jax.interop.families import FAMILIES
 from illada_jax.interop.tensors import DTYPES
 
 _SPECIAL_IDS = cli.special_id_flags()
+_CHAT_TEMPLATE = cli.chat_template_flag()
 _SOURCE = flags.DEFINE_string("source", None, "a workdir, one checkpoint in it, or a Hugging Face directory or Hub id",
                               required=True)
 _TARGET = flags.DEFINE_string("target", None, "the directory to write; must not exist, or be empty", required=True)
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Converts and prints a line that describes the result."""
     del argv
     print(Conversion(_SOURCE.value, _TARGET.value, _DTYPE.value, _QUANTIZE.value, _MESH.value, _SHARD_GIGABYTES.value,
-                     _FAMILY.value, cli.given_ids(_SPECIAL_IDS)).run())
+                     _FAMILY.value, cli.given_ids(_SPECIAL_IDS), _CHAT_TEMPLATE.value).run())
     cli.hint(f"next: python -m illada_jax.generate --checkpoint={shlex.quote(_TARGET.value)} --prompt=…")
 
 

@@ -3,6 +3,7 @@
     python -m illada_jax.evaluate --checkpoint=workdirs/sudoku --include_path=tasks --tasks=own_sudoku --limit=100
     python -m illada_jax.evaluate --checkpoint=GSAI-ML/iLLaDA-8B-Base --dtype=bfloat16 --preset=illada-base/hellaswag
     python -m illada_jax.evaluate --checkpoint=… --preset=illada-instruct/math --set=max_new_tokens=512
+    python -m illada_jax.evaluate --checkpoint=demo --tasks='arc_*',my/task.yaml --limit=0.1
     python -m illada_jax.evaluate --list_presets
 
 A preset holds the setup of one published number: task, examples, scorer and sampler. Flags override it, and `--set`
@@ -15,8 +16,10 @@ on their number, and process 0 writes them.
 """
 
 import datetime
+import glob
 import json
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -32,18 +35,19 @@ from illada_jax.evaluation import code_execution, presets
 from illada_jax.evaluation.manifest import make_manifest
 from illada_jax.evaluation.settings import KNOWN_SETTINGS, Settings, did_you_mean, make_settings, parse_settings
 from illada_jax.evaluation.work import Work
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import digest
 
 MODEL = cli.ModelFlags()
 PROCESSES = cli.processes_flag()
-TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval or of --include_path")
+TASKS = flags.DEFINE_list("tasks", [], "tasks, groups and tags of lm-eval or of --include_path, patterns of their "
+                          "names, and their YAML files or directories")
 PRESET = flags.DEFINE_string("preset", "", "setup of a published number, see --list_presets")
 LIST_PRESETS = flags.DEFINE_bool("list_presets", False, "print the presets and exit")
 INCLUDE_PATH = flags.DEFINE_string("include_path", None, "directory with additional tasks")
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples in the prompt", lower_bound=0)
-LIMIT = flags.DEFINE_integer("limit", None, "evaluate the first items of each task only", lower_bound=1)
+LIMIT = flags.DEFINE_float("limit", None, "number of the first items of each task to evaluate; below 1 a share of them")
 SET = flags.DEFINE_multi_string("set", [], "settings: key=value,key=value; help lists them")
 APPLY_CHAT_TEMPLATE = flags.DEFINE_bool("apply_chat_template", None, "prompts are conversations; default: preset's")
 FEWSHOT_AS_MULTITURN = flags.DEFINE_bool("fewshot_as_multiturn", True, "with a chat template: examples are turns")
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> int | None:
         return None
     settings, evaluation = read_flags()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    manager = load_tasks(evaluation)
+    manager, evaluation["tasks"] = load_tasks(evaluation["tasks"])
     program_tasks = code_execution.program_tasks(manager.task_index, evaluation["tasks"])
     if program_tasks and ALLOW_CODE.value == "none":
         raise InputError(f"task {program_tasks[0]}: runs generated programs; allow it with "
@@ -109,17 +113,24 @@ def read_flags() -> tuple[Settings, dict[str, Any]]:
         raise InputError("--system_instruction: requires --apply_chat_template")
     if ALLOW_CODE.value == "sandbox":
         code_execution.check_supported()
-    recorded = (PRESET, LIMIT, SYSTEM_INSTRUCTION, FEWSHOT_SEED, ALLOW_CODE, MODEL.dtype, MODEL.quantize)
+    limit = LIMIT.value
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise InputError(f"--limit={limit:g}: must be a number of items, or a share of them between 0 and 1")
+    recorded = (PRESET, SYSTEM_INSTRUCTION, FEWSHOT_SEED, ALLOW_CODE, MODEL.dtype, MODEL.quantize)
     return make_settings(values), {
         "tasks": tasks, "num_fewshot": shots, "apply_chat_template": bool(chat),
         "fewshot_as_multiturn": bool(chat) and FEWSHOT_AS_MULTITURN.value,
+        "limit": int(limit) if limit is not None and limit >= 1 else limit,
         **{flag.name: flag.value for flag in recorded},
         "published": preset.target if preset else None, "metric": preset.metric if preset else None,
     }
 
 
-def load_tasks(evaluation: dict[str, Any]) -> Any:
-    """The harness's task manager. Raises InputError if the harness is not installed or a task is unknown."""
+def load_tasks(tasks: list[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager, and the names of the tasks in place of patterns and files.
+
+    Raises InputError if the harness is not installed, a task is unknown, or a file has none.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -129,19 +140,51 @@ def load_tasks(evaluation: dict[str, Any]) -> Any:
         raise InputError(f"--include_path={INCLUDE_PATH.value}: no such directory")
     # Reading the harness's own 14,000 task files takes longer than a small evaluation.
     manager = TaskManager(include_path=INCLUDE_PATH.value, include_defaults=False)
-    if not set(evaluation["tasks"]) <= set(manager.all_tasks):
+    if not all(task in manager.task_index or is_path(task) for task in tasks):
         manager = TaskManager(include_path=INCLUDE_PATH.value)
-    for task in evaluation["tasks"]:
-        if task not in manager.all_tasks:
+    names: list[str] = []
+    for task in tasks:
+        known = [task] if task in manager.task_index else manager.match_tasks([task])
+        found = read_task_files(task, manager) if is_path(task) else known
+        if not found:
             raise InputError(f"--tasks={task}: unknown{did_you_mean(task, manager.all_tasks)}")
-    return manager
+        names += found
+    # A pattern may match a group and its members, which the harness refuses to evaluate twice.
+    members = {name: {*code_execution.task_configs(manager.task_index, [name])} for name in names}
+    return manager, [name for name in members if not any(
+        members[name] < others or (members[name] == others and other < name) for other, others in members.items())]
+
+
+def is_path(task: str) -> bool:
+    """True for the path of a task's file, a pattern of such paths, or a directory written with a slash."""
+    return task.endswith((".yaml", ".yml")) or ("/" in task and pathlib.Path(task).is_dir())
+
+
+def read_task_files(path: str, manager: Any) -> list[str]:
+    """Adds the tasks and groups of files to the manager; returns their names. Raises InputError if there is none."""
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found: dict[str, Any] = {}
+    try:
+        if pathlib.Path(path).is_dir():
+            found = TaskIndex.build([pathlib.Path(path).absolute()])
+        for each in [path] if pathlib.Path(path).is_file() else sorted(glob.glob(path)):
+            if pathlib.Path(each).is_file():
+                TaskIndex.process_cfg(load_yaml(each, resolve_func=False), pathlib.Path(each).absolute(), found)
+    except Exception as error:  # of the YAML parser, or of a file with another content
+        raise InputError(f"--tasks={path}: not the file of a task: {' '.join(str(error).split())}") from error
+    if not found:
+        raise InputError(f"--tasks={path}: no such file, or no task in it")
+    manager.task_index.update(found)
+    return [name for name, entry in found.items() if entry.yaml_path]  # a tag has no file
 
 
 def write_manifest(directory: epath.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest before the evaluation. Raises InputError if the directory holds another evaluation."""
     path = directory / "manifest.json"
     if path.exists():
-        different = config_lib.differences(json.loads(path.read_text()), manifest)
+        different = config_lib.differences(read_json(path), manifest)
         if different:
             raise InputError(f"--output_dir={directory}: holds another evaluation ({'; '.join(different[:3])}); "
                              "choose another directory")
@@ -205,7 +248,8 @@ def results_table(report: dict[str, Any]) -> str:
     if evaluation["published"] is not None:
         lines.append(f"published: {evaluation['published']} % ({evaluation['metric']}, {evaluation['preset']})")
     for kind, count in report["truncated_contexts"].items():
-        lines.append(f"{count} contexts ({kind}) were too long for the model and lost their beginning")
+        what = "candidates" if kind == "candidates" else f"contexts ({kind})"
+        lines.append(f"{count} {what} were too long for the model and lost their beginning")
     return "\n".join(lines)
 
 

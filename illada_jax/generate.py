@@ -35,9 +35,12 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax import api, cli, tracing
+from illada_jax import config as config_lib
 from illada_jax.config import DecodeConfig
+from illada_jax.data.sources.records import RejectedExample, read_records
+from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_file, write_atomically
 
 MODEL = cli.ModelFlags()
 
@@ -72,7 +75,8 @@ def define_settings(values: flags.FlagValues) -> list[str]:
 SETTINGS = define_settings(flags.FLAGS)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; with --infill, text with gaps [[mask:N]]")
 INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --prompt")
-RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists")
+RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists and "
+                              "the model and settings are those recorded beside it, in FILE.settings.json")
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
 STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
 WATCH = flags.DEFINE_bool("watch", False, "draw a single prompt in the terminal while it is written, step by step")
@@ -113,6 +117,7 @@ def main(argv: list[str]) -> int | None:
     check_effect(lm.decode_settings(settings), settings)
     compared = [compared_settings(lm, text, change, settings) for text, change in changes.items()]
     if RESULTS.value:
+        record_settings(pathlib.Path(RESULTS.value), describe_run(lm, settings), bool(done))
         return write_results(lm, prompts, done, settings)
     print_results(lm, prompts, settings, compared)
     return None
@@ -239,11 +244,10 @@ class Printer:
 
     def __call__(self, index: int, generation: api.Generation) -> None:
         """Prints the part of the text that is final."""
-        text = generation.text
-        # The tail may still change: it may be part of a stop string or of a character.
-        withheld = max([len(stop) for stop in STOP.value], default=1) - 1 or text.endswith("\ufffd")
-        end = len(text) - withheld
-        if all(stop not in text for stop in STOP.value) and end > self._shown:
+        # The tail may still change: it may be part of a character or of a stop string.
+        text = generation.text.rstrip("\ufffd")
+        end = len(text) - max([len(stop) for stop in STOP.value], default=1) + 1
+        if end > self._shown:
             print(text[self._shown : end], end="", flush=True)
             self._shown = end
 
@@ -320,36 +324,58 @@ def write_results(lm: api.LanguageModel, prompts: list[str], done: set[int], set
     return None
 
 
-def read_prompts(path: pathlib.Path) -> list[str]:
-    """The prompts of a JSONL file. Raises InputError with the number of an invalid line."""
-    try:
-        # Not splitlines: a prompt may contain U+2028.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise InputError(f"--input={path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--input={path}: must be UTF-8") from error
-    if lines == [""]:
-        raise InputError(f"--input={path}: the file is empty")
-    prompts = []
-    for number, line in enumerate(lines, start=1):
+def describe_run(lm: api.LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that results depend on besides the prompts."""
+    decode = config_lib.to_dict(lm.decode_settings(settings))
+    del decode["batch_size"]  # results do not depend on it
+    model = config_lib.architecture(lm.config.model)
+    model |= {"dtype": lm.config.model.dtype, "max_length": lm.config.model.max_length}
+    return {"checkpoint": MODEL.checkpoint.value or "demo", "params": lm.fingerprint, "model": model,
+            "tokenizer": lm.tokenizer.fingerprint, "decode": decode, "infill": INFILL.value, "stop": STOP.value}
+
+
+def record_settings(path: pathlib.Path, run: dict[str, Any], resumes: bool) -> None:
+    """Writes `run` beside the results. Raises InputError if these were made with another model or other settings."""
+    record = path.with_name(f"{path.name}.settings.json")
+    run = json.loads(json.dumps(run))
+    if resumes:
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also for long numbers and deep nesting
-            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
+            old = json.loads(record.read_bytes())
+        except FileNotFoundError:
+            old = None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{record}: cannot be read: {error}; choose other --results") from error
+        if not isinstance(old, dict):
+            raise InputError(f"--results={path}: has results, but no {record.name} that says of which model; choose "
+                             "another file")
+        different = config_lib.differences({**old, "checkpoint": ""}, {**run, "checkpoint": ""})
+        if different:
+            raise InputError(f"--results={path}: has results of {old.get('checkpoint')!r} with other weights or "
+                             f"settings ({'; '.join(different[:3])}); choose another file")
+    try:
+        write_atomically(epath.Path(record), json.dumps(run, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--results={path}: {error.strerror}") from error
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a file of JSON records (or Parquet). Raises InputError with the place of an invalid one."""
+    prompts = []
+    for where, record in read_records(path, MAX_DOCUMENT_BYTES):
+        if isinstance(record, RejectedExample):
+            raise InputError(f"{where}: {record.reason} ({record.detail})")
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt:
-            raise InputError(f'{path}, line {number}: must be an object with a non-empty string "prompt"')
+            raise InputError(f'{where}: must be an object with a non-empty string "prompt"')
         prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"--input={path}: the file is empty")
     return prompts
 
 
 def read_results(path: pathlib.Path, prompts: list[str]) -> set[int]:
     """Line numbers (from 0) of the prompts with a result; removes a line that an interruption cut off."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    except OSError as error:
-        raise InputError(f"--results={path}: {error.strerror}") from error
+    text = read_file(path).decode(errors="replace") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     done = set()
     for number, line in enumerate(whole.split("\n")[:-1], start=1):

@@ -20,17 +20,17 @@ When a process of several dies, JAX aborts the others (SIGABRT, 134 in a shell);
 """
 
 import sys
-import traceback
 
 import jax
 from absl import flags
 from etils import epath
 
-from illada_jax import cli
+from illada_jax import cli, console
 from illada_jax.config import Config
-from illada_jax.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, ConfigError, InputError, StorageError
+from illada_jax.errors import EXIT_RESUMABLE, ConfigError, InputError, StorageError
 from illada_jax.evaluation.evaluators import check_evaluation, make_evaluators
 from illada_jax.interop import open_model
+from illada_jax.interop.families import ILLADA, write_model_config
 from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training import run as run_setup
@@ -63,14 +63,24 @@ def dry_run(config: Config) -> None:
         check_evaluation(config, None)
         print(run_setup.describe_plan(config))
         print(f"corpus            missing: {error}")
+        print_reason_not_to_export(config)
         return
     check_evaluation(resolved, corpus.tokenizer)
     print(run_setup.describe_plan(resolved))
     print(f"corpus            {corpus.train.num_tokens:,} tokens, held out {corpus.heldout.num_tokens:,}")
     rows = range(min(config.data.batch_size, _SHOWN_ROWS))
+    print_reason_not_to_export(resolved)
     print(f"first batch       the start of {len(rows)} of {config.data.batch_size:,} rows")
     for row, tokens_L in zip(rows, batches.rows(0, rows).tokens_BL, strict=True):
         print(f"  row {row}: {corpus.tokenizer.decode(tokens_L[:_SHOWN_TOKENS])!r}")
+
+
+def print_reason_not_to_export(config: Config) -> None:
+    """Prints a line if the model could be trained and used here, but not exported."""
+    try:
+        write_model_config(ILLADA, config.model)
+    except InputError as error:
+        print(f"note: this model cannot be exported to a public layout by illada_jax.convert: {error}", flush=True)
 
 
 def main(_: list[str]) -> int:
@@ -89,22 +99,19 @@ def main(_: list[str]) -> int:
         # All processes raise an InputError together, unless it comes from their own storage.
         if jax.process_count() == 1 or (isinstance(error, InputError) and not isinstance(error, StorageError)):
             raise
-        return hosts.hard_exit(report_failure(error))
+        console.hard_exit(report_failure(error))
 
 
 def report_failure(error: Exception) -> int:
     """Prints an error that other processes of the run may not have; returns the exit code."""
-    if isinstance(error, StorageError):
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    traceback.print_exception(error)
-    while error is not None:
+    code = cli.report(error)
+    while code == 1 and error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             print("error: a device or collective operation failed, perhaps because another process died; restart all "
                   "processes", file=sys.stderr)
             return EXIT_RESUMABLE
         error = error.__cause__ or error.__context__
-    return 1
+    return code
 
 
 def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
@@ -120,6 +127,7 @@ def run(config: Config, workdir: epath.Path, profile_steps: range) -> int:
     run_setup.check_memory(config, mesh)
     if hosts.is_primary():
         run_setup.print_start(config, workdir, mesh, corpus)
+        print_reason_not_to_export(config)
     outcome = train(RunSetup(config, workdir, mesh, pipeline, corpus.tokenizer, evaluators, tuple(_ALLOW.value),
                              profile_steps, initial))
     if outcome.status == "preempted":

@@ -68,7 +68,7 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
     never |= {ids.eos, ids.pad} if infill else set()
     stop = set() if infill else {ids.eos, *settings.stop_ids}
     if infill:
-        settings = dataclasses.replace(settings, end_of_thinking_boost=0.0)
+        settings = dataclasses.replace(settings, end_of_thinking_boost=0.0, length="fixed")
     row_key = jax.random.fold_in(jax.random.key(settings.seed), row)
 
     while True:
@@ -90,7 +90,7 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         masked = [column for column in block if trace.canvas[column] == ids.mask]
         if not masked:
             return
-        logits = guided_logits(network, trace, settings, ids)
+        logits = guided_logits(network, trace, settings, ids, block[0])
         if settings.end_of_thinking_boost:
             boost(logits, trace, masked[0], settings)
         logits[:, ids.vocab_size :] = -np.inf
@@ -119,11 +119,13 @@ def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
         trace.steps += 1
 
 
-def guided_logits(network, trace: Trace, settings, ids):
+def guided_logits(network, trace: Trace, settings, ids, start: int):
+    """The unconditional pass does not see the prompt; with variable length nothing before `start` of the block."""
     cond = np.array(network(trace.canvas), np.float32)
     if settings.cfg_scale == 0:
         return cond
-    given = [step < 0 for step in trace.reveal_step]
+    given = [step < 0 or (settings.length == "variable" and column < start)
+             for column, step in enumerate(trace.reveal_step)]
     canvas = [ids.mask if g else token for g, token in zip(given, trace.canvas, strict=True)]
     uncond = np.array(network(canvas), np.float32)
     with np.errstate(invalid="ignore"):
@@ -173,15 +175,26 @@ def note_gap(trace: Trace, larger: float, smaller: float, scale: float = 1.0) ->
 
 
 def choose(trace: Trace, logits, settings, gumbel) -> int:
-    """The most probable token, or a sample from the nucleus of softmax(logits / temperature)."""
+    """The most probable token, or a sample of softmax(logits / temperature) from the top_k and of those the nucleus."""
     if settings.temperature > 0:
         logits = logits / np.float32(settings.temperature)
+        if settings.top_k:
+            logits = keep_top_k(trace, logits, settings.top_k)
         if settings.top_p < 1:
             logits = nucleus(trace, logits, settings.top_p)
         logits = logits + gumbel
     best, second = np.sort(logits)[::-1][:2]
     note_gap(trace, best, second)
     return int(np.argmax(logits))
+
+
+def keep_top_k(trace: Trace, logits, top_k: int):
+    descending = sorted(logits, reverse=True)
+    least = descending[top_k - 1] if top_k < len(descending) else -np.inf
+    for logit in descending[top_k:]:  # ties are kept, near-ties may fall either way
+        if logit != least:
+            trace.closest = min(trace.closest, float(least - logit))
+    return np.where(logits >= least, logits, -np.inf)
 
 
 def nucleus(trace: Trace, logits, top_p: float):

@@ -72,6 +72,31 @@ def test_an_interrupt_is_one_line():
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+HANGS = """
+import threading, time
+from illada_jax import cli
+from illada_jax.errors import InputError
+
+def main(_):
+    threading.Thread(target=time.sleep, args=(600,)).start()  # as Orbax's, which an ordinary exit waits for
+    print("before")
+    raise {}
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    ("InputError('x: wrong')", 2, "error: x: wrong"), ("OSError(28, 'full')", 2, "error: a file: full"),
+    ("IsADirectoryError(21, 'is a directory', 'x')", 2, "error: x: is a directory"),
+    ("KeyboardInterrupt", 130, "interrupted"), ("RuntimeError('x')", 1, "RuntimeError: x"),
+    ("OSError(12, 'other')", 1, "OSError: [Errno 12] other")])
+def test_a_process_leaves_after_its_error_whatever_its_threads_do(error, code, line):
+    done = subprocess.run([sys.executable, "-c", HANGS.format(error)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (code, "before\n", line)
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
 def test_hints_are_for_terminals_only(monkeypatch, capsys):
     from illada_jax import cli
 
@@ -114,7 +139,6 @@ MISTAKES = [  # (line of the config, overrides, parts of the message)
     ("pass", ["--config.train.stepz=4"], ["--config.train.stepz=4: ", "did you mean config.train.steps?"]),
     ("pass", ["--config.train.steps=many"], ["--config.train.steps=many"]),
     ("pass", ["--config.train=4"], ["config.train"]),
-    ("pass", ["--config.data.sources=(1"], ["config.data.sources"]),
     ("pass", ["--config.model.num_layers=3", "--config.model.scan_unroll=2"], ["--config.model.scan_unroll=0"]),
     ("pass", ["--config.data.length=300"], ["--config.model.max_length=300"]),
     ("pass", ["--config.train.log_every=1000"], ["--config.train.plateau_window=20000"]),

@@ -10,7 +10,16 @@ import pathlib
 import pytest
 
 from illada_jax import config as config_lib
-from illada_jax.config import Config, check_resumable, defaults, from_config_dict, from_dict, to_dict
+from illada_jax.config import (
+    Config,
+    ModelConfig,
+    check_resumable,
+    defaults,
+    from_config_dict,
+    from_dict,
+    from_saved,
+    to_dict,
+)
 from illada_jax.errors import ConfigError
 from tests.fixtures.make_configs import CONFIGS
 
@@ -95,6 +104,25 @@ def test_a_saved_config_may_lack_younger_fields_but_has_no_others():
 def test_json_and_back_is_the_same_config():
     config = dataclasses.replace(Config(), seed=7)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_the_width_of_a_head_follows_from_the_model_unless_it_is_given():
+    config = defaults()
+    config.model.update(d_model=96, num_heads=6)
+    assert from_config_dict(config).model.head_dim == 16
+    config.model.head_dim = 20
+    resolved = from_config_dict(config)
+    assert resolved.model.head_dim == 20 and from_saved(json.loads(json.dumps(to_dict(resolved)))) == resolved
+    config.model.update(d_model=6, num_heads=2, num_kv_heads=1, head_dim=0)
+    with pytest.raises(ConfigError, match=r"config\.model\.head_dim = 3: must be even"):
+        from_config_dict(config)
+
+
+@pytest.mark.parametrize("name", ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
+                                  "max_length", "vocab_size"])
+def test_sizes_of_a_model_are_bounded(name):
+    with pytest.raises(ConfigError, match=rf"config\.model\.{name} = 1000000000000: must be at most"):
+        ModelConfig(**{name: 10**12})
 
 
 def test_experiments_are_locked_and_start_from_the_defaults():

@@ -12,7 +12,7 @@ import pytest
 from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.parallel.mesh import make_mesh
-from illada_jax.training.optimizer import make_optimizer, make_schedule
+from illada_jax.training.optimizer import make_schedule
 from illada_jax.training.step import abstract_state
 from tests.fixtures.make_configs import CONFIGS, EXPERIMENTS, RECIPES, dump, load
 
@@ -25,7 +25,7 @@ def test_every_experiment_is_initialised_abstractly(path):
     values = config_lib.to_dict(load(path))
     values["model"]["vocab_size"] = values["model"]["vocab_size"] or values["data"]["tokenizer_vocab_size"]
     config = config_lib.from_dict(values)
-    state = abstract_state(config, make_optimizer(config), make_mesh(config.mesh))
+    state = abstract_state(config, make_mesh(config.mesh))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     moments = sum(math.prod(x.shape) for x in jax.tree.leaves(state.opt_state) if x.ndim)
     average = sum(math.prod(x.shape) for x in jax.tree.leaves(state.ema))

@@ -1,8 +1,10 @@
 """The Python interface and the generate command, on a small random model."""
 
 import dataclasses
+import gzip
 import importlib.util
 import json
+import re
 import signal
 
 import numpy as np
@@ -100,7 +102,8 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate(["abc"], eot_id=-2), "config.decode.eot_id = -2"),
     (lambda lm: lm.generate(["abc"], eot_id=5000), "config.decode.eot_id = 5000: is outside the vocabulary"),
     (lambda lm: lm.generate(["abc"], stop=[""]), "a stop string must not be empty"),
-    (lambda lm: lm.generate(["abc"], max_new_token=4), "config.decode.max_new_token: unknown key; known here: max_new"),
+    (lambda lm: lm.generate(["abc"], max_new_token=4),
+     "config.decode.max_new_token: unknown key; did you mean config.decode.max_new_tokens"),
     (lambda lm: lm.generate(["abc"], max_new_tokens="4"), "config.decode.max_new_tokens = '4': must be of type int"),
     (lambda lm: lm.generate(["abc"], reveal="x"), "must be one of 'schedule', 'threshold', 'factor', 'entropy_bound'"),
     (lambda lm: lm.generate(["a" * 128]), "leave no room in the context of 128"),
@@ -189,7 +192,7 @@ def test_flags_that_would_do_nothing_or_cannot_be_obeyed(run, arguments, message
 def test_nothing_but_the_answers_reaches_a_pipe(run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    for arguments in ([], [f"--results={tmp_path}/r.jsonl"], [f"--trace={tmp_path}/t.html"]):
+    for arguments in ([], [f"--results={tmp_path}/r.jsonl"]):
         run(f"--input={prompts}", "--max_new_tokens=8", *arguments)
         assert run.err == ""
 
@@ -236,12 +239,74 @@ def test_bad_prompt_files(run, tmp_path, content, message):
         run(f"--input={path}")
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.jsonl", b'\xef\xbb\xbf{"prompt": "a\\u2028"}\r\n\n \r\n{"prompt": "b"}\n\n'),
+    ("p.jsonl.gz", gzip.compress(b'{"prompt": "a\\u2028"}\n{"prompt": "b"}')),
+    ("p.json", b'\xef\xbb\xbf[\n  {"prompt": "a\\u2028"},\n\n  {"prompt": "b"}\n]\n'),
+])
+def test_prompt_files_as_found(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert generate.read_prompts(tmp_path / name) == ["a\u2028", "b"]
+
+
 def test_results_of_other_prompts_are_not_mixed(run, tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text('{"index": 0, "prompt": "other"}\n')
     with pytest.raises(InputError, match="line 1: not a result of these prompts"):
         run("--prompt=abc", f"--results={results}")
     assert results.read_text() == '{"index": 0, "prompt": "other"}\n'
+
+
+@pytest.mark.parametrize("changed, message", [
+    (["--temperature=0.5"], "decode.temperature: 0.8 → 0.5"), (["--seed=1"], "decode.seed: 0 → 1"),
+    (["--stop=x"], "stop: [] → ['x']"), (["--top_k=3"], "decode.top_k: 0 → 3"), (["weights"], "params: '"),
+    (["tokenizer"], "tokenizer: '"), (["model"], "model.rope_theta: 500000.0 → 1000.0")])
+def test_results_are_continued_by_the_same_model_and_settings_only(run, lm, monkeypatch, tmp_path, changed, message):
+    prompts, results = tmp_path / "prompts.jsonl", tmp_path / "r.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in "abc"))
+    arguments = [f"--input={prompts}", f"--results={results}", "--max_new_tokens=8"]
+    assert run(*arguments, "--temperature=0.8")[0] is None
+    saved = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {line["index"] for line in saved} == {0, 1, 2}  # and no line of another kind
+    results.write_text(results.read_text().partition("\n")[0] + "\n")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    record = json.loads((tmp_path / "r.jsonl.settings.json").read_text())
+    assert record["checkpoint"] == "x" and record["decode"]["temperature"] == 0.8
+    if not changed[0].startswith("--"):
+        other = api.LanguageModel(CONFIG, lm.params, TOKENIZER)
+        other.params = random_params(MODEL, seed=5) if changed == ["weights"] else lm.params
+        other.tokenizer = _other_tokenizer() if changed == ["tokenizer"] else TOKENIZER
+        if changed == ["model"]:
+            other.config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, rope_theta=1000.0))
+        monkeypatch.setattr(api, "load", lambda *_: other)
+        changed = []
+    with pytest.raises(InputError, match=f"{re.escape(str(results))}: has results of 'x' with other weights") as caught:
+        run(*arguments, "--temperature=0.8", *changed)
+    assert message in str(caught.value) and "choose another file" in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    monkeypatch.setattr(api, "load", lambda *_: lm)
+    # The same model elsewhere, in other batches.
+    assert run(*arguments, "--temperature=0.8", "--batch_size=3", "--checkpoint=y")[0] is None
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    texts = [{line["index"]: line["tokens"] for line in lines} for lines in (saved, again)]
+    assert texts[0] == texts[1]
+
+
+def _other_tokenizer():
+    tokenizer = ByteTokenizer()
+    tokenizer.vocabulary_files = lambda: {"other": b""}
+    return tokenizer
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", "{}"])
+def test_results_of_an_unknown_model_are_not_continued(run, tmp_path, record):
+    results = tmp_path / "r.jsonl"
+    results.write_text('{"index": 0, "prompt": "a"}\n')
+    if record is not None:
+        (tmp_path / "r.jsonl.settings.json").write_text(record)
+    with pytest.raises(InputError, match=r"r\.jsonl\.settings\.json|has results of None") as caught:
+        run("--prompt=a", "--prompt=b", f"--results={results}")
+    assert "\n" not in str(caught.value) and results.read_text() == '{"index": 0, "prompt": "a"}\n'
 
 
 def test_a_trace_of_all_prompts_on_one_page(run, lm, tmp_path):

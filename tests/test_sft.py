@@ -81,6 +81,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().split("\n") if line]
 
 
+@pytest.mark.slow
 def test_rejected_examples_are_reported_and_answers_are_scored(trained):
     workdir, printed = trained
     assert "1 of 32 examples left out: not JSON: " in printed and "line 31" in printed
@@ -91,6 +92,7 @@ def test_rejected_examples_are_reported_and_answers_are_scored(trained):
     assert "who?" in last["eval/answers"] and "✓" in last["eval/answers"]
 
 
+@pytest.mark.slow
 def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_the_oldest_messages(trained):
     talk = run("illada_jax.generate", f"--checkpoint={trained[0]}", "--chat",
                stdin="I am Bob!\n\nwho?\n" + "who?\n" * 3 + "/exit\nx")
@@ -100,6 +102,7 @@ def test_a_chat_keeps_its_history_stops_per_turn_and_forgets_the_oldest_messages
     assert "the context is full: dropped the oldest 2 messages" in talk.stderr
 
 
+@pytest.mark.slow
 def test_chat_in_python_applies_the_template_and_stops(trained):
     lm = api.load(str(trained[0]))
     messages = conversation("Eve", "!")["messages"][:3]
@@ -124,12 +127,14 @@ def losses(directory, workdir, form, **changes):
 
 
 @pytest.mark.parametrize("form", ["illada", "llada"])
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(directory, tmp_path, form):
     whole = losses(directory, tmp_path / "whole", form)
     losses(directory, tmp_path / "parts", form, **{"train.stop_step": 3})
     assert len(whole) >= 6 and losses(directory, tmp_path / "parts", form) == whole
 
 
+@pytest.mark.slow
 def test_initialising_from_a_checkpoint_uses_its_tokenizer(directory, trained):
     changes = {"init.checkpoint": str(trained[0]), "data.tokenizer": "checkpoint", "train.epochs": 3,
                "optimizer.warmup_steps": 1}

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import pathlib
 import pickle
+import re
 import resource
 import shutil
 
@@ -92,3 +94,48 @@ def test_a_checkpoint_that_claims_to_be_larger_than_its_arrays_is_refused(tmp_pa
     with pytest.raises(InputError, match=r"checkpoints/1: corrupt: .*there is no other checkpoint"):
         load_model(tmp_path / "run")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+ODD = {"directory": lambda path: path.mkdir(), "FIFO": os.mkfifo, "deep": lambda path: path.write_text("[" * 10**5),
+       "deep object": lambda path: path.write_text('{"a":' * 500 + "1" + "}" * 500),
+       "half a character": lambda path: path.write_bytes(b'{"a": "\xe2\x82'),
+       "a list": lambda path: path.write_text("[]")}
+
+
+def replaced(directory, name, kind):
+    """Puts something odd in the place of a file."""
+    (directory / name).unlink(missing_ok=True)
+    ODD[kind](directory / name)
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json",
+                                  "special_ids.json", "tokenizer.json", "tokenizer_config.json",
+                                  "model-00001-of-00003.safetensors"])
+def test_a_hugging_face_directory_with_an_odd_file_is_refused_by_name(tmp_path, name, kind):
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(FIXTURE, directory)
+    ByteTokenizer().save(directory)
+    replaced(directory, name, kind)
+    with pytest.raises(InputError, match=re.escape(str(directory))) as error:
+        open_model(str(directory))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/special_ids.json"])
+def test_a_prepared_corpus_with_an_odd_file_is_refused_by_name(tmp_path, name, kind):
+    (tmp_path / "x.txt").write_text("some text")
+    prepare(Settings((f"text:{tmp_path}/x.txt",), "bytes", 0, 0.0), tmp_path / "corpus", progress=False)
+    replaced(tmp_path / "corpus", name, kind)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "corpus"))):
+        open_corpus(DataConfig(sources=(f"prepared:{tmp_path}/corpus",)))
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("item", ["meta", "tokenizer"])
+def test_a_checkpoint_with_an_odd_file_is_refused_by_name(tmp_path, item, kind):
+    lm_eval_toys.save(tmp_path / "run")
+    replaced(tmp_path / "run" / "checkpoints" / "1", f"{item}/metadata", kind)
+    with pytest.raises(InputError, match=r"checkpoints/1: corrupt: "):
+        load_model(tmp_path / "run")

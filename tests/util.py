@@ -17,7 +17,7 @@ def documents(spec: str):
 def random_params(config: ModelConfig, scale: float = 2.0, seed: int = 1):
     """Random weights, `scale` times as large as at initialisation so that a wrong layout shows; nothing is compiled."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    shapes = model.abstract_params(config)
 
     def draw(path, x):
         std = scale * (2 / (5 * config.d_model)) ** 0.5

@@ -4,15 +4,15 @@ USAGE='usage: tpu/launch.sh [--dry-run] pretrain|sft|evaluate|prepare [FLAG…]
   FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; the output directory is BUCKET/RUN'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-while :; do
-  case ${1:-} in
-    --dry-run) DRY_RUN=true && shift ;;
-    --help) echo "$USAGE" && exit 0 ;;
-    -*) fail "$EXIT_BAD_INPUT" "unexpected argument '$1'; $USAGE" ;;
-    '') fail "$EXIT_BAD_INPUT" "which task? $USAGE" ;;
-    *) break ;;
+# Options of the script may stand anywhere; all other arguments are those of the task.
+for argument in "$@"; do
+  shift
+  case $argument in
+    --dry-run | --help) options "$argument" ;;
+    *) set -- "$@" "$argument" ;;
   esac
 done
+check_task "$@"
 check_settings
 need PROJECT ZONE NAME BUCKET
 task=$1

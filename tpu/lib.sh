@@ -54,6 +54,16 @@ options() {
   done
 }
 
+# check_task "$@": refuses a command line that does not begin with a task.
+check_task() {
+  case ${1:-} in
+    pretrain | sft | evaluate | prepare) ;;
+    '') fail "$EXIT_BAD_INPUT" "which task? $USAGE" ;;
+    -*) fail "$EXIT_BAD_INPUT" "unexpected argument '$1'; $USAGE" ;;
+    *) fail "$EXIT_BAD_INPUT" "'$1': must be pretrain, sft, evaluate or prepare" ;;
+  esac
+}
+
 # check_settings: refuses invalid values of the settings, by name.
 check_settings() {
   case $BACKEND in gcloud | xpk) ;; *) fail "$EXIT_BAD_INPUT" "BACKEND=$BACKEND: must be gcloud or xpk" ;; esac
@@ -172,7 +182,6 @@ python_command() {
         --compilation_cache="$BUCKET/compiled" "$@" ;;
     evaluate) set -- python -m illada_jax.evaluate --processes=auto --output_dir="$BUCKET/$RUN" "$@" ;;
     prepare) set -- python -m illada_jax.prepare --target="$MOUNT/$RUN" "$@" ;;
-    *) fail "$EXIT_BAD_INPUT" "'$task': must be pretrain, sft, evaluate or prepare" ;;
   esac
   COMMAND=$(quote "$MOUNT/$RUN" "$@")
 }

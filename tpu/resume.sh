@@ -4,17 +4,17 @@ USAGE='usage: tpu/resume.sh [--dry-run] [--confirm=NAME] pretrain|sft|evaluate|p
   --confirm=NAME: delete the remains of preempted hardware without asking'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-while :; do
-  case ${1:-} in
-    --dry-run | --confirm=* | --help) options "$1" && shift ;;
-    -*) fail "$EXIT_BAD_INPUT" "unexpected argument '$1'; $USAGE" ;;
-    '') fail "$EXIT_BAD_INPUT" "which task? $USAGE" ;;
-    *) break ;;
+# Options of the script may stand anywhere; all other arguments are those of the task.
+for argument in "$@"; do
+  shift
+  case $argument in
+    --dry-run | --confirm=* | --help) options "$argument" ;;
+    *) set -- "$@" "$argument" ;;
   esac
 done
+check_task "$@"
 check_settings
 need PROJECT ZONE NAME BUCKET
-python_command "$@" # refuses an unknown task before anything is deleted
 
 here=$(dirname -- "$0")
 dry=

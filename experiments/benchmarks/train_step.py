@@ -26,8 +26,7 @@ from illada_jax.diffusion.process import corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.model import num_params
 from illada_jax.parallel.mesh import make_mesh, use_mesh
-from illada_jax.training.optimizer import make_optimizer
-from illada_jax.training.step import abstract_state, init_state, make_train_step
+from illada_jax.training.step import init_state, make_init, make_train_step
 
 ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of each implementation", 1)
 STEPS = flags.DEFINE_integer("steps", 0, "steps of a round; 0: 50 of the small and 2 of the large model", 0)
@@ -121,11 +120,9 @@ def timed_steps(step: Callable[[int], object], count: int, losses: Callable[[lis
 def ours(config: Config, batches: list[Batch]) -> Callable[[], Timed]:
     """A round of our steps, each from the initial state."""
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config)
     with use_mesh(mesh):
-        step_fn = make_train_step(config, optimizer, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
-        init = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)
+        step_fn = make_train_step(config, mesh)
+        init = make_init(config, mesh)
 
     def run() -> Timed:
         with use_mesh(mesh):
@@ -157,7 +154,7 @@ def in_torch(config: Config, batches: list[Batch]) -> dict[str, Callable[[], Tim
         weights_BL = np.where(c.masked_BL, 1 / np.asarray(c.p_BL), 0.0) / batch.tokens_BL.size
         inputs.append(tuple(torch.from_numpy(np.array(x, dtype)) for x, dtype in (
             (c.noisy_BL, np.int64), (batch.tokens_BL, np.int64), (weights_BL, np.float32))))
-    params = jax.device_get(jax.jit(lambda: init_state(config, make_optimizer(config)).params)())
+    params = jax.device_get(jax.jit(lambda: init_state(config).params)())
 
     def runner(compiled: bool) -> Callable[[], Timed]:
         trainer = Trainer(params, config, compiled)

@@ -12,7 +12,7 @@ from illada_jax.data.preparing.settings import ExampleSettings, Settings, conten
 from illada_jax.data.preparing.text import list_parts, prepare
 from illada_jax.data.shards import ExampleSet, TokenStream
 from illada_jax.data.sources import examples
-from illada_jax.data.tokenizers import Tokenizer
+from illada_jax.data.tokenizers import Tokenizer, check_lossless
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.files import cache_directory, new_directory
 
@@ -47,6 +47,8 @@ class Corpus:
       components: the corpora of the mixture; a single one without a mixture; none of examples.
       statistics: figures to compare a model with, by name, in bits per byte; empty for large corpora, mixtures and
         examples.
+      dropped: report of documents or examples that were left out or cut, a line per reason; may be empty.
+      split_warning: a line per corpus whose held-out share is far from what was asked; may be empty.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +57,8 @@ class Corpus:
     fingerprint: str
     components: tuple[Component, ...] = ()
     statistics: dict[str, float] = field(default_factory=dict)
+    dropped: str = ""
+    split_warning: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +66,11 @@ class Examples(Corpus):
     """Examples as tokens, for fine-tuning.
 
     Attributes:
-      dropped: report of examples that were left out or cut, a line per reason; may be empty.
       sources: their names, as in the config; `ExampleSet.sources_N` holds indices into them.
     """
 
     train: ExampleSet
     heldout: ExampleSet
-    dropped: str
     sources: tuple[str, ...]
 
 
@@ -115,9 +117,18 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
         raise InputError(f"config.data.weights = {data.weights!r}: weights are for prepared corpora; every example is "
                          "seen once per epoch")
     settings = ExampleSettings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction,
-                               length=data.length, over_length=sft.over_length, format=sft.format)
-    parts = [examples.parts(spec) for spec in data.sources]
-    tokenizer = tokenizer or given_tokenizer(data.tokenizer)
+                               length=data.length, over_length=sft.over_length, format=sft.format,
+                               max_document_bytes=data.max_document_bytes)
+    parts = [examples.parts(spec, settings.max_document_bytes) for spec in data.sources]
+    if tokenizer is None:
+        tokenizer = given_tokenizer(data.tokenizer)
+    else:
+        check_lossless(tokenizer, "config.data.tokenizer = checkpoint")
+    if sft.chat_template:
+        if tokenizer is None:
+            raise InputError(f"config.sft.chat_template = {sft.chat_template!r}: a tokenizer that is trained on the "
+                             "examples has no chat template")
+        tokenizer.choose_chat_template(sft.chat_template)
     key = content_key(settings, [part for of_source in parts for part in of_source], tokenizer)
     directory = _cached(data, f"examples-{key}",
                         lambda target: prepare_examples(settings, parts, target, tokenizer, progress))
@@ -128,7 +139,7 @@ def open_examples(config: Config, tokenizer: Tokenizer | None = None, progress: 
         raise InputError(f"config.data.sources = {data.sources!r}: no example is left to learn from"
                          + "".join(f"; {line}" for line in manifest.dropped))
     return Examples(tokenizer=tokenizer, **streams, fingerprint=manifest.fingerprint, sources=manifest.sources,
-                    dropped="\n".join(manifest.dropped + manifest.divided))
+                    dropped="\n".join(manifest.dropped + manifest.divided), split_warning=manifest.split_warning)
 
 
 def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[float, ...]) -> Corpus:
@@ -149,13 +160,17 @@ def _open(directories: list[pathlib.Path], names: list[str], weights: tuple[floa
         train=TokenStream.concatenate(train),
         heldout=TokenStream.concatenate([of_split["heldout"] for of_split in streams]),
         statistics=manifests[0].statistics if single else {},
+        dropped="\n".join(line for manifest in manifests for line in manifest.dropped),
+        split_warning="\n".join(f"{name}: {manifest.split_warning}"
+                                for name, manifest in zip(names, manifests, strict=True) if manifest.split_warning),
         fingerprint=fingerprints[0] if single else hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16],
     )
 
 
 def _prepare_in_cache(data: DataConfig, progress: bool) -> pathlib.Path:
-    settings = Settings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction)
-    parts = list_parts(data.sources)
+    settings = Settings(data.sources, data.tokenizer, data.tokenizer_vocab_size, data.heldout_fraction,
+                        max_document_bytes=data.max_document_bytes)
+    parts = list_parts(settings)
     size = sum(part.num_bytes for part in parts)
     if size > _LARGEST_BYTES:
         raise InputError(f"config.data.sources = {data.sources!r}: {size / 2**30:.1f} GiB, too large to prepare on "

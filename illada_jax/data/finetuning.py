@@ -73,8 +73,9 @@ class _ExampleBatches(Batches):
 class ConcatenatedExamples(_ExampleBatches):
     """iLLaDA: windows of data.length over the concatenated examples of all epochs.
 
-    Everything may be masked, prompts too (unless sft.mask_prompts is off: an ablation). Window k begins at token
-    k · length of that stream. Only the run's last window is padded; rows after it are empty.
+    Everything may be masked, prompts too (unless sft.mask_prompts is off: an ablation), but messages that are seen, not
+    learnt. Window k begins at token k · length of that stream. Only the run's last window is padded; rows after it are
+    empty.
     """
 
     def __init__(self, config: Config, examples: Examples):
@@ -88,10 +89,8 @@ class ConcatenatedExamples(_ExampleBatches):
         starts = [_example_starts(of_row) if self._data.isolate_documents else np.empty(0, np.int64)
                   for of_row in pieces]
         batch = pack(windows, self._data.length, self._pad_id, self.split(windows, starts, step, rows))
-        if self._config.sft.mask_prompts:
-            return batch
-        answers = [_join(self._examples.is_answer, of_row, np.int8) for of_row in pieces]
-        maskable_BL = pack(answers, self._data.length, 0).tokens_BL > 0
+        read = self._examples.may_be_masked if self._config.sft.mask_prompts else self._examples.is_answer
+        maskable_BL = pack([_join(read, of_row, np.int8) for of_row in pieces], self._data.length, 0).tokens_BL > 0
         return batch._replace(maskable_BL=maskable_BL, weights_BL=maskable_BL.astype(np.float32))
 
     def _pieces(self, index: int) -> list[_Piece]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from illada_jax.data.shards import ExampleSet, ShardInfo, TokenStream
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer
 from illada_jax.errors import InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ class Manifest:
       splits: the shards of each split.
       statistics: figures to compare a model with, by name, in bits per byte; for small corpora of text only.
       has_answers: the shards hold examples, with an answer mask.
-      dropped: examples left out or truncated, a line per reason.
+      dropped: examples or documents left out or truncated, a line per reason.
       divided: long examples split into several windows or rows, a line per reason.
     """
 
@@ -57,6 +57,19 @@ class Manifest:
         content = [self.tokenizer, {name: [info.sha256 for info in infos] for name, infos in self.splits.items()}]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def split_warning(self) -> str:
+        """A line if the held-out share of the text is far from what was asked; else empty.
+
+        Far: either side has less than half of its share, or the held-out side more than twice of it.
+        """
+        train, heldout = (sum(info.num_bytes for info in self.splits[split]) for split in SPLITS)
+        asked, share = self.heldout_fraction, heldout / max(train + heldout, 1)
+        if asked / 2 <= share <= min(2 * asked, (1 + asked) / 2):
+            return ""
+        return (f"warning: {share:.2%} of the text is held out, not {asked:.2%} (heldout_fraction): there are few "
+                "documents, or some are much longer than others")
+
     def save(self, directory: pathlib.Path) -> None:
         """Writes `manifest.json`."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -70,15 +83,12 @@ class Manifest:
           InputError: the manifest is missing, malformed or of another format version.
         """
         path = directory / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
+        if not path.exists():
             raise InputError(f"{directory}: no prepared corpus ({MANIFEST} is missing: never finished); run: "
                              "python -m illada_jax.prepare --source=text:DIR --tokenizer=sentencepiece "
-                             f"--target={directory}") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
-        version = content.get("format_version") if isinstance(content, dict) else None
+                             f"--target={directory}")
+        content = read_json(path)
+        version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}")
         try:

@@ -3,9 +3,11 @@
 A shard holds the tokens of whole documents, each with its end token, as records of `CHUNK_TOKENS` little-endian ids
 (the last record may be shorter). After them come the offsets of the documents in the shard, as records of as many
 uint64. Ids of text are uint16, or uint32 if the vocabulary is larger. Ids of examples are int32, and their sign bit is
-the answer mask: set for the tokens of answers. The training length is not part of the format.
+the answer mask: set for the tokens of answers. The bit below is set for tokens that are never masked, of messages that
+are seen, not learnt. The training length is not part of the format.
 """
 
+import array
 import bisect
 import contextlib
 import dataclasses
@@ -26,7 +28,8 @@ from illada_jax.files import temporary_path
 CHUNK_TOKENS = 8192
 
 _OPEN_READERS = 256
-_ID_BITS = 2**31 - 1
+_ID_BITS = 2**30 - 1
+_FIXED_BIT = 2**30
 _ANSWER_BIT = -(2**31)
 
 
@@ -83,20 +86,23 @@ class ShardWriter:
         self._dtype = _id_dtype(vocab_size, has_answers)
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
-        self._offsets: list[int] = []
+        self._offsets = array.array("Q")
         self._num_tokens = self._num_bytes = 0
 
-    def add(self, ids: Sequence[int], num_bytes: int, is_answer: Sequence[bool] = ()) -> None:
+    def add(self, ids: Sequence[int], num_bytes: int, is_answer: Sequence[bool] = (), is_fixed: Sequence[bool] = ()
+            ) -> None:
         """Adds a document.
 
         Args:
           ids: its tokens, the end token included.
           num_bytes: UTF-8 bytes of its text.
           is_answer: for examples, True for each token of an answer.
+          is_fixed: for examples, True for each token that is never masked.
         """
         values = np.array(ids, self._dtype)
-        if len(is_answer):
-            values[np.asarray(is_answer, bool)] |= _ANSWER_BIT
+        for flags, bit in ((is_answer, _ANSWER_BIT), (is_fixed, _FIXED_BIT)):
+            if len(flags):
+                values[np.asarray(flags, bool)] |= bit
         self._offsets.append(self._num_tokens)
         self._pending.append(values)
         self._pending_tokens += len(values)
@@ -281,6 +287,10 @@ class ExampleSet(TokenStream):
     def is_answer(self, index: int) -> np.ndarray:
         """The answer mask of an example: bool, True for each token of an answer."""
         return super().read(*self._document_range(index)) < 0
+
+    def may_be_masked(self, index: int) -> np.ndarray:
+        """The tokens of an example that may be masked: bool, False for messages that are seen, not learnt."""
+        return super().read(*self._document_range(index)) & _FIXED_BIT == 0
 
     def question(self, index: int) -> Question:
         """An example as a prompt and its last answer."""

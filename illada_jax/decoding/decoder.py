@@ -117,8 +117,10 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
                           "because there is no tokenizer to encode </think>")
     return Rules(
-        # Rows carry their budgets and keys: a change of these fields does not compile again.
-        settings=dataclasses.replace(settings, max_new_tokens=1, length="variable", batch_size=1, seed=0),
+        # Rows carry their budgets and keys: a change of these fields does not compile again. In the loop the length
+        # matters to guidance only, and not in infilling.
+        settings=dataclasses.replace(settings, max_new_tokens=1, batch_size=1, seed=0,
+                                     length=settings.length if settings.cfg_scale and not infill else "fixed"),
         mask_id=ids.mask,
         vocab_size=ids.vocab_size,
         suppressed_ids=tuple(sorted(suppressed)),
@@ -243,7 +245,9 @@ class Decoder:
         """Yields (index, result) as rows finish; a finished row frees its slot for the next request."""
         if not requests:
             return
-        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(row_numbers)))
+        # Repeated to a power of two: not every number of prompts compiles another program.
+        padded = np.resize(row_numbers, 1 << (len(requests) - 1).bit_length())
+        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(padded)))
         pending = collections.deque(requests)
         slots: list[Request | None] = [None] * self._num_slots(len(requests))
         rows = [new_row(Request(-1, [], 0, 0, ""), keys[0], done=True)] * len(slots)

@@ -24,7 +24,7 @@ class GappedText(NamedTuple):
         """Ids with MASK repeated in the gaps. Each piece is tokenised separately: no token spans a gap."""
         ids = tokenizer.encode(self.pieces[0])
         for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
-            ids += [tokenizer.mask_id] * length + tokenizer.encode(piece)
+            ids += [tokenizer.mask_id] * length + tokenizer.encode_behind(piece)
         return ids
 
     def fill(self, tokenizer: Any, masked: list[int], filled: list[int]) -> str:
@@ -33,10 +33,14 @@ class GappedText(NamedTuple):
         `masked` is the result of `tokens`, `filled` the same ids with tokens in place of MASK.
         """
         written = (new for old, new in zip(masked, filled, strict=True) if old == tokenizer.mask_id)
-        text = self.pieces[0]
+        # As bytes: a character may begin in one gap and end in the next.
+        text, is_start = self.pieces[0].encode(), not self.pieces[0]
         for length, piece in zip(self.lengths, self.pieces[1:], strict=True):
-            text += tokenizer.decode(list(itertools.islice(written, length))) + piece
-        return text
+            gap = tokenizer.to_bytes(itertools.islice(written, length))
+            text += gap.removeprefix(b" ") if is_start and tokenizer.opens_with_blank else gap
+            text += piece.encode()
+            is_start = is_start and not (gap or piece)
+        return text.decode(errors="replace")
 
 
 def parse_gaps(text: str) -> GappedText:

@@ -36,7 +36,7 @@ class Rules:
     """Settings of the compiled loop, static under jit.
 
     Attributes:
-      settings: the sampler; fields that only the host reads must not vary, or the loop compiles again.
+      settings: the sampler; fields without an effect must not vary, or the loop compiles again.
       vocab_size: ids from here on are never chosen.
       suppressed_ids: ids that are never chosen, MASK among them.
       last_ids: ids that are written last.
@@ -178,21 +178,31 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
     def from_canvas(cache):
         columns_BL = jax.lax.broadcasted_iota(jnp.int32, carry.tokens_BL.shape, 1)
         segments_BL = (columns_BL < carry.length_B[:, None]).astype(jnp.int32)
-        canvas = CanvasSlice(carry.tokens_BL, columns_BL, segments_BL, carry.reveal_step_BL < 0)
-        return query(canvas, block.columns_BQ, cache)
+        given_BL = _given(carry.reveal_step_BL, columns_BL, block, rules)
+        return query(CanvasSlice(carry.tokens_BL, columns_BL, segments_BL, given_BL), block.columns_BQ, cache)
 
     def from_slice(cache):
         tokens_BT, reveal_step_BT = (jnp.take_along_axis(canvas_BL, block.slice_BT, axis=1, mode="clip")
                                      for canvas_BL in (carry.tokens_BL, carry.reveal_step_BL))
         segments_BT = (block.slice_BT < carry.tokens_BL.shape[1]).astype(jnp.int32)
         query_columns_BQ = jax.lax.broadcasted_iota(jnp.int32, block.columns_BQ.shape, 1)
-        canvas = CanvasSlice(tokens_BT, block.slice_BT, segments_BT, reveal_step_BT < 0)
-        return query(canvas, query_columns_BQ, cache)
+        given_BT = _given(reveal_step_BT, block.slice_BT, block, rules)
+        return query(CanvasSlice(tokens_BT, block.slice_BT, segments_BT, given_BT), query_columns_BQ, cache)
 
     if cache is None:
         return from_canvas(None)
     refresh = step % rules.settings.cache_refresh == 0 if rules.settings.cache_refresh else step == 0
     return jax.lax.cond(refresh, lambda cache: from_canvas(cache.replace(writes=True)), from_slice, cache)
+
+
+def _given(reveal_step_BT: jax.Array, columns_BT: jax.Array, block: Block, rules: Rules) -> jax.Array:
+    """Tokens that guidance hides, bool [B, T]: the prompt; with variable length also the finished blocks.
+
+    iLLaDA's released sampler calls LLaDA's for each block, with all that precedes the block as the prompt.
+    """
+    if rules.settings.length == "variable":
+        return columns_BT < block.columns_BQ[:, :1]
+    return reveal_step_BT < 0
 
 
 def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array, step: jax.Array,

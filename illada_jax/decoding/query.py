@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from illada_jax.config import DecodeConfig
 from illada_jax.model.cache import Cache
 
 END_OF_THINKING = "</think>"
@@ -37,7 +38,8 @@ class LogitsFn(Protocol):
 class CanvasSlice(NamedTuple):
     """Canvas columns that a query evaluates; the first three fields are those of `LogitsFn`.
 
-    given_BT is True in tokens that guidance hides: the prompt, or the text around gaps. It may be True in padding.
+    given_BT is True in tokens that guidance hides: the prompt (with variable length also the finished blocks), or the
+    text around gaps. It may be True in padding.
     """
 
     tokens_BT: jax.Array
@@ -94,10 +96,11 @@ class SpecialIds(NamedTuple):
     unused: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "SpecialIds":
-        """The special ids of a `data.tokenizers.Tokenizer`."""
+    def of(cls, tokenizer: Any, settings: DecodeConfig | None = None) -> "SpecialIds":
+        """The special ids of a `data.tokenizers.Tokenizer`; `settings` say whether the end of thinking is needed."""
+        boosted = settings and settings.end_of_thinking_boost and not settings.end_of_thinking_ids
         return cls(tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size,
-                   tuple(tokenizer.encode(END_OF_THINKING)), tokenizer.unused_ids)
+                   tuple(tokenizer.encode_behind(END_OF_THINKING)) if boosted else (), tokenizer.unused_ids)
 
 
 def plain_logits_fn(function: Any) -> Partial:

@@ -1,4 +1,4 @@
-"""Choosing a token for every position of the active block: logit masks, nucleus, temperature and Gumbel noise."""
+"""Choosing a token for every position of the active block: logit masks, temperature, top-k, top-p and Gumbel noise."""
 
 import math
 
@@ -33,6 +33,12 @@ def mask_logits(logits_BQV: jax.Array, ids: tuple[int, ...], vocab_size: int | N
     return jnp.where(never_V[None, None], -jnp.inf, logits_BQV) if never_V.any() else logits_BQV
 
 
+def keep_top_k(logits_BQV: jax.Array, top_k: int) -> jax.Array:
+    """Keeps the top_k most probable tokens and those that tie with the last one; sets the others to -inf."""
+    lowest_BQ1 = jax.lax.top_k(logits_BQV, min(top_k, logits_BQV.shape[-1]))[0][:, :, -1:]
+    return jnp.where(logits_BQV >= lowest_BQ1, logits_BQV, -jnp.inf)
+
+
 def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
     """Keeps the most probable tokens with a total mass of at least top_p; sets the others to -inf.
 
@@ -46,7 +52,10 @@ def nucleus(logits_BQV: jax.Array, top_p: float) -> jax.Array:
 
 
 def choose(logits_BQV: jax.Array, settings: DecodeConfig, keys_B: jax.Array) -> jax.Array:
-    """A token for each position, int32 [B, Q]: the argmax, or a sample of the nucleus of softmax(logits / temperature).
+    """A token for each position, int32 [B, Q]: the argmax, or a sample of softmax(logits / temperature).
+
+    Samples come from the top_k tokens, and of these from the nucleus: the order temperature, top-k, top-p of Hugging
+    Face transformers and of vLLM. top_p is a share of the probability of the tokens that top_k keeps.
 
     A sample is argmax(logits / temperature + Gumbel noise). The noise is float32 in JAX's high-range mode, whose upper
     tail reaches down to probabilities of 1e-38. That of the default mode ends at 1e-7, which acts like a lower
@@ -54,6 +63,8 @@ def choose(logits_BQV: jax.Array, settings: DecodeConfig, keys_B: jax.Array) -> 
     """
     if settings.temperature > 0:
         logits_BQV = logits_BQV / settings.temperature
+        if settings.top_k:
+            logits_BQV = keep_top_k(logits_BQV, settings.top_k)
         if settings.top_p < 1:
             logits_BQV = nucleus(logits_BQV, settings.top_p)
         shape_QV = logits_BQV.shape[1:]
@@ -65,7 +76,7 @@ def choose(logits_BQV: jax.Array, settings: DecodeConfig, keys_B: jax.Array) -> 
 
 def predict(logits_BQV: jax.Array, settings: DecodeConfig, last_ids: tuple[int, ...], keys_B2: jax.Array,
             steps_B: jax.Array) -> Prediction:
-    """Chooses a token for each position, by temperature and nucleus; they do not apply to the log-probabilities.
+    """Chooses a token for each position. Temperature, top-k and top-p do not apply to the log-probabilities.
 
     `last_ids` may be chosen but have probability 0 in confidences, so that they are written last. The logits are those
     after `mask_logits`, keys_B2 are the key data of the rows, and steps_B the steps that they have taken.

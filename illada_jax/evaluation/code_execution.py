@@ -147,12 +147,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def program_tasks(index: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The tasks among `names`, and in their groups and tags, that are marked as running generated programs.
+    """The tasks among `names`, and in their groups and tags, that are marked as running generated programs."""
+    return [name for name, config in task_configs(index, names).items() if config.get("unsafe_code")]
+
+
+def task_configs(index: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The configs of the tasks among `names` and in their groups and tags, by name.
 
     `index` has the harness's entries by name (`TaskManager.task_index`).
     """
     pending: list[str | dict[str, Any]] = list(names)
-    found = []
+    found: dict[str, dict[str, Any]] = {}
     while pending:
         member = pending.pop(0)
         own = member if isinstance(member, dict) else {}
@@ -163,9 +168,9 @@ def program_tasks(index: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             pending += config["task"]
         elif entry and entry.cfg is None:
             pending += sorted(entry.tags)
-        elif config.get("unsafe_code"):
-            found.append(name)
-    return list(dict.fromkeys(found))
+        elif not found.get(name, {}).get("unsafe_code"):
+            found[name] = config
+    return found
 
 
 @contextlib.contextmanager

@@ -47,13 +47,15 @@ class EvaluatorContext(NamedTuple):
     def decoder(self, settings: DecodeConfig, params: Any) -> Decoder:
         """A decoder of the current params."""
         model_config = self.config.model
-        return Decoder(model.make_logits_fn(model_config, params), settings, SpecialIds.of(self.corpus.tokenizer),
-                       model_config.max_length, model.make_init_cache(model_config), self.mesh)
+        return Decoder(model.make_logits_fn(model_config, params), settings,
+                       SpecialIds.of(self.corpus.tokenizer, settings), model_config.max_length,
+                       model.make_init_cache(model_config), self.mesh)
 
     def answer(self, settings: DecodeConfig, params: Any, prompts: list[list[int]]) -> tuple[list[Decoded], list[str]]:
         """Continuations of prompts, and their texts."""
         decoded = self.decoder(settings, params).generate(prompts)
-        return decoded, [self.corpus.tokenizer.decode(each.tokens) for each in decoded]
+        return decoded, [self.corpus.tokenizer.decode(each.tokens, after=prompt)
+                         for prompt, each in zip(prompts, decoded, strict=True)]
 
 
 def make_evaluators(names: tuple[str, ...], config: Config, corpus: Corpus | Examples, pipeline: Batches,
@@ -82,7 +84,7 @@ def check_evaluation(config: Config, tokenizer: Tokenizer | None) -> None:
         if name not in EVALUATORS:
             raise ConfigError(f"config.eval: unknown evaluator {name!r}; known: {', '.join(EVALUATORS)}")
     if tokenizer is not None:
-        Decoder(None, config.decode, SpecialIds.of(tokenizer), config.model.max_length,
+        Decoder(None, config.decode, SpecialIds.of(tokenizer, config.decode), config.model.max_length,
                 model.make_init_cache(config.model))  # raises ConfigError
 
 
@@ -190,11 +192,13 @@ def infill(context: EvaluatorContext) -> Evaluator:
     def show(passage: list[int], filled: list[int]) -> str:
         text, end = "", 0
         for start in starts:
-            predicted, truth = (tokenizer.decode(tokens[start : start + width]) for tokens in (filled, passage))
-            text += tokenizer.decode(passage[end:start])
+            predicted, truth = (tokenizer.decode(tokens[start : start + width], after=tokens[:start])
+                                for tokens in (filled, passage))
+            text += tokenizer.decode(passage[end:start], after=passage[:end])
             text += f"⟦{predicted} ✓⟧" if predicted == truth else f"⟦{predicted} ✗ {truth}⟧"
             end = start + width
-        return (text + tokenizer.decode(passage[end:])).replace("\n", "⏎")  # a passage stays on one line
+        text += tokenizer.decode(passage[end:], after=passage[:end])
+        return text.replace("\n", "⏎")  # a passage stays on one line
 
     def evaluate(params: Any, _: int) -> dict[str, float | str]:
         pairs = [(passage, result.tokens) for passage, result in zip(

@@ -5,7 +5,7 @@
 
 Versions of the harness after 0.4.13 find the model by its entry point: `lm_eval --model illada_jax …` works too.
 `--model_args` takes `checkpoint`, `dtype`, `quantize` and every setting of `python -m illada_jax.evaluate --set=help`;
-the harness's own `--batch_size` sets the rows per batch.
+the harness's own `--batch_size` sets the rows per batch; `auto` takes them from `--model_args` or the checkpoint.
 """
 
 import sys
@@ -30,8 +30,10 @@ class IlladaJax(LmEvalModel):
         del max_batch_size, device  # batch sizes are not searched; JAX chooses the device
         if not checkpoint:
             raise InputError("--model_args checkpoint=…: is required")
+        if batch_size is not None and str(batch_size).partition(":")[0] == "auto":
+            batch_size = None  # that of the settings, or else of the checkpoint
         if batch_size is not None and not str(batch_size).isdigit():
-            raise InputError(f"--batch_size {batch_size}: must be a number")
+            raise InputError(f"--batch_size {batch_size}: must be a number or auto")
         of_load = {key: arguments.pop(key) for key in ("dtype", "quantize") if key in arguments}
         settings = make_settings(arguments if batch_size is None else {**arguments, "batch_size": int(batch_size)})
         super().__init__(api.load(checkpoint, **of_load), settings)

@@ -15,8 +15,10 @@ import numpy as np
 from absl import logging
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from illada_jax.api import Generation, LanguageModel
+from illada_jax.config import DecodeConfig, override
 from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE, chat_format, encode_chat
 from illada_jax.decoding.query import END_OF_THINKING
 from illada_jax.errors import InputError
@@ -26,7 +28,8 @@ from illada_jax.scoring import ScoreConfig
 
 # Marks a conversation: the harness passes contexts as text, but text must never become special tokens.
 _CHAT = "\ue000chat:"
-_GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+# Generation arguments that have an effect, under the names that lm-eval gives them.
+_GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
 class LmEvalModel(LM):
@@ -35,7 +38,8 @@ class LmEvalModel(LM):
     Every process gets all requests and computes its share, so the harness sees a single process (rank 0 of 1).
 
     Attributes:
-      truncated: number of contexts whose beginning was dropped, by kind of request.
+      truncated: number of contexts whose beginning was dropped, by kind of request, and of `candidates` (with their
+        whole context).
     """
 
     def __init__(self, lm: LanguageModel, settings: Settings | None = None, work: Work | None = None):
@@ -52,7 +56,7 @@ class LmEvalModel(LM):
         Only method=confidence computes the second; with monte_carlo it is False.
 
         Raises:
-          InputError: a candidate is empty or does not fit into the context.
+          InputError: a candidate is empty, or with over_length=error does not fit into the context.
         """
         del disable_tqdm
         pairs = [self._pair(request) for request in requests]
@@ -109,11 +113,11 @@ class LmEvalModel(LM):
         seen: dict[tuple, int] = collections.Counter()
         prompts, rows = [], []
         for index, request in enumerate(requests):
-            options = self._options(request.args[1])
+            options = self._options(request.task_name, request.args[1])
             prompt, chat = self._prompt(request.args[0], options)
             if chat:
                 stop_ids = options.get("stop_ids", self.lm.config.decode.stop_ids)
-                options["stop_ids"] = tuple(sorted({*stop_ids, chat_format(self.lm.tokenizer).end_id}))
+                options["stop_ids"] = tuple(sorted({*stop_ids, *chat_format(self.lm.tokenizer).stop_ids}))
             groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(index)
             # Random numbers depend on the prompt and, if it is repeated, on the number of the repeat.
             rows.append((zlib.crc32(np.array(prompt, np.int32).tobytes()) + seen[tuple(prompt)]) % 2**31)
@@ -128,11 +132,12 @@ class LmEvalModel(LM):
         def compute(indices: list[int]) -> Answers:
             _, rows, prompts = zip(*(work[index].content for index in indices), strict=True)
             results = self.lm.generate(prompts, rows=rows, **options)
-            return Answers([self._answer(result) for result in results], sum(result.nfe for result in results))
+            answers = [self._answer(result, prompt) for result, prompt in zip(results, prompts, strict=True)]
+            return Answers(answers, sum(result.nfe for result in results))
 
         return self.work.run(kind, work, compute)
 
-    def _answer(self, result: Generation) -> str:
+    def _answer(self, result: Generation, prompt: Sequence[int] = ()) -> str:
         think_end = self.settings.lm_eval.think_end
         if not think_end:
             return result.text
@@ -140,40 +145,56 @@ class LmEvalModel(LM):
         token = self.lm.tokenizer.special_tokens.get(think_end)
         if token is not None and token in result.tokens:
             last = len(result.tokens) - result.tokens[::-1].index(token)
-            return self.lm.tokenizer.decode(result.tokens[last:])
+            return result.text[len(self.lm.tokenizer.decode(result.tokens[:last], after=prompt)) :]
         return result.text.rpartition(think_end)[2]
 
-    def _options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Options of `LanguageModel.generate`; the evaluation's settings override the task's arguments."""
-        for key in sorted(set(arguments) - _GENERATION_KEYS):
-            logging.log_first_n(logging.WARNING, "generation argument %r of a task is ignored", 1, key)
-        options: dict[str, Any] = {"temperature": 0.0}
-        if "max_gen_toks" in arguments:
-            options["max_new_tokens"] = int(arguments["max_gen_toks"])
+    def _options(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Options of `LanguageModel.generate`; the evaluation's settings override the task's arguments.
+
+        Raises InputError if an argument is invalid. Arguments without an effect here are named in a warning.
+        """
+        arguments = {key: value for key, value in arguments.items() if value is not None}
         if arguments.get("do_sample"):
-            options["temperature"] = float(arguments.get("temperature", 1.0))
-            options["top_p"] = float(arguments.get("top_p", 1.0))
+            arguments = {"temperature": 1.0, **arguments}
+        try:
+            stop = handle_stop_sequences(arguments.pop("until", None), None)
+            given = normalize_gen_kwargs(arguments, self.lm.config.decode.max_new_tokens)
+            options: dict[str, Any] = {"max_new_tokens": given["max_gen_toks"], "temperature": 0.0}
+            if given["do_sample"]:
+                options["temperature"] = float(given["temperature"])
+                options["top_k"] = max(0, int(given.get("top_k", 0)))  # some back ends write -1 for all
+                options["top_p"] = float(given.get("top_p", 1.0))
+            override(DecodeConfig(), "decode", options)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"task {task}: generation arguments {arguments}: {error}") from error
+        for key in sorted(set(given) - _GENERATION_KEYS):
+            logging.log_first_n(logging.WARNING, "generation argument %r of a task is ignored", 1, key)
         options |= self.settings.decode
         if options.get("end_of_thinking_boost") and "end_of_thinking_ids" not in options:
             text = self.settings.lm_eval.think_end or END_OF_THINKING
             token = self.lm.tokenizer.special_tokens.get(text)
-            options["end_of_thinking_ids"] = tuple(self.lm.tokenizer.encode(text) if token is None else [token])
-        until = [] if self.settings.lm_eval.ignore_until else arguments.get("until") or []
-        return {"stop": sorted({*([until] if isinstance(until, str) else until)} - {""}), **options}
+            options["end_of_thinking_ids"] = tuple(self.lm.tokenizer.encode_behind(text) if token is None else [token])
+        return {"stop": [] if self.settings.lm_eval.ignore_until else sorted({*stop} - {"", None}), **options}
 
     def _pair(self, request: Instance) -> tuple[list[int], list[int]]:
         context, candidate = request.args[:2]
-        before, after = self._chat_ids(context), self.lm.tokenizer.encode(candidate)
+        before, after = self._chat_ids(context), self.lm.tokenizer.encode_behind(candidate)
         if before is None:
             # White space at the end of a context belongs to the candidate, as in the harness.
             bare = context.rstrip()
             before, after = self.lm.encode_pair(bare, context[len(bare) :] + candidate)
         length = self.lm.config.model.max_length
-        space = length - self.settings.score.bos - self.settings.score.eos - len(after)
-        if not after or space < 0:
-            problem = f"has {len(after)} tokens, which exceed the context of {length}" if after else "is empty"
-            raise InputError(f"task {request.task_name}, item {request.doc_id}: candidate {candidate[:40]!r} {problem}")
-        return self._cut("loglikelihood", before, space), after
+        space = length - self.settings.score.bos - self.settings.score.eos
+        where = f"task {request.task_name}, item {request.doc_id}: candidate {candidate[:40]!r}"
+        if not after:
+            raise InputError(f"{where} is empty")
+        if len(after) > space:
+            if self.settings.lm_eval.over_length == "error":
+                raise InputError(f"{where} has {len(after)} tokens, which exceed the context of {length}; "
+                                 "over_length=truncate drops its beginning, as lm-eval does")
+            self.truncated["candidates"] += 1
+            return [], after[-space:]
+        return self._cut("loglikelihood", before, space - len(after)), after
 
     def _prompt(self, context: str, options: dict[str, Any]) -> tuple[list[int], bool]:
         """(Ids of the prompt, True if it is a conversation)."""
@@ -208,7 +229,7 @@ class LmEvalModel(LM):
             return None
         messages, add_generation_prompt = json.loads(context.removeprefix(_CHAT))
         begun_answer = "" if add_generation_prompt else messages.pop()["content"]
-        return encode_chat(self.lm.tokenizer, messages, True) + self.lm.tokenizer.encode(begun_answer)
+        return encode_chat(self.lm.tokenizer, messages, True) + self.lm.tokenizer.encode_behind(begun_answer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, which the harness records."""

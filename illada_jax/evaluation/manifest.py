@@ -14,7 +14,6 @@ import illada_jax
 from illada_jax.api import LanguageModel
 from illada_jax.config import to_dict
 from illada_jax.evaluation.settings import Settings
-from illada_jax.parallel.fingerprints import fingerprint
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers", "sentencepiece", "lm_eval", "datasets")
 
@@ -28,7 +27,7 @@ def make_manifest(lm: LanguageModel, checkpoint: str, settings: Settings, evalua
         "decode": to_dict(lm.decode_settings(settings.decode)),
         "decode_given": dict(settings.decode),
         "lm_eval": dataclasses.asdict(settings.lm_eval),
-        "checkpoint": {"path": checkpoint, "params": fingerprint(lm.params), "model": to_dict(lm.config.model)},
+        "checkpoint": {"path": checkpoint, "params": lm.fingerprint, "model": to_dict(lm.config.model)},
         "tokenizer": lm.tokenizer.fingerprint,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),

@@ -23,8 +23,8 @@ class LmEvalConfig:
     """Settings of the adapter to lm-evaluation-harness.
 
     Attributes:
-      over_length: treatment of a context that is too long: `truncate` (drop its beginning; the results count such
-        contexts) or `error`.
+      over_length: treatment of a context or candidate that is too long: `truncate` (drop its beginning; the results
+        count such contexts and candidates) or `error`.
       rolling_stride: new tokens per window of `loglikelihood_rolling`; 0 is half of the context. Each window also sees
         as many of the earlier tokens as fit.
       rolling_mc_num: Monte-Carlo draws per window.

@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from illada_jax.errors import InputError
-from illada_jax.files import write_atomically
+from illada_jax.files import read_json, write_atomically
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import digest
 
@@ -112,10 +112,12 @@ class Work:
 
 def _read(path: epath.Path, count: int) -> Answers:
     try:
-        answers = Answers(**json.loads(path.read_text()))
+        answers = Answers(**read_json(path))
         if len(answers.answers) == count:
             return answers
-        problem = f"has {len(answers.answers)} answers, expected {count}"
-    except (json.JSONDecodeError, TypeError):
-        problem = "is not a valid chunk"
-    raise InputError(f"{path}: {problem}; remove it and run the command again")
+        problem = f"{path}: has {len(answers.answers)} answers, expected {count}"
+    except InputError as error:
+        problem = str(error)
+    except TypeError:
+        problem = f"{path}: is not a valid chunk"
+    raise InputError(f"{problem}; remove it and run the command again")

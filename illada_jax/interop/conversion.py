@@ -34,6 +34,7 @@ class Conversion:
     shard_gigabytes: float | None = None
     family: str | None = None
     special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    chat_template: str = ""
 
     def run(self) -> str:
         """Converts and returns a line that describes the result. The target appears whole or not at all.
@@ -41,6 +42,8 @@ class Conversion:
         Raises InputError if the source is not supported, an option does not apply to it, or the target is not empty.
         """
         source = open_model(self.source, self.special_ids)
+        if self.chat_template:
+            source.tokenizer.choose_chat_template(self.chat_template)
         if source.quantized:
             raise InputError(f"{self.source}: its weights are int8; convert the model they were quantised from")
         config = source.config

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from illada_jax import config as config_lib
+from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE
 from illada_jax.errors import InputError
 from illada_jax.files import new_directory, remove_leftovers
 from illada_jax.interop.families import Family, write_model_config
@@ -36,8 +37,8 @@ python -m illada_jax.generate --checkpoint=DIRECTORY --prompt="..."
 def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype: np.dtype, shard_bytes: int) -> None:
     """Writes a model whose matrices are not Int8 as a Hugging Face directory in the layout of `family`.
 
-    The directory has weights (float32, bfloat16 or float16, in files of `shard_bytes`), the config, the tokenizer and
-    the sampler's settings. One param and one tensor are in memory at a time.
+    The directory has weights (float32, bfloat16 or float16, in files of `shard_bytes`), the config, the tokenizer, the
+    chat template of a fine-tuned model and the sampler's settings. One param and one tensor are in memory at a time.
 
     Raises:
       InputError: the family cannot express the model, its weights overflow in `dtype`, or the target is not empty.
@@ -53,6 +54,8 @@ def export_model(saved: SavedModel, target: pathlib.Path, family: Family, dtype:
     with target_directory(target) as directory:
         write_tensors(directory, {each.name: TensorInfo(each.shape, dtype) for each in mappings}, tensors, shard_bytes)
         tokenizer.save(directory)
+        if saved.config.sft.format != "none" and tokenizer.chat_template is None:
+            (directory / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)  # what it was fine-tuned with
         _write_json(directory / GENERATION_CONFIG, generation)
         (directory / "README.md").write_text(
             _README.format(family=family.model_type, mask=tokenizer.mask_id, key=DECODE_KEY))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from illada_jax import config as config_lib
-from illada_jax.config import DecodeConfig, ModelConfig
+from illada_jax.config import MAX_SIZE, DecodeConfig, ModelConfig
 from illada_jax.errors import ConfigError, InputError
 
 
@@ -139,21 +139,26 @@ def find_family(values: Mapping[str, Any]) -> Family:
     return family
 
 
-def read_model_config(family: Family, values: Mapping[str, Any], has_head: bool) -> ModelConfig:
+def read_model_config(family: Family, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes; its head is tied if the config says so, or else if the weights have none.
 
-    Raises InputError if a key is missing or invalid, or requires unsupported rotary positions.
+    `tensors` are those of the weights, by name. Raises InputError if a key is missing or invalid, requires unsupported
+    rotary positions, or gives a size that no model with so many tensors has.
     """
     given = {field: next((values[key] for key in keys if values.get(key) is not None), None)
              for field, keys in family.keys.items()}
     given["rope_theta"] = _rope_theta(values, given["rope_theta"])
     if given["tied_head"] is None:
-        given["tied_head"] = not has_head
+        given["tied_head"] = family.tensors["head"] not in tensors
     for field, value in given.items():
         if value is None:
             raise InputError(f"{family.keys[field][0]}: missing")
-        if field in _SIZES and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{family.keys[field][0]} = {value!r}: must be a whole number above 0")
+        if field in _SIZES and (not isinstance(value, int) or not 1 <= value <= MAX_SIZE):
+            raise InputError(f"{family.keys[field][0]} = {value!r}: must be a whole number above 0 and at most "
+                             f"{MAX_SIZE:,}")
+    if given["num_layers"] > len(tensors):  # before the tensors of all layers are listed
+        raise InputError(f"{family.keys['num_layers'][0]} = {given['num_layers']}: the weights have only "
+                         f"{len(tensors)} tensors")
     if given["d_model"] % given["num_heads"]:
         raise InputError(f"{family.keys['d_model'][0]} = {given['d_model']}: must be divisible by "
                          f"{family.keys['num_heads'][0]} = {given['num_heads']}")

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from illada_jax import config as config_lib
 from illada_jax.config import Config, DataConfig, DecodeConfig, DiffusionConfig, ModelConfig
-from illada_jax.data.tokenizers import CHAT_FILES, SPECIAL_NAMES, Tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers import SPECIAL_NAMES, TOKENIZER_FILES, Tokenizer, tokenizer_from_files
 from illada_jax.errors import InputError
+from illada_jax.files import CONFIG_BYTES, TOKENIZER_BYTES, parse_json, read_file, read_json
 from illada_jax.interop.families import Family, find_family, read_model_config
 from illada_jax.interop.importing import import_params
 from illada_jax.interop.tensors import INDEX, TensorDirectory
@@ -21,7 +22,6 @@ from illada_jax.interop.tensors import INDEX, TensorDirectory
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 DECODE_KEY = "illada_jax"  # key of generation_config.json for the sampler's settings
-_TOKENIZER_FILES = ("tokenizer.json", "sentencepiece.model", "special_ids.json", *CHAT_FILES)
 _EOT_TOKENS = ("<|eot_id|>", "<|eot|>")
 
 
@@ -49,7 +49,7 @@ def is_hf_directory(directory: pathlib.Path) -> bool:
     """True if a directory looks like a Hugging Face checkpoint, even a broken one."""
     if (directory / INDEX).exists() or any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return True
-    return (directory / CONFIG).exists() and "model_type" in _read_json(directory / CONFIG)
+    return (directory / CONFIG).exists() and "model_type" in read_json(directory / CONFIG, CONFIG_BYTES)
 
 
 def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None = None) -> HFModel:
@@ -58,15 +58,16 @@ def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None
     `special_ids` (mask, bos, eos, pad, eot) override those of config, tokenizer and family. Raises InputError if a file
     is missing, broken or not supported.
     """
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG, CONFIG_BYTES)
     with _naming(directory / CONFIG):
         family = find_family(values)
     tensors = TensorDirectory(directory)
     with _naming(directory / CONFIG):
-        model = read_model_config(family, values, family.tensors["head"] in tensors.tensors)
+        model = read_model_config(family, values, tensors.tensors)
     dtypes = {tensor.dtype.name for tensor in tensors.tensors.values()}
     model = dataclasses.replace(model, dtype="bfloat16" if dtypes == {"bfloat16"} else "float32")
-    generation = _read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).exists() else {}
+    path = directory / GENERATION_CONFIG
+    generation = read_json(path, CONFIG_BYTES) if path.exists() else {}
     tokenizer, stop_ids, eot_id = _read_tokenizer(directory, family, model, (values, generation), special_ids or {})
     config = Config(model=model, data=DataConfig(length=model.max_length),
                     decode=_read_decode_config(family, model, generation, stop_ids, eot_id),
@@ -77,7 +78,8 @@ def open_hf_model(directory: pathlib.Path, special_ids: Mapping[str, int] | None
 def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig, configs: Sequence[Mapping[str, Any]],
                     overrides: Mapping[str, int]) -> tuple[Tokenizer, tuple[int, ...], int]:
     """(tokenizer, further stop ids, the id of EoT or -1). Earlier `configs` take precedence."""
-    files = {name: (directory / name).read_bytes() for name in _TOKENIZER_FILES if (directory / name).exists()}
+    files = {name: read_file(directory / name, TOKENIZER_BYTES) for name in TOKENIZER_FILES
+             if (directory / name).exists()}
     with _naming(directory):
         named = tokenizer_from_files(files)
     for name in overrides:
@@ -98,7 +100,7 @@ def _read_tokenizer(directory: pathlib.Path, family: Family, model: ModelConfig,
     if ids["mask"] in (ids["eos"], ids["bos"]):
         raise InputError(f"{directory}: MASK must not share its id {ids['mask']} with EOS or BOS; give it with "
                          "--mask_id")
-    described = json.loads(files.get("special_ids.json", b'{"kind": "huggingface"}')) | ids
+    described = parse_json(files.get("special_ids.json", b'{"kind": "huggingface"}'), "special_ids.json") | ids
     tokenizer = tokenizer_from_files({**files, "special_ids.json": json.dumps(described, indent=1).encode()})
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
@@ -134,15 +136,3 @@ def _read_decode_config(family: Family, model: ModelConfig, generation: Mapping[
     max_new_tokens = min(family.decode.max_new_tokens, model.max_length // block * block)
     return dataclasses.replace(family.decode, block_length=block, steps_per_block=block,
                                max_new_tokens=max_new_tokens, stop_ids=stop_ids, eot_id=eot_id)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must be a JSON object")
-    return values

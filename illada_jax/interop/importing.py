@@ -32,6 +32,8 @@ def import_params(directory: TensorDirectory, family: Family, config: ModelConfi
       InputError: a tensor is missing, unknown, has another shape, or is not finite (also in `dtype`); names it.
     """
     mappings = list(tensor_mappings(family, config))
+    if config.tied_head:
+        directory.tie(family.tensors["embedding"], family.tensors["head"])
     directory.check({mapping.name: mapping.shape for mapping in mappings})
     abstract = traverse_util.flatten_dict(abstract_params(config, dtype, mesh, quantized), sep="/")
     params: dict[str, Any] = {}

@@ -1,11 +1,9 @@
 """The map between our params (stacked layers, [in, out]) and the tensors of a family (one per layer, [out, in])."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -56,7 +54,7 @@ class TensorMapping:
 
 def tensor_mappings(family: Family, config: ModelConfig) -> Iterator[TensorMapping]:
     """The tensors of a checkpoint of `family` with this model, in the order of the params."""
-    params = jax.eval_shape(functools.partial(model.init_params, config), jax.random.key(0))
+    params = model.abstract_params(config)
     for path, param in traverse_util.flatten_dict(params, sep="/").items():
         stacked = path.startswith("layers/")
         shape = param.shape[1:] if stacked else param.shape

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
+from illada_jax.data.tokenizers import lost_text
 from illada_jax.errors import InputError
 from illada_jax.interop.hf_model import is_hf_directory, open_hf_model
 from illada_jax.training.saved_model import LazyModel, LoadedModel, open_saved_model
@@ -23,12 +25,18 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
 def load_model(path: str | epath.Path, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None,
-               quantize: Quantize = "none", special_ids: Mapping[str, int] | None = None) -> LoadedModel:
+               quantize: Quantize = "none", special_ids: Mapping[str, int] | None = None,
+               chat_template: str = "") -> LoadedModel:
     """Loads a model for decoding and scoring. For arguments and errors see `illada_jax.load`."""
     for name, value, allowed in (("dtype", dtype, ("float32", "bfloat16")), ("quantize", quantize, ("none", "int8"))):
         if value not in allowed:
             raise InputError(f"{name} = {value!r}: must be {' or '.join(map(repr, allowed))}")
     lazy = open_model(path, special_ids)
+    if chat_template:
+        lazy.tokenizer.choose_chat_template(chat_template)
+    lost = lost_text(lazy.tokenizer)
+    if lost:
+        logging.warning("%s: its tokenizer cannot hold every text: %s", path, lost)
     config = dataclasses.replace(lazy.config, model=dataclasses.replace(lazy.config.model, dtype=dtype))
     params = lazy.restore(jnp.dtype(dtype), mesh, quantize == "int8")
     return LoadedModel(config, params, lazy.tokenizer, lazy.step)

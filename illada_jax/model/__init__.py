@@ -9,6 +9,15 @@ May import only the config: it does not depend on masks, losses or decoding.
 """
 
 from illada_jax.model.cache import make_init_cache
-from illada_jax.model.functional import head, hidden, init_params, make_logits_fn, num_params, param_axes
+from illada_jax.model.functional import (
+    abstract_params,
+    head,
+    hidden,
+    init_params,
+    make_logits_fn,
+    num_params,
+    param_axes,
+)
 
-__all__ = ["head", "hidden", "init_params", "make_init_cache", "make_logits_fn", "num_params", "param_axes"]
+__all__ = ["abstract_params", "head", "hidden", "init_params", "make_init_cache", "make_logits_fn", "num_params",
+           "param_axes"]

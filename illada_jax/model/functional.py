@@ -25,6 +25,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nn.unbox(_initialise(config, key))
 
 
+@functools.lru_cache(maxsize=16)  # tracing the initialisation takes a second
+def abstract_params(config: ModelConfig) -> Params:
+    """The params as ShapeDtypeStructs, float32, without shardings; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+
+
+@functools.lru_cache(maxsize=16)
 def param_axes(config: ModelConfig) -> Any:
     """Logical axis names, one PartitionSpec per param; nothing is computed."""
     return nn.get_partition_spec(jax.eval_shape(lambda: _initialise(config, jax.random.key(0))))
@@ -32,8 +40,7 @@ def param_axes(config: ModelConfig) -> Any:
 
 def num_params(config: ModelConfig) -> int:
     """Number of parameters; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,

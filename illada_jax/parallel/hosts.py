@@ -6,8 +6,7 @@ dies or is stopped, and so sends no heartbeat for HEARTBEAT_TIMEOUT_SECONDS, JAX
 
 import itertools
 import json
-import os
-import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ T = TypeVar("T")
 
 HEARTBEAT_TIMEOUT_SECONDS = 20
 _BARRIER_TIMEOUT_MS = 24 * 3_600_000
+_LEAVE_SECONDS = 15
 
 _barriers = itertools.count()
 
@@ -122,8 +122,9 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def hard_exit(code: int) -> None:
-    """Ends this process at once; an ordinary exit would wait for the others. JAX then aborts the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def disconnect() -> None:
+    """Leaves the other processes, as all do after a common error; those that do not follow are left behind."""
+    if jax.distributed.is_initialized():
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_SECONDS)

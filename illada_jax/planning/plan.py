@@ -15,7 +15,6 @@ from illada_jax.errors import ConfigError
 from illada_jax.parallel.sharding import sharding_report
 from illada_jax.planning import checks, hlo, programs, roofline
 from illada_jax.planning.chips import Topology, versions
-from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.saved_model import abstract_params
 from illada_jax.training.step import abstract_state
 
@@ -55,7 +54,7 @@ def make_plan(config: Config, topology: Topology, options: Options) -> dict[str,
 def _plan_training(config: Config, mesh: Mesh, topology: Topology,
                    options: Options) -> tuple[dict[str, Any], list[str]]:
     """(figures, assumptions) of the training step."""
-    params = abstract_state(config, make_optimizer(config), mesh).params
+    params = abstract_state(config, mesh).params
     rows = config.data.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
     text, memory = _compile(programs.lower_train(config, mesh), topology, _training_advice(config, rows))
     module = hlo.Module(text)

@@ -23,7 +23,6 @@ from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
 from illada_jax.planning.chips import Topology
 from illada_jax.scoring.log_probs import token_log_probs
-from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.step import abstract_state, make_train_step
 
 # The compiler's two messages: "Used 20.25G of 15.75G hbm", "(20.25G) exceeds available HBM (15.75G)".
@@ -56,11 +55,10 @@ def resolve(config: Config, topology: Topology) -> tuple[Config, Mesh, list[str]
 def lower_train(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers the training step. Raises ConfigError if the config does not fit the mesh."""
     check_divisible(config, mesh)
-    optimizer = make_optimizer(config)
     dtypes = Batch(jnp.int32, jnp.bool_, jnp.int32, jnp.int32, jnp.float32)
     batch = Batch(*(_rows(mesh, dtype, config.data.batch_size, config.data.length) for dtype in dtypes))
     with use_mesh(mesh):
-        return make_train_step(config, optimizer, mesh).lower(abstract_state(config, optimizer, mesh), batch)
+        return make_train_step(config, mesh).lower(abstract_state(config, mesh), batch)
 
 
 def lower_decode(config: Config, mesh: Mesh, params: Any, canvas: int) -> jax.stages.Lowered:

@@ -13,7 +13,7 @@ NEEDS = {
 }
 # Settings that change the text or the order of writing it, the most informative first.
 _DESCRIBED = ("confidence", "reveal", "threshold", "factor", "entropy_bound", "steps_per_block", "block_length",
-              "length", "cache", "cache_refresh", "temperature", "top_p", "cfg_scale")
+              "length", "cache", "cache_refresh", "temperature", "top_k", "top_p", "cfg_scale")
 
 
 _ORDERS = {"low_confidence": "the most probable tokens first", "margin": "the clearest choices first",

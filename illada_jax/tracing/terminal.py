@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from illada_jax.console import visible
 from illada_jax.tracing.trace import display
 
 _MASK = "▁"
@@ -75,16 +76,20 @@ def frame(generation: Any, tokenizer: Any, now: int, block_length: int = 0, key:
     first = 0 if len(generation.tokens) == len(canvas) else start
     log_probs = dict(enumerate(generation.log_probs, start=first))
     text = Text()
+
+    def piece(id_: int) -> str:
+        return visible(display(tokenizer, id_))
+
     for column, id_ in enumerate(canvas.tolist()):
         if block_length and column >= start and (column - start) % block_length == 0:
             text.append("│", "dim")
         if given[column]:
-            text.append(display(tokenizer, id_), "bold")
+            text.append(piece(id_), "bold")
         elif not 0 <= step[column] < now:
-            text.append(_lines(display(tokenizer, id_) if id_ != tokenizer.mask_id else "mask"), "dim")
+            text.append(_lines(piece(id_) if id_ != tokenizer.mask_id else "mask"), "dim")
         else:
             style = "dim" if column not in log_probs else colour(log_probs[column])
-            text.append(display(tokenizer, id_), f"{style} reverse" if step[column] == now - 1 else style)
+            text.append(piece(id_), f"{style} reverse" if step[column] == now - 1 else style)
     steps = max(step.max(initial=-1) + 1, 1)
     text.append(f"\nstep {now}, {now * generation.nfe // steps} evaluations", "dim")
     if key:

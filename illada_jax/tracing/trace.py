@@ -88,7 +88,8 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     Raises:
       InputError: nothing was written.
     """
-    ids, decode = SpecialIds.of(lm.tokenizer), lm.decode_settings(settings)
+    decode = lm.decode_settings(settings)
+    ids = SpecialIds.of(lm.tokenizer, decode)
     tokens_L, step_L = np.asarray(generation.canvas, np.int32), np.asarray(generation.canvas_step)
     num_steps = int(step_L.max(initial=-1)) + 1
     if not num_steps:
@@ -111,8 +112,9 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
         in_block_L = block_L == block_L[masked_L].min()
         active = np.flatnonzero(masked_L & in_block_L)
         visible.append(int(np.flatnonzero(in_block_L)[-1]) + 1 if grows else len(masked_L))
-        # The canvas before the step, as a batch of one row.
-        state = np.where(masked_L, ids.mask, tokens_L), columns_L, (columns_L < visible[-1]).astype(np.int32), given_L
+        # The canvas before the step, as a batch of one row. A block that grows it is guided with all before it hidden.
+        hidden_L = columns_L < np.argmax(in_block_L) if grows else given_L
+        state = np.where(masked_L, ids.mask, tokens_L), columns_L, (columns_L < visible[-1]).astype(np.int32), hidden_L
         columns = np.resize(active, query_length)  # one shape for all steps
         found = top_candidates(CanvasSlice(*(x_L[None] for x_L in state)), columns[None], tokens_L[columns][None])
         ids_QK, log_probs_QK, chosen_log_probs_Q = (x[0, : len(active)] for x in jax.device_get(found))
@@ -175,6 +177,6 @@ def _top_candidates(logits_fn: LogitsFn, canvas: CanvasSlice, columns_BQ: jax.Ar
 
 
 def display(tokenizer: Any, id_: int) -> str:
-    """The text of one token: decoded alone, or its piece if that is not text (part of a character, a special token)."""
-    text = tokenizer.decode([id_])
+    """The text of one token behind others, or its piece if it is not text (part of a character, a special token)."""
+    text = tokenizer.to_bytes([id_]).decode(errors="replace")
     return text if text and "\ufffd" not in text else tokenizer.id_to_piece(id_)

@@ -10,20 +10,21 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from illada_jax import config as config_lib
+from illada_jax import console
 from illada_jax.config import Config
 from illada_jax.data.tokenizers import Tokenizer
-from illada_jax.errors import InputError, StorageError
+from illada_jax.errors import EXIT_BAD_INPUT, InputError, StorageError
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import fingerprints, first_difference
 from illada_jax.training.faults import FaultCounts
@@ -32,6 +33,7 @@ from illada_jax.training.saved_model import (
     CorruptCheckpointError,
     absolute_path,
     check_checksum,
+    check_file_types,
     encode_files,
     translate_read_errors,
     with_checksum,
@@ -39,13 +41,31 @@ from illada_jax.training.saved_model import (
 from illada_jax.training.step import TrainState, fresh_average
 
 BEST_METRIC = "eval/bits_per_byte"
+# Orbax calls this several times per save, for a message about throughput, and each call leaks a list per metric
+# (TensorStore 0.1.86).
+tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+_SAVE_THREADS = ("async_save", "save_finalize")  # of Orbax
 _REASON_LENGTH = 200  # characters of a library's message, from its end, which holds the cause
 
 
 def _is_not_a_repetition(record: logging.LogRecord) -> bool:
-    """False for Orbax's messages about failed writes: hundreds of lines about an error that it also raises."""
+    """False for Orbax's messages about failed writes: hundreds of lines about an error that it also raises.
+
+    With several processes it raises the error only when it has waited for the others, which wait for this process. So
+    this process then ends at once, and JAX aborts the others.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if jax.process_count() > 1 and record.threadName in _SAVE_THREADS and isinstance(error, OSError | ValueError):
+        console.print_error(f"error: process {jax.process_index()}: cannot write a checkpoint: {_reason(error)}. Fix "
+                            "the cause and repeat the command to resume")
+        console.hard_exit(EXIT_BAD_INPUT)
     return record.levelno < logging.ERROR or not (
         "orbax" in record.pathname or record.getMessage().startswith("Future exception was never retrieved"))
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return getattr(error, "strerror", None) or (text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -86,17 +106,18 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # waiting for a save could mean waiting for dead processes
+        common = kind is None or (issubclass(kind, InputError) and not issubclass(kind, StorageError))
+        if jax.process_count() > 1 and not common:
+            return  # waiting for a save could mean waiting for processes that are dead or know of no error
         try:
+            self.wait()
             with self._writing():
-                self._manager.wait_until_finished()
                 self._manager.close()
         except StorageError as error:
             if kind is None:
                 raise
             if not issubclass(kind, StorageError):  # else the user has seen it
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+                console.print_error(f"warning: {error}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -107,13 +128,41 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            text = " ".join(str(error).split())
-            text = text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}"
-            reason = getattr(error, "strerror", None) or text
-            complete = ocp.utils.checkpoint_steps(self._manager.directory)
+            complete = self._steps_on_disk()
             newest = f"the newest complete one is from step {max(complete)}" if complete else "there is no complete one"
-            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {reason}; {newest}. Fix the "
-                               "cause and repeat the command to resume") from error
+            raise StorageError(f"{self._manager.directory}: cannot write a checkpoint: {_reason(error)}; {newest}. "
+                               "Fix the cause and repeat the command to resume") from error
+
+    def _steps_on_disk(self) -> list[int]:
+        directory = self._manager.directory
+        return ocp.utils.checkpoint_steps(directory) if directory.exists() else []
+
+    def wait(self) -> None:
+        """Waits for the save in progress. Raises StorageError if it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def problems(self) -> list[str]:
+        """Waits for the save in progress; describes its failure, and checkpoints that others have removed.
+
+        After a failure the next save may succeed. With several processes, which wait for each other during a save, a
+        failure is a StorageError.
+        """
+        found = []
+        try:
+            self.wait()
+        except StorageError as error:
+            if jax.process_count() > 1:
+                raise
+            found.append(f"a checkpoint could not be written ({_reason(error.__cause__)})")
+        complete = self._steps_on_disk()
+        gone = [f"checkpoints/{step}" for step in self._manager.all_steps() if step not in complete]
+        if gone:
+            found.append(f"{', '.join(gone)} disappeared")
+        self._manager.directory.mkdir(parents=True, exist_ok=True)
+        if found:
+            self._manager.reload()
+        return found
 
     @property
     def latest_step(self) -> int | None:
@@ -151,16 +200,20 @@ class Checkpoints:
           InputError: the workdir was trained on another corpus, or all of its checkpoints are corrupt.
         """
         corrupt = []
-        with self._writing():
-            self._manager.wait_until_finished()
+        self.wait()
         while (step := self.latest_step if before is None else self._scheduled_before(before)) is not None:
+            restored, problem = None, None
             try:
-                return self._restore(step, abstract)
+                restored = self._restore(step, abstract)
             except CorruptCheckpointError as error:
-                moved_to = self._set_aside(step)
-                corrupt.append(str(moved_to))
-                print(f"warning: {self._manager.directory / str(step)}: corrupt: {error}; moved to {moved_to}",
-                      file=sys.stderr, flush=True)
+                problem = str(error)
+            problems = [each for each in hosts.gather(problem) if each]  # each process reads its own part
+            if not problems:
+                return restored
+            moved_to = self._set_aside(step)
+            corrupt.append(str(moved_to))
+            console.print_error(f"warning: {self._manager.directory / str(step)}: corrupt: {problems[0]}; moved to "
+                                f"{moved_to}")
         if not corrupt:
             return None
         raise InputError(f"{self._manager.directory}: all checkpoints are corrupt and were moved to "
@@ -170,6 +223,7 @@ class Checkpoints:
         has_average = abstract.ema is not None and (self._manager.directory / str(step) / "ema").is_dir()
         items = _items(abstract if has_average else dataclasses.replace(abstract, ema=None))
         with translate_read_errors():
+            check_file_types(self._manager.directory / str(step))
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore(),
                 **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()},

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
+from illada_jax import console
 from illada_jax.errors import EXIT_RESUMABLE
-from illada_jax.parallel import hosts
 
 PHASES = ("startup", "data", "step", "evaluation", "checkpoint", "lost")
 LONG_PHASE = 10
@@ -77,7 +77,7 @@ def watchdog(clock: Clock, seconds: float) -> Iterator[None]:
                       f"in phase {phase} of step {step:,} (config.train.watchdog_seconds = {seconds:g}); restart all "
                       "processes. Its stacks:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__)
-                hosts.hard_exit(EXIT_RESUMABLE)
+                console.hard_exit(EXIT_RESUMABLE)
 
     if seconds:
         threading.Thread(target=watch, name="watchdog", daemon=True).start()

@@ -11,7 +11,7 @@ import filelock
 from etils import epath
 
 from illada_jax.errors import InputError, StorageError
-from illada_jax.files import is_remote
+from illada_jax.files import is_remote, read_file
 from illada_jax.parallel import hosts
 
 NAME = "trainer.lock"
@@ -44,7 +44,7 @@ def _acquire(lock: filelock.FileLock, workdir: epath.Path) -> None:
         lock.acquire()
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except filelock.Timeout:
-        owner = path.read_text().strip() or "another process"
+        owner = read_file(path).decode(errors="replace").strip() or "another process"
         raise InputError(f"{workdir}: {owner} is training in this workdir; stop it, or use another workdir") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TextIO
 
 import jax
@@ -18,6 +18,7 @@ from illada_jax.config import Config
 from illada_jax.data.pipeline import Batches
 from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.errors import InputError
+from illada_jax.files import is_remote
 from illada_jax.parallel import hosts, sharding
 from illada_jax.parallel.mesh import check_divisible, local_rows, use_mesh
 from illada_jax.training.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.faults import FaultCounts, FaultWatch, RollBack
 from illada_jax.training.lock import only_trainer
 from illada_jax.training.metrics import MetricWriter, curve_over_p, read_lines, sums_of_curve
-from illada_jax.training.optimizer import make_optimizer, make_schedule
+from illada_jax.training.optimizer import make_schedule
 from illada_jax.training.plateau import PlateauWatch, advice
 from illada_jax.training.profiler import Profiler
 from illada_jax.training.saved_model import LazyModel, check_initial, open_initial
@@ -34,13 +35,13 @@ from illada_jax.training.step import (
     TrainState,
     abstract_state,
     fresh_average,
-    init_state,
     is_finite,
+    make_init,
     make_train_step,
     skip_steps,
 )
 from illada_jax.training.stop_signals import stop_signals
-from illada_jax.training.workdir import prepare_workdir, write_config
+from illada_jax.training.workdir import prepare_workdir, restore_missing, resume_workdir
 
 # (params, step) → numbers and texts by name.
 Evaluator = Callable[[Any, int], dict[str, float | str]]
@@ -90,12 +91,12 @@ def train(setup: RunSetup) -> Outcome:
         if earlier is not None:
             start = checkpoints.latest_step or 0
             config_lib.check_resumable(config_lib.from_dict(earlier), config, start, setup.allowed_changes)
-        abstract = abstract_state(config, make_optimizer(config), setup.mesh)
+        abstract = abstract_state(config, setup.mesh)
 
         def restore(before: int | None = None) -> tuple[TrainState, FaultCounts]:
             """State and fault counts of the newest checkpoint (before a step: the newest scheduled), or a new state."""
             restored = checkpoints.restore(abstract, before)
-            return restored or (_new_state(config, setup.mesh, abstract, initial), FaultCounts())
+            return restored or (_new_state(config, setup.mesh, initial), FaultCounts())
 
         state, counts = restore()
         start = int(state.step)  # of an earlier checkpoint if the newest was corrupt
@@ -105,7 +106,7 @@ def train(setup: RunSetup) -> Outcome:
             raise InputError(f"config.train.{key} = {stop}: the run in {workdir} is at step {start}; use another "
                              f"workdir, or --config.train.{key}=N with N > {start}")
         if earlier is not None:
-            hosts.broadcast_from_primary(lambda: write_config(workdir, config))  # after all checks
+            hosts.broadcast_from_primary(lambda: resume_workdir(workdir, config, setup.tokenizer))  # after all checks
         lines = read_lines(workdir) if start else []
         if start == stop:
             return Outcome(state, start, start, _status(config, start), {
@@ -115,10 +116,11 @@ def train(setup: RunSetup) -> Outcome:
             print(f"Resuming from step {start:,} of {config.train.steps:,}", flush=True)
         clock = Clock(earlier_seconds(lines, start))
         with (MetricWriter(workdir, start, config.train.tensorboard, config.train.wandb) as writer,
-              stop_signals() as told_to_stop, watchdog(clock, config.train.watchdog_seconds)):
+              stop_signals() as (told_to_stop, tell_to_stop), watchdog(clock, config.train.watchdog_seconds)):
             recent = [line for line in lines if start - config.train.plateau_window < line["step"] <= start]
             faults = FaultWatch(config, workdir, setup.batches, counts)
-            return _Loop(setup, restore, checkpoints, writer, clock, faults, recent).run(state, start, told_to_stop)
+            loop = _Loop(setup, restore, checkpoints, writer, clock, faults, recent, tell_to_stop)
+            return loop.run(state, start, told_to_stop)
 
 
 def _status(config: Config, step: int) -> str:
@@ -134,10 +136,9 @@ def _say(text: str, file: TextIO) -> None:
         file.flush()
 
 
-def _new_state(config: Config, mesh: Mesh, abstract: TrainState, initial: LazyModel | None) -> TrainState:
+def _new_state(config: Config, mesh: Mesh, initial: LazyModel | None) -> TrainState:
     """The state at step 0, with random params or those of `initial`."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: init_state(config, make_optimizer(config)), out_shardings=shardings)()
+    state = make_init(config, mesh)()
     if initial is None:
         return state
     params = initial.restore(jnp.dtype("float32"), mesh)
@@ -149,7 +150,7 @@ class _Loop:
 
     def __init__(self, setup: RunSetup, restore: Callable[[int], tuple[TrainState, FaultCounts]],
                  checkpoints: Checkpoints, writer: MetricWriter, clock: Clock, faults: FaultWatch,
-                 recent: list[dict[str, Any]]):
+                 recent: list[dict[str, Any]], tell_to_stop: Callable[[], None]):
         self._setup = setup
         self._config = setup.config
         self._restore = restore
@@ -157,6 +158,8 @@ class _Loop:
         self._writer = writer
         self._clock = clock
         self._faults = faults
+        self._tell_to_stop = tell_to_stop
+        self._problems: list[str] = []  # of the workdir, such as files that others removed
         self._profiler = Profiler(setup.workdir, setup.profile_steps)
         self._plateau = PlateauWatch.of(setup.config)
         self._plateau_reported = False
@@ -170,7 +173,7 @@ class _Loop:
 
     def _set_rate(self, rate: float) -> None:
         """Makes the step and the schedule for `rate` times the configured learning rate."""
-        self._step_fn = make_train_step(self._config, make_optimizer(self._config, rate), self._setup.mesh)
+        self._step_fn = make_train_step(self._config, self._setup.mesh, rate)
         self._schedule = make_schedule(self._config, self._config.optimizer.learning_rate * rate)
 
     def run(self, state: TrainState, start: int, told_to_stop: Callable[[int], bool]) -> Outcome:
@@ -247,13 +250,33 @@ class _Loop:
         if step > saved:  # told to stop, or a rollback led to the last step
             results = self._evaluate(step, state, bar) if step == stop else {}
             self._save(step, state, results)
+        self._check_workdir(self._checkpoints.problems())
+        problems, latest = hosts.broadcast_from_primary(lambda: (self._problems, self._checkpoints.latest_step))
+        if problems:
+            if latest != step:
+                self._save(step, state, results)
+                self._checkpoints.wait()
+            raise InputError(f"{self._setup.workdir}: {'; '.join(problems)}. Config, tokenizer, metrics and the state "
+                             f"of step {step} are saved; run the same command to continue")
         return Outcome(state, start, step, _status(c, step), results)
 
     def _save(self, step: int, state: TrainState, results: dict[str, float | str]) -> None:
         self._clock.enter("checkpoint", step)
         self._faults.judge_state(step - 1, bool(is_finite(state)), self._checkpoints.latest_step)
+        self._check_workdir(self._checkpoints.problems())
         self._writer.publish()
         self._checkpoints.save(step, state, results, self._faults.counts)
+
+    def _check_workdir(self, problems: Sequence[str] = ()) -> None:
+        """Writes missing files of the workdir again, and stops the run if there are problems."""
+        setup = self._setup
+        if hosts.is_primary():
+            gone = [*restore_missing(setup.workdir, setup.config, setup.tokenizer), *self._writer.restore_missing()]
+            if gone:
+                problems = [f"{', '.join(gone)} disappeared", *problems]
+            self._problems += problems
+            if problems:
+                self._tell_to_stop()
 
     def _log(self, step: int, unlogged: list[StepMetrics], bar: tqdm) -> None:
         """Fetches and writes the means over the good steps since the last line, which ended with `step`."""
@@ -282,6 +305,8 @@ class _Loop:
             left = (stop - step) * (now - began) / max(step - 1 - first, 1)
             _say(f"step {step:,} of {stop:,}: {words}, {metrics['goodput/share']:.0%} of the time in training, "
                  f"{tqdm.format_interval(left)} left", sys.stderr)
+        if not is_remote(self._setup.workdir):  # buckets are checked when the state is saved
+            self._check_workdir()
 
     def _means(self, step: int, steps: list[StepMetrics]) -> dict[str, float]:
         """Metrics of some steps up to `step`, averaged."""

@@ -5,10 +5,12 @@ minute, before every checkpoint and at the end.
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,14 +19,17 @@ from etils import epath
 
 from illada_jax.diffusion.objective import NUM_BUCKETS, LossSums
 from illada_jax.errors import InputError, StorageError
-from illada_jax.files import is_remote, remove_leftovers, write_atomically
+from illada_jax.files import is_remote, parse_json, read_file, remove_leftovers, write_atomically
 
 NAME = "metrics.jsonl"
 _PUBLISH_SECONDS = 60.0
 
 
 class MetricWriter:
-    """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager."""
+    """Appends metrics to `workdir/metrics.jsonl`, one line per call. Use as a context manager.
+
+    Its methods raise StorageError if the files cannot be written.
+    """
 
     def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool, wandb: bool = False):
         """Opens the files and drops lines after `start_step`, where this process starts: it writes them again.
@@ -33,65 +38,77 @@ class MetricWriter:
         """
         self._file = None
         self._events = None
+        self._workdir, self._local = workdir, workdir
         if jax.process_index():
             return
-        path = workdir / NAME
         kept = [_encode(line) for line in read_lines(workdir) if line["step"] <= start_step] if start_step else []
-        remove_leftovers(path)
-        write_atomically(path, "".join(kept))
-        self._workdir, self._local = workdir, workdir
-        if is_remote(workdir):
-            self._local = epath.Path(tempfile.mkdtemp())
-            path.copy(self._local / NAME)
-        self._published = time.monotonic()
-        self._file = (self._local / NAME).open("a")
-        if wandb:
-            start_wandb()
-        if tensorboard:
-            # Imported here because it takes a second.
-            from tensorboardX import SummaryWriter
+        with self._writing():
+            remove_leftovers(workdir / NAME)
+            write_atomically(workdir / NAME, "".join(kept))
+            if is_remote(workdir):
+                self._local = epath.Path(tempfile.mkdtemp())
+                (workdir / NAME).copy(self._local / NAME)
+            self._published = time.monotonic()
+            self._file = open(self._local / NAME, "a+", encoding="utf-8")  # noqa: SIM115
+            if wandb:
+                start_wandb()
+            if tensorboard:
+                self._events = _EventWriter(self._local, start_step + 1)
 
-            self._events = SummaryWriter(os.fspath(self._local), purge_step=start_step + 1)
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. Fix the cause, "
+                               "then run the same command again") from error
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         # A failure to write that ends the run has already been reported.
-        with contextlib.suppress(*([] if kind is None else [OSError])):
-            for sink in (self._file, self._events):
+        unless_reported = functools.partial(contextlib.suppress, *([] if kind is None else [StorageError]))
+        for sink in (self._file, self._events):
+            with unless_reported(), self._writing():
                 if sink is not None:
                     sink.close()
-            if self._file is not None and self._local != self._workdir:
+        if self._local != self._workdir:
+            with unless_reported():
                 self.publish()
-                self._local.rmtree()
+            self._local.rmtree()
 
     def write(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Writes numbers and texts of a step. Raises StorageError if they cannot be written."""
+        """Writes numbers and texts of a step."""
         if self._file is None:
             return
-        try:
+        with self._writing():
             self._file.write(_encode({"step": step, **metrics}))
             self._file.flush()
             if self._events is not None:
-                for name, value in metrics.items():
-                    if isinstance(value, str):
-                        self._events.add_text(name, f"```\n{value}\n```", step)
-                    else:
-                        self._events.add_scalar(name, value, step)
-                self._events.flush()
-            if time.monotonic() - self._published > _PUBLISH_SECONDS:
-                self.publish()
-        except OSError as error:
-            raise StorageError(f"{self._workdir / NAME}: cannot be written: {error.strerror or error}. Fix the cause, "
-                               "then run the same command again") from error
+                self._events.write(step, metrics)
+        if time.monotonic() - self._published > _PUBLISH_SECONDS:
+            self.publish()
+
+    def restore_missing(self) -> list[str]:
+        """Writes `metrics.jsonl` again if it was removed or replaced; returns its name, or nothing."""
+        path = self._workdir / NAME
+        if self._file is None or is_remote(path) or (path.exists() and os.fstat(self._file.fileno()).st_nlink):
+            return []
+        with self._writing():
+            self._file.seek(0)  # a removed file can be read as long as it is open
+            write_atomically(path, self._file.read())
+            self._file.close()
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        return [NAME]
 
     def publish(self) -> None:
         """Copies the metrics to a remote workdir; unpublished metrics are lost if the process dies."""
         if self._file is None or self._local == self._workdir:
             return
-        for path in self._local.iterdir():
-            path.copy(self._workdir / path.name, overwrite=True)
+        with self._writing():
+            for path in self._local.iterdir():
+                path.copy(self._workdir / path.name, overwrite=True)
         self._published = time.monotonic()
 
 
@@ -104,6 +121,33 @@ def start_wandb() -> None:
     wandb.init(sync_tensorboard=True)
 
 
+class _EventWriter:
+    """TensorBoard events, written at once: the thread of SummaryWriter could not report a full disk."""
+
+    def __init__(self, directory: epath.Path, first_step: int):
+        """Opens a new file of events; TensorBoard ignores those of earlier files from `first_step` on."""
+        # Imported here because it takes a second.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._pb, self._summary = event_pb2, summary
+        self._writer = event_file_writer.EventsWriter(os.fspath(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Writes numbers and texts of a step."""
+        for name, value in metrics.items():
+            summary = (self._summary.text(name, f"```\n{value}\n```") if isinstance(value, str)
+                       else self._summary.scalar(name, value))
+            self._writer.write_event(self._pb.Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
 def _encode(line: dict[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
@@ -111,15 +155,15 @@ def _encode(line: dict[str, Any]) -> str:
 def read_lines(workdir: epath.Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, in order; empty if there is no file.
 
-    Invalid lines are dropped: a killed process may leave half of one.
+    Invalid lines are dropped: a killed process may leave half of one. Raises InputError if the file cannot be read.
     """
     path, lines = workdir / NAME, []
-    for text in path.read_text().split("\n") if path.exists() else ():  # not splitlines: samples may hold U+2028
+    for text in read_file(path).split(b"\n") if path.exists() else ():  # bytes, as half a character is no text
         try:
-            line = json.loads(text)
-            if isinstance(line["step"], int):
+            line = parse_json(text, NAME)
+            if type(line["step"]) is int:  # true is no step
                 lines.append(line)
-        except (ValueError, TypeError, KeyError):
+        except (InputError, KeyError):
             continue
     return lines
 

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from illada_jax import model
+from illada_jax import console, model
 from illada_jax.config import Config
 from illada_jax.data.corpus import Corpus, Examples, open_corpus, open_examples
 from illada_jax.data.finetuning import example_batches
@@ -22,7 +22,6 @@ from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import training_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible
 from illada_jax.training.loop import Outcome
-from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.saved_model import LazyModel, open_initial
 from illada_jax.training.step import abstract_state, donates
 
@@ -61,12 +60,12 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
     """
     if config.sft.format == "none":
         corpus = open_corpus(config.data)
+        _print_report(corpus)
         config = resolve(config, corpus.tokenizer)
         return config, corpus, Pipeline(config, corpus)
     from_checkpoint = config.data.tokenizer == "checkpoint"
     examples = open_examples(config, (initial or open_initial(config)).tokenizer if from_checkpoint else None)
-    if examples.dropped:
-        print(examples.dropped, file=sys.stderr, flush=True)
+    _print_report(examples)
     config = _stop_after_turns(resolve(config, examples.tokenizer), examples.tokenizer)
     batches = example_batches(config, examples)
     if config.train.epochs:
@@ -74,13 +73,17 @@ def open_data(config: Config, initial: LazyModel | None = None) -> tuple[Config,
     return config, examples, batches
 
 
+def _print_report(corpus: Corpus) -> None:
+    for report in filter(None, (corpus.dropped, corpus.split_warning)):
+        console.print_error(report)
+
+
 def _stop_after_turns(config: Config, tokenizer: Tokenizer) -> Config:
-    """Config whose decoding stops at the token that ends an answer in the tokenizer's chat template."""
-    end_id = chat_format(tokenizer).end_id
-    if end_id in (tokenizer.eos_id, *config.decode.stop_ids):
-        return config
-    stop_ids = (*config.decode.stop_ids, end_id)
-    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, stop_ids=stop_ids))
+    """Config whose decoding stops at the tokens that end an answer in the tokenizer's chat template."""
+    known = (tokenizer.eos_id, *config.decode.stop_ids)
+    stop_ids = tuple(id_ for id_ in chat_format(tokenizer).stop_ids if id_ not in known)
+    decode = dataclasses.replace(config.decode, stop_ids=(*config.decode.stop_ids, *stop_ids))
+    return dataclasses.replace(config, decode=decode)
 
 
 def resolve_epochs(config: Config, steps: int) -> Config:
@@ -101,7 +104,7 @@ def resolve_epochs(config: Config, steps: int) -> Config:
 
 def _state_gib(config: Config, mesh: Mesh | AbstractMesh, donated: bool = True) -> float:
     """GiB per device of params, gradients, moving average and optimizer state, twice if the old is not donated."""
-    state = abstract_state(config, make_optimizer(config), mesh)
+    state = abstract_state(config, mesh)
 
     def size(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

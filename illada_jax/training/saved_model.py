@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,8 @@ from illada_jax import config as config_lib
 from illada_jax import model
 from illada_jax.config import Config, ModelConfig
 from illada_jax.data.tokenizers import Tokenizer, tokenizer_from_files
-from illada_jax.errors import InputError
+from illada_jax.errors import InputError, StorageError
+from illada_jax.files import is_remote, read_json
 from illada_jax.model.int8 import Int8, quantize_matrix, quantize_params, quantized_axes
 from illada_jax.parallel import sharding
 from illada_jax.parallel.fingerprints import digest, fingerprints, first_difference
@@ -158,6 +160,7 @@ def open_saved_model(path: str | epath.Path) -> SavedModel:
                 "`demo` comes with the package")
         raise InputError(f"{path}: not a checkpoint: expected a workdir or WORKDIR/checkpoints/STEP{hint}")
     with _explain_corruption(path):
+        check_file_types(path)
         meta = _read_json(path, "meta")
         check_checksum(meta, _read_json(path, "tokenizer"))
     if meta["format_version"] != FORMAT_VERSION:
@@ -203,18 +206,29 @@ def check_checksum(meta: dict[str, Any], tokenizer_files: dict[str, str]) -> Non
         raise CorruptCheckpointError("meta or tokenizer does not match the checksum")
 
 
+def check_file_types(directory: epath.Path) -> None:
+    """Raises CorruptCheckpointError if a local checkpoint holds a FIFO or a device: reading one would never end."""
+    for path in () if is_remote(directory) else pathlib.Path(directory).rglob("*"):
+        if not path.is_file() and not path.is_dir():
+            raise CorruptCheckpointError(f"{path.relative_to(directory)} is not a regular file")
+
+
 @contextlib.contextmanager
 def translate_read_errors() -> Iterator[None]:
     """Turns Orbax's errors about missing, truncated or undecodable files into CorruptCheckpointError.
 
-    Some are bare Exceptions, so all exceptions are caught; errors of the devices pass through.
+    Some are bare Exceptions, so all exceptions are caught; errors of the devices pass through. What this user may not
+    read is a StorageError: it may be whole.
     """
     try:
         yield
     except (CorruptCheckpointError, InputError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise CorruptCheckpointError(" ".join(str(error).split())[:200]) from error
+        reason = " ".join(str(error).split())
+        if "ermission denied" in reason:  # of the system, also as TensorStore quotes it
+            raise StorageError(f"cannot be read: {reason[-200:]}") from error
+        raise CorruptCheckpointError(reason[:200]) from error
 
 
 @contextlib.contextmanager
@@ -264,5 +278,7 @@ def encode_files(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def _read_json(directory: epath.Path, item: str) -> Any:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(directory / item)
+    try:
+        return read_json(directory / item / "metadata")  # as Orbax's JsonSave names it
+    except InputError as error:
+        raise CorruptCheckpointError(str(error)) from error

@@ -17,6 +17,7 @@ from illada_jax.diffusion.objective import LossSums, objective, total_weight
 from illada_jax.diffusion.process import Corrupted, corrupt
 from illada_jax.keys import Purpose, key_for
 from illada_jax.parallel import sharding
+from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.sharded_loss import sharded_token_losses
 
 
@@ -43,10 +44,14 @@ class StepMetrics(NamedTuple):
     bad: jax.Array  # bool scalar, True if the update was left out (config.faults)
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Initial state; jit it with the shardings of `abstract_state` to create it sharded."""
-    params = model.init_params(config.model, key_for(config.seed, Purpose.PARAMS))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), fresh_average(config, params))
+def init_state(config: Config) -> TrainState:
+    """Initial state on one device; see `make_init`."""
+    return _state_of(config, model.init_params(config.model, key_for(config.seed, Purpose.PARAMS)))
+
+
+def _state_of(config: Config, params: Any) -> TrainState:
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, fresh_average(config, params))
 
 
 def fresh_average(config: Config, params: Any) -> Any:
@@ -54,9 +59,18 @@ def fresh_average(config: Config, params: Any) -> Any:
     return jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
 
 
-def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+@functools.lru_cache(maxsize=8)
+def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
+    """Builds the jitted initialisation: () → the initial state, sharded. Cached, like the step."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(lambda: init_state(config), out_shardings=shardings)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """State as ShapeDtypeStructs with their shardings; allocates nothing."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    abstract = model.abstract_params(config.model)
+    shapes = jax.eval_shape(lambda: _state_of(config, jax.tree.map(jnp.zeros_like, abstract)))
     params = sharding.param_shardings(mesh, model.param_axes(config.model))
     shardings = TrainState(
         step=sharding.replicated(mesh), params=params, opt_state=sharding.like_params(mesh, shapes.opt_state, params),
@@ -65,14 +79,17 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+@functools.lru_cache(maxsize=8)
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, mesh: Mesh, rate: float = 1.0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the jitted step (state, global batch) → (state, metrics), which donates the state except on CPUs.
 
     Keys derive from (seed, step, global row), so masks do not depend on the mesh or the number of micro-batches. A step
-    with bad numbers changes only the step counts.
+    with bad numbers changes only the step counts. `rate` is a factor of all learning rates. Cached, so that equal
+    arguments give the same function.
     """
+    optimizer = make_optimizer(config, rate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         corrupted = corrupt(key_for(config.seed, Purpose.CORRUPTION, state.step), batch, config.diffusion)
@@ -91,7 +108,7 @@ def make_train_step(
                              TrainState(state.step + 1, params, opt_state, ema))
         return after, StepMetrics(sums, norm, bad)
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     platform = mesh.devices.flat[0].platform
     options = dict(option.split("=", 1) for option in config.train.compiler_options)
     return jax.jit(

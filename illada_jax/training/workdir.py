@@ -9,8 +9,8 @@ from etils import epath
 from illada_jax import config as config_lib
 from illada_jax.config import Config
 from illada_jax.data.tokenizers import Tokenizer
-from illada_jax.errors import InputError
-from illada_jax.files import remove_leftovers, write_atomically
+from illada_jax.errors import InputError, StorageError
+from illada_jax.files import read_json, remove_leftovers, write_atomically
 
 CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
@@ -27,8 +27,9 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     """
     path = workdir / CONFIG
     if path.exists():
+        values = read_json(path)
         try:
-            return config_lib.to_dict(config_lib.from_saved(json.loads(path.read_text())))
+            return config_lib.to_dict(config_lib.from_saved(values))
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path}: not the config of a run: {error}") from error
     try:
@@ -43,6 +44,26 @@ def prepare_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -
     except OSError as error:
         raise InputError(f"{workdir}: cannot write the workdir: {error.strerror or error}") from error
     return None
+
+
+def restore_missing(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Writes the files of `prepare_workdir` that are missing; returns their names. Raises StorageError if it cannot."""
+    missing = [name for name in (CONFIG, _TOKENIZER) if not (workdir / name).exists()]
+    try:
+        if CONFIG in missing:  # first: without it the other files are no workdir
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_config(workdir, config)
+        if _TOKENIZER in missing:
+            tokenizer.save(workdir / _TOKENIZER)
+    except OSError as error:
+        raise StorageError(f"{workdir}: cannot write {', '.join(missing)}: {error.strerror or error}") from error
+    return missing
+
+
+def resume_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes the config of a resumed run, after all checks, and the tokenizer if it is missing."""
+    write_config(workdir, config)
+    restore_missing(workdir, config, tokenizer)
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:

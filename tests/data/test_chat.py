@@ -1,5 +1,6 @@
 """Chat templates: rendered as transformers does, contents yield no special tokens, each answer has one end token."""
 
+import functools
 import json
 
 import jinja2
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from illada_jax.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 from illada_jax.data.tokenizers.chat import chat_format, encode_chat, encode_conversation
 from illada_jax.errors import InputError
+from tests.data import toy_tokenizers
 
 CHATML = ("{% for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}\n"
           "{% endfor %}\n{% if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' -}}\n{% endif %}")
@@ -123,7 +125,7 @@ def test_default_template_by_hand():
             bos, *text("assistant"), bos]
     assert encode_chat(tokenizer, messages[:2], True) == head
     assert encode_chat(tokenizer, messages, False) == [*head, *text("A"), eos]
-    ids, is_answer = encode_conversation(tokenizer, messages)
+    ids, is_answer, _ = encode_conversation(tokenizer, messages)
     assert ids == [*head, *text("A"), eos]
     assert is_answer == [False] * len(head) + [True, True]
 
@@ -134,7 +136,7 @@ def test_each_answer_ends_with_one_end_token(name, end):
     tokenizer = tokenizer_with(TEMPLATES[name])
     end_id = tokenizer.special_tokens[end]
     assert chat_format(tokenizer).end_id == end_id
-    ids, is_answer = encode_conversation(tokenizer, CHAT)
+    ids, is_answer, _ = encode_conversation(tokenizer, CHAT)
     answers = [[]]
     for token, flag in zip(ids, is_answer, strict=True):
         if flag:
@@ -173,12 +175,78 @@ def test_template_travels_with_the_tokenizer(tmp_path):
         encode_chat(bytes_, CHAT[:1], True)
 
 
+NAMED = [{"name": "tools", "template": CHATML}, {"name": "rag", "template": TRIMMING}]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("chat_template.jinja", CHATML), ("chat_template.json", {"chat_template": CHATML}),
+    ("tokenizer_config.json", {"chat_template": CHATML}), ("tokenizer_config.json", {"chat_template": NAMED[:1]}),
+    ("chat_template.json", {"chat_template": [*NAMED[1:], {"name": "default", "template": CHATML}]}),
+])
+def test_a_template_is_found_wherever_it_is(name, content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(vocabulary())
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(path)):
+        assert tokenizer.chat_template == CHATML
+        tokenizer.save(tmp_path / "saved")
+        assert load_tokenizer(tmp_path / "saved").chat_template == CHATML
+
+
+def test_of_several_templates_one_must_be_chosen(tmp_path):
+    files = {"tokenizer.json": vocabulary().encode(),
+             "tokenizer_config.json": json.dumps({"chat_template": NAMED, "eos_token": "</s>"}).encode()}
+    tokenizer = tokenizer_from_files(files)
+    assert tokenizer.encode("text needs no template")
+    with pytest.raises(InputError, match=r"several chat templates: tools, rag; choose .* --chat_template"):
+        encode_chat(tokenizer, CHAT[:1], True)
+    with pytest.raises(InputError, match=r"chat_template = 'default': unknown; the tokenizer has tools, rag"):
+        tokenizer.choose_chat_template("default")
+    tokenizer.choose_chat_template("rag")
+    assert tokenizer.chat_template == TRIMMING
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == TRIMMING
+
+
+PHI = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+       "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (CHATML, ["<|im_end|>", "<|im_start|>"]), (TRIMMING, ["<|eot|>", "<|im_start|>"]),
+    (NO_SYSTEM, ["</s>", "<|im_start|>"]), (FORGETFUL, ["<|im_end|>", "<|im_start|>"]),
+    (PHI, ["<|end|>", "<|assistant|>", "<|user|>"]),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", ["</s>"]),
+    # Takes one turn only.
+    ("{% if messages | length > 2 %}{{ raise_exception('long') }}{% endif %}"
+     "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}", ["</s>"]),
+])
+def test_an_answer_ends_where_a_turn_begins(template, ends):
+    table = tokenizers.Tokenizer.from_str(vocabulary())
+    table.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
+    tokenizer = tokenizer_from_files({"tokenizer.json": table.to_str().encode(), "tokenizer_config.json": json.dumps(
+        {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}).encode()})
+    assert list(chat_format(tokenizer).stop_ids) == [tokenizer.special_tokens[end] for end in ends]
+
+
+@pytest.mark.parametrize("make", [toy_tokenizers.llama, functools.partial(toy_tokenizers.llama, "first"),
+                                  functools.partial(toy_tokenizers.llama, "always"), toy_tokenizers.unigram])
+def test_blanks_of_a_chat_are_those_of_the_library(make):
+    tokenizer = tokenizer_from_files({**toy_tokenizers.files_of(make()), "chat_template.jinja": (
+        b"{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+        b"{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}")})
+    text = "<|turn|>user\nthe cat <|end|><|turn|>assistant\nis a<|end|><|turn|>user\n then<|end|><|turn|>assistant\n"
+    messages = [{"role": role, "content": content} for role, content in (
+        ("user", "the cat "), ("assistant", "is a"), ("user", " then"))]
+    assert encode_chat(tokenizer, messages, True) == make().encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize(("messages", "message"), [
     ([], "must not be empty"),
     ("hello", "must be a list of objects"),
     (["hello"], "message 1: must be an object"),
     ([{"role": "user"}], "message 1: has no 'content'"),
-    ([{"role": "tool", "content": "x"}], "message 1: unknown role 'tool'"),
+    ([{"role": "robot", "content": "x"}], "message 1: unknown role 'robot'"),
     ([{"role": "user", "content": None}], "message 1: content must be a string"),
     ([CHAT[0], {"role": "system", "content": "x"}], "message 2: a system message must come first"),
 ])

@@ -94,7 +94,7 @@ def test_bad_files_are_named(tmp_path, kind, name, content, message):
     ("text:/nowhere/at/all.txt", "no such file"),
     ("text", "names no files"),
     ("jsonl:#field", "names no files"),
-    ("poetry:x", "unknown kind 'poetry'; known: jsonl, python_docs, python_source, sudoku, text"),
+    ("poetry:x", "unknown kind 'poetry'; known: jsonl, parquet, python_docs, python_source, sudoku, text"),
     ("prepared:x", "already prepared"),
     ("sudoku:9", "takes no argument"),
 ])

@@ -9,10 +9,12 @@ from illada_jax.data.preparing.settings import given_tokenizer
 from illada_jax.data.tokenizers import (
     ByteTokenizer,
     load_tokenizer,
+    lost_text,
     tokenizer_from_files,
     train_sentencepiece,
 )
 from illada_jax.errors import ConfigError, InputError
+from tests.data import toy_tokenizers
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.\n\n    def f(x):\n\treturn x  # two  blanks\r\n" * 5,
           "Größe, 漢字, 🙂 and <[MASK]> or [MASK] </s>\n" * 5, "no newline at the end"]
@@ -178,6 +180,85 @@ def test_lossy_tokenizer_is_refused_for_preparing(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match=r"tokenizer .*/tokenizer\.json: not lossless"):
         given_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("make", [toy_tokenizers.byte_level, toy_tokenizers.llama, toy_tokenizers.unigram])
+def test_settings_of_a_run_are_not_obeyed(make):
+    """They cut, pad or draw. The saved file stays as it was found: its hash identifies the tokenizer."""
+    table = make()
+    text = "the cat is the cat " * 50
+    want = table.encode(text, add_special_tokens=False).ids
+    table.enable_truncation(16)
+    table.enable_padding(length=64)
+    description = json.loads(table.to_str())
+    if "dropout" in description["model"]:
+        description["model"]["dropout"] = 0.9
+    files = {"tokenizer.json": json.dumps(description).encode()}
+    tokenizer = tokenizer_from_files(files)
+    assert tokenizer.encode(text) == want and tokenizer.decode(want) == text
+    assert len(tokenizer.encode("the")) < 4
+    assert tokenizer.files()["tokenizer.json"] == files["tokenizer.json"]
+
+
+def lowercase():
+    tokenizer = toy_tokenizers.byte_level()
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    return tokenizer
+
+
+def collapses_white_space():
+    tokenizer = toy_tokenizers.llama()
+    tokenizer.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" +"), toy_tokenizers.BLANK)
+    return tokenizer
+
+
+def without_byte_fallback():
+    tokenizer = toy_tokenizers.llama()
+    tokenizer.model = tokenizers.models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>")
+    return tokenizer
+
+
+def loses_long_words():
+    tokenizer = toy_tokenizers.byte_level()
+    pattern = tokenizers.Regex(".{500,}")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(pattern, "removed"), tokenizer.pre_tokenizer])
+    return tokenizer
+
+
+LOSSY = (toy_tokenizers.word_piece, lowercase, collapses_white_space, without_byte_fallback, loses_long_words)
+
+
+@pytest.mark.parametrize("make", LOSSY)
+def test_what_cannot_hold_every_text_is_refused_for_preparing(make, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(toy_tokenizers.files_of(make())["tokenizer.json"])
+    with pytest.raises(InputError, match=r"tokenizer .*/tokenizer\.json: not lossless: ") as caught:
+        given_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", toy_tokenizers.KINDS)
+def test_what_holds_every_text_is_not_refused(kind):
+    assert lost_text(toy_tokenizers.ours(kind)) == ""
+
+
+def test_word_piece_continues_a_text():
+    """Lossy, but usable: the blanks between words are kept where an answer begins."""
+    tokenizer = tokenizer_from_files(toy_tokenizers.files_of(toy_tokenizers.word_piece()))
+    ids = tokenizer.encode("the cats.")
+    assert tokenizer.decode(ids) == toy_tokenizers.word_piece().decode(ids)
+    assert tokenizer.decode(ids[:1]) + tokenizer.decode(ids[1:], after=ids[:1]) == tokenizer.decode(ids)
+
+
+def test_a_sentencepiece_model_by_its_name_in_hugging_face_directories(tmp_path):
+    trained = train_sentencepiece(CORPUS, 320)
+    (tmp_path / "tokenizer.model").write_bytes(trained.files()["sentencepiece.model"])
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(CORPUS[1]) == trained.encode(CORPUS[1])
+    loaded.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == loaded.fingerprint
+    (tmp_path / "tokenizer.json").write_bytes(byte_level_json())  # takes precedence there
+    assert type(load_tokenizer(tmp_path)) is not type(loaded)
 
 
 @KINDS

@@ -12,7 +12,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES, Prediction
 from illada_jax.decoding.query import CanvasSlice, guided_logits, plain_logits_fn
 from illada_jax.decoding.reveal import reveal_mask
-from illada_jax.decoding.sampling import mask_logits, nucleus
+from illada_jax.decoding.sampling import keep_top_k, mask_logits, nucleus
 
 LN = math.log
 PROBS_BQV = np.float32([[[0.5, 0.25, 0.25, 0.0], [0.0, 0.125, 0.0, 0.875]]])
@@ -55,6 +55,13 @@ class StrategiesTest(chex.TestCase):
 
         one, other = self.variant(kept)(logits_BQV)
         assert one.tolist() == [[[True, False, False, False]]] and other.tolist() == [[[True, True, False, False]]]
+
+
+@pytest.mark.parametrize("top_k, kept", [(1, [0]), (2, [0, 1, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]),
+                                         (9, [0, 1, 2, 3])])
+def test_ties_with_the_last_of_the_top_k_are_kept(top_k, kept):
+    logits_BQV = jnp.log(jnp.float32([[[0.4, 0.25, 0.25, 0.1, 0.0]]]))
+    assert jnp.flatnonzero(jnp.isfinite(keep_top_k(logits_BQV, top_k))).tolist() == kept
 
 
 def test_guidance_equals_two_passes():

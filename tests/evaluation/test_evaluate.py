@@ -9,23 +9,18 @@ import pathlib
 import socket
 import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra: eval")
-os.environ["HF_HOME"] = tempfile.mkdtemp()
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lm_eval
-from absl import flags
 from lm_eval import tasks
-from lm_eval.api.instance import Instance
 
-from illada_jax import api, evaluate
-from illada_jax.data.tokenizers.chat import encode_chat
+from illada_jax import api
+from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE, encode_chat
 from illada_jax.errors import InputError
 from illada_jax.evaluation import code_execution, lm_eval_cli, work
 from illada_jax.evaluation.lm_eval_model import LmEvalModel
@@ -35,34 +30,6 @@ from tests.evaluation import lm_eval_toys as toys
 
 ONLY_LOCAL = {"include_defaults": False}
 ALL = "--tasks=toy_choice,toy_writing,toy_text"
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """(Checkpoint, directory of tasks)."""
-    root = tmp_path_factory.mktemp("evaluate")
-    return toys.save(root / "model"), toys.write_tasks(root / "tasks")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return api.LanguageModel(toys.CONFIG, toys.params(), toys.TOKENIZER)
-
-
-@pytest.fixture
-def run(lm, places, monkeypatch, capsys):
-    """Runs the command with flags on the model in memory; returns what it prints."""
-    monkeypatch.setattr(api, "load", lambda path, dtype, mesh, quantize, special_ids: lm)
-
-    def call(*arguments):
-        flags.FLAGS.unparse_flags()
-        for flag in flags.FLAGS.get_key_flags_for_module(evaluate):
-            flag.unparse()
-        flags.FLAGS(["evaluate", "--checkpoint=x", f"--include_path={places[1]}", *arguments])
-        assert evaluate.main([]) is None
-        return capsys.readouterr().out
-
-    return call
 
 
 def results(directory):
@@ -172,6 +139,14 @@ def test_conversations(lm, run, monkeypatch):
         (context, tokenizer.encode(choice)) for choice in second["choices"]]
 
 
+def test_the_demo_for_conversations_is_evaluated_with_its_template():
+    """It is an export of a model that was fine-tuned here."""
+    model = LmEvalModel(api.load("demo-chat"))
+    messages = [{"role": "user", "content": "What does zip do?"}]
+    assert model._chat_ids(model.apply_chat_template(messages)) == encode_chat(model.lm.tokenizer, messages, True)
+    assert model.chat_template(True) == DEFAULT_TEMPLATE
+
+
 def _noting(make, seen):
     def scorer(self, **settings):
         made = make(self, **settings)
@@ -239,14 +214,6 @@ def test_without_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install 'illada_jax\[eval\]'"):
         run("--tasks=toy_choice")
-
-
-@pytest.mark.parametrize("candidate, message", [("a" * 70, "has 70 tokens, which exceed the context of 64"),
-                                                ("", "is empty")])
-def test_bad_candidates(lm, candidate, message):
-    request = Instance("loglikelihood", {}, ("question", candidate), 0, ("some_task", 3, 1))
-    with pytest.raises(InputError, match=f"task some_task, item 3: candidate .* {message}"):
-        LmEvalModel(lm).loglikelihood([request])
 
 
 def test_long_contexts_lose_their_beginning_and_are_counted(run, tmp_path, lm):

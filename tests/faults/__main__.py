@@ -8,6 +8,7 @@ The full set kills a training run 50 times and takes about half an hour on two c
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import time
 
-from tests.faults import kills, programs, signals, storage
+import numpy as np
+
+from tests.faults import kills, leaving, long_run, programs, removed, signals, storage
 
 # Faults that need no separate process: these tests, with many examples in the full set.
 IN_PROCESS = {
@@ -26,10 +29,16 @@ IN_PROCESS = {
     "token shards: flipped bits, truncated, missing": ["tests/data/test_shards.py"],
     "foreign checkpoints: headers, indices, links": ["tests/interop/test_malformed_checkpoints.py"],
     "files that run code or claim to be large": ["tests/test_untrusted_files.py"],
+    "directories, FIFOs and devices as files, deep and large JSON, half a line": [
+        "tests/test_files.py", "tests/training/test_workdir.py"],
+    "control characters on a terminal": ["tests/test_console.py"],
     "fuzz: texts, configs, JSONL, templates, headers, manifests": [
         "tests/fuzz", "tests/data/test_tokenizers.py", "tests/data/test_chat.py", "tests/data/test_pipeline.py"],
     "programs that try to escape from the sandbox": ["tests/evaluation/test_sandbox.py"],
 }
+
+
+_MIB_PER_10_000_STEPS = 1.0
 
 
 class Table:
@@ -61,11 +70,16 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
     table.add("two runs of the same config", 2, wrong, "the same metrics and arrays, bit for bit")
     programs.must(programs.train_command(directory, directory / "short", *storage.SHORT))
 
-    killed, wrong = kills.killed_training(directory / "whole", directory / "killed", 6 if quick else 50, directory,
-                                          whole)
-    moments = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
-    table.add("kill -9 while training", f"{sum(killed.values())} ({moments})", wrong,
-              "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
+    for name, count, moments in (("killed", 6 if quick else 20, kills.MOMENTS),
+                                 ("killed-evaluating", 2 if quick else 30, ("evaluation",)),
+                                 ("killed-saving", 2 if quick else 10, (kills.TWO_SAVES,))):
+        if kills.TWO_SAVES in moments and not storage.can_trace():
+            table.add("kill -9 with two saves on a slow disk", 0, [], "not permitted here, or no strace")
+            continue
+        killed, wrong = kills.killed_training(directory / "whole", directory / name, count, directory, whole, moments)
+        done = ", ".join(f"{count} in {moment}" for moment, count in killed.items())
+        table.add("kill -9 while training", f"{sum(killed.values())} ({done})", wrong,
+                  "each restart resumed; final metrics and arrays equal those of the unkilled run bit for bit")
     count, wrong = kills.killed_preparation(directory, 4 if quick else 20)
     table.add("kill -9 while preparing", count, wrong, "the same corpus, byte for byte")
 
@@ -83,10 +97,37 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
     for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(directory, 1 if quick else 3):
         table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or no effect; then finishes")
+    for name, wrong in removed.removed(directory, directory / "whole", whole):
+        table.add(f"removed during a run: {name}", 1, [wrong] if wrong else [],
+                  "one line, exit code 2, all written again; then finishes like the undisturbed run, bit for bit")
+    for cause, processes, wrong, outcome in leaving.causes(directory):
+        table.add(f"time to leave after an error: {cause}", f"{processes} process{'es' * (processes > 1)}",
+                  [wrong] if wrong else [], outcome)
+    if not quick:
+        _memory(table, directory)
     for fault, files in IN_PROCESS.items():
         if not quick:  # the test suite runs them
             _pytest(table, fault, files)
     return table
+
+
+def _memory(table: Table, directory: pathlib.Path) -> None:
+    """Adds the growth of memory over a long run with and without saves, and over many prompts."""
+    steps, slopes = 30_000, {}
+    for save_every in (1000, steps):
+        samples, _ = long_run.watch(directory, steps, save_every)
+        slopes[save_every], error = long_run.growth(samples, steps)
+        wrong = [] if slopes[save_every] <= _MIB_PER_10_000_STEPS else ["more than 1 MiB"]
+        table.add(f"memory over {steps:,} steps with saves every {save_every:,}", 1, wrong,
+                  f"{slopes[save_every]:+.2f} ± {error:.2f} MiB per 10,000 steps after the first tenth")
+    table.add("memory of a save", 1, [], f"{(slopes[1000] - slopes[steps]) / 10 * 1024:.0f} KiB")
+    result = json.loads(programs.must([sys.executable, "-m", "tests.faults.many_prompts"]).splitlines()[-1])
+    later = np.array([sample for sample in result["samples"] if sample[0] >= 500])
+    grown = later[-1] - later[0]
+    table.add("memory over 2,000 prompts of random lengths", 1,
+              [f"grows by {grown[1]:.1f} MiB, {grown[2]:.0f} compilations"] if grown[1] > 1 or grown[2] else [],
+              f"{grown[1]:+.2f} MiB and no compilation after the first 500; {later[-1][2]:.0f} compilations before, "
+              f"{len(result['shapes'])} of them of the decoding loop: {', '.join(result['shapes'])}")
 
 
 def _pytest(table: Table, fault: str, files: list[str]) -> None:

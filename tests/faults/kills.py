@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from tests.faults import programs, tiny
 
 MOMENTS = ("start-up", "step", "save", "evaluation")
+# While a checkpoint is being written, on a disk so slow that the next one is due.
+TWO_SAVES = "two saves"
+_SLOW_DISK = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", "status=none", "-e",
+              "inject=write,writev,fsync,fdatasync,rename:delay_enter=20000"]
 _POLL_SECONDS = 0.002
 
 
@@ -23,7 +27,8 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, directory: pathlib.Path,
-                    flags: Sequence[str], seed: int = 0) -> tuple[dict[str, int], list[str]]:
+                    flags: Sequence[str], moments: Sequence[str] = MOMENTS, seed: int = 0
+                    ) -> tuple[dict[str, int], list[str]]:
     """Trains `tiny` to its end in `workdir` and kills it `count` times meanwhile.
 
     Args:
@@ -32,6 +37,7 @@ def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, dire
       count: number of kills.
       directory: directory with the text.
       flags: flags of both runs.
+      moments: kinds of moments, which take turns: MOMENTS, or TWO_SAVES.
       seed: seed of the moments.
 
     Returns:
@@ -40,14 +46,14 @@ def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, dire
     draw = random.Random(seed)
     config = tiny.get_config()
     command = programs.train_command(directory, workdir, *flags)
-    killed = dict.fromkeys(MOMENTS, 0)
+    killed = dict.fromkeys(moments, 0)
     wrong = []
     startup = 2.0
     for number in range(count):
-        moment = MOMENTS[number % len(MOMENTS)]
+        moment = moments[number % len(moments)]
         before = programs.saved_steps(workdir)
         began = time.monotonic()
-        process = programs.start(command)
+        process = programs.start([*(_SLOW_DISK if moment == TWO_SAVES else []), *command])
         if moment == "start-up":
             time.sleep(draw.uniform(0, startup))
             reached = True
@@ -55,7 +61,8 @@ def killed_training(whole: pathlib.Path, workdir: pathlib.Path, count: int, dire
             reached = _wait(process, functools.partial(_has_started, workdir, began))
             startup = max(startup, time.monotonic() - began)
             seen = {"step": _after_lines(workdir, draw.randint(1, 8)), "save": lambda: _is_saving(workdir),
-                    "evaluation": lambda: _is_evaluating(workdir, config.eval.every)}[moment]
+                    "evaluation": lambda: _is_evaluating(workdir, config.eval.every),
+                    TWO_SAVES: lambda: _is_saving_late(workdir, config.checkpoint.every)}[moment]
             reached = reached and _wait(process, seen)
             time.sleep(draw.uniform(0, 0.02))
         if process.poll() is not None:
@@ -138,6 +145,13 @@ def _after_lines(workdir: pathlib.Path, count: int) -> Callable[[], bool]:
 def _is_saving(workdir: pathlib.Path) -> bool:
     directory = workdir / "checkpoints"
     return directory.is_dir() and any(not path.name.isdigit() for path in directory.iterdir())
+
+
+def _is_saving_late(workdir: pathlib.Path, every: int) -> bool:
+    """True if a checkpoint is unfinished although the next one is due."""
+    directory = workdir / "checkpoints"
+    names = [path.name for path in directory.iterdir() if not path.name.isdigit()] if directory.is_dir() else []
+    return any(programs.lines(workdir)[-1]["step"] >= int(name.partition(".")[0]) + every for name in names)
 
 
 def _is_evaluating(workdir: pathlib.Path, every: int) -> bool:

@@ -1,10 +1,10 @@
 """Trains a tiny model for many steps, with evaluations and checkpoints, and reports leaks.
 
 Example:
-  python -m tests.faults.long_run --steps=20000
+  python -m tests.faults.long_run --steps=30000 --save_every=1000
 
 Memory, open files, threads and unfinished checkpoints of the training process are sampled twice a second; step times
-come from its metrics. Slopes are least-squares fits over all but the first fifth of the steps.
+come from its metrics. Slopes are least-squares fits over all but the first tenth of the steps.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
             "unfinished checkpoints": len(unfinished)}
 
 
-def watch(directory: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], list[dict]]:
-    """Trains for `steps` steps; returns (samples, lines of metrics)."""
-    programs.write_text(directory / "text")
-    workdir = directory / "run"
+def watch(directory: pathlib.Path, steps: int, save_every: int) -> tuple[list[dict[str, float]], list[dict]]:
+    """Trains for `steps` steps on the text in `directory`; returns (samples, lines of metrics)."""
+    workdir = directory / f"long-{save_every}"
     command = programs.train_command(
-        directory, workdir, f"--config.train.steps={steps}", "--config.train.log_every=50", "--config.eval.every=500",
-        "--config.checkpoint.every=200", "--config.train.plateau_window=2000", "--config.train.tensorboard=True")
+        directory, workdir, f"--config.train.steps={steps}", "--config.train.log_every=100", "--config.eval.every=1000",
+        f"--config.checkpoint.every={save_every}", "--config.train.plateau_window=2000",
+        "--config.train.tensorboard=True")
     process = programs.start(command)
     samples = []
     while process.poll() is None:
@@ -51,27 +51,37 @@ def watch(directory: pathlib.Path, steps: int) -> tuple[list[dict[str, float]], 
     return samples, [line for line in programs.lines(workdir) if "train/tokens_per_second" in line]
 
 
-def report(samples: list[dict[str, float]], lines: list[dict], steps: int, tokens: int) -> None:
-    """Prints mean, maximum and slope of each quantity."""
-    series = {name: [(s["step"], s[name]) for s in samples if s["step"] > steps / 5]
+def report(samples: list[dict[str, float]], lines: list[dict], steps: int, tokens: int) -> str:
+    """Mean, maximum and slope of each quantity, as a Markdown table."""
+    series = {name: [(s["step"], s[name]) for s in samples if s["step"] > steps / 10]
               for name in samples[0] if name != "step"}
     series["step, ms"] = [(line["step"], 1e3 * tokens / line["train/tokens_per_second"]) for line in lines
-                          if line["step"] > steps / 5]
-    print("| | mean | largest | slope per 10,000 steps |\n|---|---|---|---|")
+                          if line["step"] > steps / 10]
+    rows = ["| | mean | largest | slope per 10,000 steps |", "|---|---|---|---|"]
     for name, points in series.items():
         x, y = np.array(points, float).T
         slope, error = slope_and_stderr(x, y)
-        print(f"| {name} | {y.mean():.4g} | {y.max():.4g} | {1e4 * slope:+.3g} ± {1e4 * error:.2g} |")
+        rows.append(f"| {name} | {y.mean():.4g} | {y.max():.4g} | {1e4 * slope:+.3g} ± {1e4 * error:.2g} |")
+    return "\n".join(rows)
+
+
+def growth(samples: list[dict[str, float]], steps: int) -> tuple[float, float]:
+    """Growth of the memory in MiB per 10,000 steps after the first tenth of the steps, and its standard error."""
+    x, y = np.array([(s["step"], s["memory, MiB"]) for s in samples if s["step"] > steps / 10], float).T
+    slope, error = slope_and_stderr(x, y)
+    return 1e4 * slope, 1e4 * error
 
 
 def main() -> None:
     """Runs and reports."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.long_run", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20_000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--save_every", type=int, default=1000)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        samples, lines = watch(pathlib.Path(directory), steps)
-    report(samples, lines, steps, 8 * 32)
+        programs.write_text(pathlib.Path(directory) / "text")
+        samples, lines = watch(pathlib.Path(directory), arguments.steps, arguments.save_every)
+    print(report(samples, lines, arguments.steps, 8 * 32))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ directory with the text, and the number of sizes of free space to try.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -34,16 +35,23 @@ def in_namespace(directory: pathlib.Path, count: int) -> list[tuple[str, str]] |
 
 
 def limited_files(directory: pathlib.Path, count: int) -> list[tuple[str, str]]:
-    """Like `in_namespace`, without a separate file system: limits the size of files."""
+    """Like `in_namespace`, without a separate file system: limits the size of files, also of TensorBoard's events."""
     found = []
-    for number in range(count):
+    for number, events in itertools.product(range(count), (False, True)):
         kilobytes = 4 * (number + 1)
-        workdir = directory / f"limited-{number}"
+        workdir = directory / f"limited-{number}-{events}"
         limited = ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh"]  # in units of 512 bytes
-        code, output = programs.run([*limited, *programs.train_command(directory, workdir, *SHORT)])
-        found.append((f"files larger than {kilobytes} KiB cannot be written", _refused(code, output)
-                      or _continues(directory, workdir)))
+        code, output = programs.run([*limited, *programs.train_command(
+            directory, workdir, *SHORT, f"--config.train.tensorboard={events}")])
+        found.append((f"files larger than {kilobytes} KiB cannot be written{', with TensorBoard' * events}",
+                      _refused(code, output) or _continues(directory, workdir)))
     return found
+
+
+def can_trace() -> bool:
+    """True if strace may inject faults here."""
+    works = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=rename:error=EIO", "true"]
+    return bool(shutil.which("strace")) and subprocess.run(works, capture_output=True).returncode == 0
 
 
 def unreliable(directory: pathlib.Path, count: int) -> list[tuple[str, str]] | None:
@@ -51,8 +59,7 @@ def unreliable(directory: pathlib.Path, count: int) -> list[tuple[str, str]] | N
 
     Checkpoints write arrays with writev, flush them with fsync and publish them with rename.
     """
-    works = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=rename:error=EIO", "true"]
-    if not shutil.which("strace") or subprocess.run(works, capture_output=True).returncode != 0:
+    if not can_trace():
         return None
     found = []
     faults = [(f"{call}: I/O error at call {when}", f"inject={call}:error=EIO:when={when}")
@@ -109,7 +116,7 @@ def _faults(directory: pathlib.Path, count: int) -> Iterator[tuple[str, str]]:
 
 def _refused(code: int, output: str) -> str:
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    if code != 2 or len(errors) != 1 or str(programs.ROOT) in errors[0]:
+    if code != 2 or len(errors) != 1 or str(programs.ROOT) in errors[0] or "Traceback" in output:
         return f"exit code {code}: {output[-2000:]}"
     return ""
 

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from illada_jax import interop
-from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig
+from illada_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, SftConfig
 from illada_jax.data.tokenizers import ByteTokenizer
+from illada_jax.data.tokenizers.chat import DEFAULT_TEMPLATE, encode_chat
 from illada_jax.errors import InputError
 from illada_jax.interop import exporting
 from illada_jax.interop.exporting import export_model
@@ -82,6 +83,19 @@ def test_a_model_of_ours_survives(workdir, tmp_path, family):
     assert again.tokenizer.files() == BYTES.files()
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["mask_token_id"] == BYTES.mask_id and values["rope_theta"] == 1234.0
+
+
+@pytest.mark.parametrize("sft", ["none", "illada", "llada"])
+def test_a_fine_tuned_model_carries_its_chat_template(tmp_path, sft):
+    """The default one if its tokenizer has none, so that the export holds conversations as its workdir does."""
+    config = Config(model=MODEL, data=DataConfig(length=32), decode=DECODE, sft=SftConfig(format=sft))
+    save_model(tmp_path / "w", LoadedModel(config, random_params(MODEL), BYTES, 7), False, "")
+    export_model(open_saved_model(tmp_path / "w"), tmp_path / "out", ILLADA, np.dtype(np.float32), 10**9)
+    tokenizer = interop.open_model(tmp_path / "out").tokenizer
+    assert tokenizer.chat_template == (None if sft == "none" else DEFAULT_TEMPLATE)
+    assert tokenizer.fingerprint == BYTES.fingerprint
+    messages = [{"role": "user", "content": "a<bos>"}, {"role": "assistant", "content": "b"}]
+    assert encode_chat(tokenizer, messages, True) == encode_chat(BYTES, messages, True)
 
 
 def test_shards_have_the_requested_size(workdir, tmp_path):

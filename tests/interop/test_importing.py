@@ -100,3 +100,23 @@ def test_all_ids_that_end_a_text_end_it(tmp_path):
     assert loaded.config.decode.stop_ids == (7, 9)
     alone = interop.load_model(path, special_ids={"eos": 8, "eot": 11})
     assert alone.tokenizer.eos_id == 8 and alone.config.decode.stop_ids == (11,) and alone.config.decode.eot_id == 11
+
+
+def test_a_tokenizer_that_loses_text_is_named_once(tmp_path, caplog):
+    path = checkpoint(tmp_path, "illada-gqa-tied")
+    interop.load_model(path)
+    assert not caplog.records
+    description = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps({**description, "normalizer": {"type": "Lowercase"}}))
+    interop.load_model(path)
+    message, = [record.getMessage() for record in caplog.records]
+    assert str(path) in message and "'A b" in message and "comes back as 'a b" in message
+
+
+def test_one_of_several_chat_templates_is_chosen(tmp_path):
+    path = checkpoint(tmp_path, "illada-gqa-tied")
+    named = [{"name": name, "template": f"{name} {TEMPLATE}"} for name in ("tools", "rag")]
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert interop.load_model(path, chat_template="rag").tokenizer.chat_template == f"rag {TEMPLATE}"
+    with pytest.raises(InputError, match="several chat templates: tools, rag"):
+        interop.load_model(path).tokenizer.chat_template  # noqa: B018

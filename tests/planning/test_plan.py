@@ -24,7 +24,6 @@ from illada_jax.parallel.sharding import sharding_report
 from illada_jax.planning import checks, chips, hlo, programs, roofline
 from illada_jax.planning.plan import Options, make_plan
 from illada_jax.planning.render import as_markdown, as_text
-from illada_jax.training.optimizer import make_optimizer
 from illada_jax.training.step import abstract_state
 
 CONFIG = Config(
@@ -74,7 +73,7 @@ def test_whole_logits_are_found_where_nothing_is_chunked():
 
 def test_a_replicated_stack_of_parameters_is_found():
     mesh = make_mesh(MeshConfig(fsdp=8))
-    params = abstract_state(CONFIG, make_optimizer(CONFIG), mesh).params
+    params = abstract_state(CONFIG, mesh).params
     everywhere = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
                          out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     module = hlo.Module(everywhere.lower(params).compile().as_text())
@@ -105,7 +104,7 @@ def test_what_counts_as_a_replicated_stack(function, is_found):
 
 
 def test_the_sharding_report_names_what_is_on_every_device():
-    params = abstract_state(CONFIG, make_optimizer(CONFIG), make_mesh(MeshConfig(fsdp=4, tensor=2))).params
+    params = abstract_state(CONFIG, make_mesh(MeshConfig(fsdp=4, tensor=2))).params
     from illada_jax import model
 
     report = sharding_report(params, model.param_axes(CONFIG.model), threshold=100)

@@ -269,9 +269,13 @@ def test_delete_requires_the_name(pod, backend, command):
 def test_dry_run_prints_the_calls_of_a_real_run_and_makes_none(pod, script, backend):
     task = ["pretrain", "--config=a b.py"] if script in ("launch", "resume") else []
     confirm = ["--confirm=pod"] if script in ("resume", "delete") else []
-    result, calls = pod(script, "--dry-run", *task, BACKEND=backend)
-    assert (result.returncode, calls) == (0, []), result.stderr
-    _, calls = pod(script, *confirm, *task, BACKEND=backend, states=["SUSPENDED", "ACTIVE"][script != "resume":])
+    given, printed = [*confirm, *task], set()
+    for place in range(len(given) + 1):  # before, between and behind the other arguments
+        result, calls = pod(script, *given[:place], "--dry-run", *given[place:], BACKEND=backend)
+        assert (result.returncode, calls) == (0, []), (place, result.stderr)
+        printed.add(result.stdout)
+    assert len(printed) == 1
+    _, calls = pod(script, *given, BACKEND=backend, states=["SUSPENDED", "ACTIVE"][script != "resume":])
     printed = [subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout.split("\n")
                for line in result.stdout.splitlines()]
     printed = [words[:-1] for words in printed if words[0] not in ("mkdir", "sh")]
@@ -309,6 +313,8 @@ def test_wrong_settings_are_refused(pod, change, message):
 def test_wrong_arguments_are_refused(pod):
     for script, arguments, message in (
             ("create", ["now"], "unexpected argument 'now'"), ("launch", [], "which task?"),
+            ("launch", ["--help=no", "pretrain"], "unexpected argument '--help=no'"),
+            ("resume", ["--dry-run"], "which task?"),
             ("launch", ["train"], "'train': must be pretrain, sft, evaluate or prepare"),
             ("resume", ["--confirm=pod", "train"], "'train': must be pretrain, sft, evaluate or prepare")):
         result, calls = pod(script, *arguments)

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 
 from illada_jax.config import Config, from_dict, to_dict
 from illada_jax.data.corpus import open_corpus
 from illada_jax.data.pipeline import Pipeline
 from illada_jax.evaluation.evaluators import make_evaluators
 from illada_jax.parallel.mesh import make_mesh
+from illada_jax.training import loop
 from illada_jax.training.loop import RunSetup, train
 from illada_jax.training.run import resolve
 
@@ -43,6 +45,32 @@ def make_config(text_file, cache_dir, **changes) -> Config:
         assert name in values[section]
         values[section][name] = value
     return from_dict(values)
+
+
+# Sections and fields of a config that the step does not depend on: runs that differ only there share a compiled one.
+_NOT_IN_THE_STEP = ("mesh", "data", "sft", "init", "eval", "checkpoint", "decode", "train.stop_step", "train.log_every",
+                    "train.tensorboard", "train.plateau_window", "train.plateau_share", "train.watchdog_seconds")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_steps():
+    """Compiles a training step once for all runs of the same network, objective and optimizer."""
+    made = {}
+
+    def share(make):
+        def shared(config, mesh, *rate):
+            values = traverse_util.flatten_dict(to_dict(config), sep=".")
+            key = make, mesh, rate, str({k: v for k, v in values.items() if not k.startswith(_NOT_IN_THE_STEP)})
+            if key not in made:
+                made[key] = make(config, mesh, *rate)
+            return made[key]
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_train_step", "make_init"):
+            patch.setattr(loop, name, share(getattr(loop, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_halt_says_what_to_type_and_that_works(run, tmp_path):
     value = np.inf
     with pytest.raises(InputError) as caught:
@@ -104,6 +105,7 @@ def test_rollback_skips_the_batches_and_lowers_the_rate(run, tmp_path, num_devic
 
 
 @pytest.mark.parametrize("stops", [(5, 6, 7, 10)])
+@pytest.mark.slow
 def test_interrupted_runs_take_the_same_path_through_faults(run, tmp_path, stops):
     """Rollbacks ignore checkpoints that only an interruption wrote; the counts survive."""
     changes = {**COMMON, "poison": poisoned(7, 9), "faults__action": "rollback", "faults__rate_scale": 0.5}
@@ -116,12 +118,14 @@ def test_interrupted_runs_take_the_same_path_through_faults(run, tmp_path, stops
     assert lines[-1]["faults/rate"] == 0.25
 
 
+@pytest.mark.slow
 def test_rollback_before_the_first_checkpoint_restarts(run, tmp_path):
     outcome, _ = run(tmp_path / "w", poison=poisoned(1), faults__action="rollback", **COMMON)
     expected, _ = run(tmp_path / "x", poison=poisoned(0, 1), faults__action="skip", **COMMON)
     assert_same(outcome, expected)
 
 
+@pytest.mark.slow
 def test_the_last_step_is_evaluated_after_a_rollback(run, tmp_path):
     outcome, _ = run(tmp_path / "w", poison=poisoned(11), faults__action="rollback",
                      evaluators={"seen": lambda params, step: {"seen": step}}, **COMMON)
@@ -177,6 +181,7 @@ def test_rollback_discards_bad_params(run, tmp_path, monkeypatch):
     assert_same(outcome, expected)
 
 
+@pytest.mark.slow
 def test_a_rate_after_rollbacks_is_the_schedule_times_it(run, tmp_path, text_file):
     workdir = epath.Path(tmp_path / "w")
     run(tmp_path / "w", poison=poisoned(6), faults__action="rollback", faults__rate_scale=0.25,

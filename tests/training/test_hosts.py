@@ -9,12 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 
-from illada_jax.errors import EXIT_RESUMABLE, InputError
+from illada_jax import console
+from illada_jax.errors import EXIT_RESUMABLE, InputError, StorageError
 from illada_jax.parallel import hosts
+from illada_jax.training.checkpoints import Checkpoints
 from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.profiler import parse_steps
 
@@ -205,6 +209,7 @@ def test_the_others_wait_for_a_slow_primary():
         assert code == 0 and output.endswith("ready\n"), error
 
 
+@pytest.mark.slow
 def test_an_input_error_of_one_process_is_the_error_of_all(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").write_text("else")
@@ -220,7 +225,7 @@ def test_an_input_error_of_one_process_is_the_error_of_all(start, tmp_path):
 
 def test_the_watchdog_allows_ten_times_as_long_for_other_phases(monkeypatch, capfd):
     exits = []
-    monkeypatch.setattr(hosts, "hard_exit", exits.append)
+    monkeypatch.setattr(console, "hard_exit", exits.append)
     clock = Clock({})
     for phase, expected in (("evaluation", []), ("step", [EXIT_RESUMABLE])):
         clock.enter(phase, 7)
@@ -229,6 +234,18 @@ def test_the_watchdog_allows_ten_times_as_long_for_other_phases(monkeypatch, cap
         assert exits[:1] == expected
     error = capfd.readouterr().err
     assert "in phase step of step 7 (config.train.watchdog_seconds = 0.4)" in error and "test_hosts.py" in error
+
+
+@pytest.mark.parametrize(("error", "waits"), [(None, True), (InputError, True), (StorageError, False),
+                                              (RuntimeError, False)])
+def test_one_of_several_processes_does_not_wait_after_an_error_of_its_own(monkeypatch, error, waits):
+    """The others know nothing of it: they would be waited for at the end of a save that they do not end."""
+    waited = []
+    checkpoints = Checkpoints.__new__(Checkpoints)
+    checkpoints._manager = types.SimpleNamespace(wait_until_finished=lambda: waited.append(1), close=lambda: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    checkpoints.__exit__(error, error, None)
+    assert bool(waited) == waits
 
 
 @pytest.mark.parametrize("processes", ["two", "localhost:1", "localhost:1,2,2", "localhost:1,2,x", "localhost,2,0"])

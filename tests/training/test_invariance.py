@@ -11,8 +11,7 @@ from illada_jax.data.batch import Batch
 from illada_jax.diffusion.process import Corrupted, corrupt
 from illada_jax.parallel.mesh import make_mesh, use_mesh
 from illada_jax.parallel.sharding import batch_sharding
-from illada_jax.training.optimizer import make_optimizer
-from illada_jax.training.step import abstract_state, init_state, loss_gradients, make_train_step
+from illada_jax.training.step import abstract_state, loss_gradients, make_init, make_train_step
 from tests.util import random_params
 
 ROWS, LENGTH, VOCABULARY, MASK = 32, 24, 48, 47
@@ -52,12 +51,18 @@ def make_corrupted(batch: Batch) -> Corrupted:
     return Corrupted(np.where(masked_BL, MASK, batch.tokens_BL), masked_BL, p_BL)
 
 
+@functools.cache
+def gradients_function(config, mesh):
+    """One function per config and mesh: compiled once for all batches."""
+    return jax.jit(functools.partial(loss_gradients, config, mesh))
+
+
 def loss_and_gradients(params, batch, corrupted, num_devices=1, microbatches=1):
     config = make_config(microbatches)
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, make_optimizer(config), mesh)).params
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)).params
     with use_mesh(mesh):
-        f = jax.jit(functools.partial(loss_gradients, config, mesh))
+        f = gradients_function(config, mesh)
         rows = jax.device_put((batch, corrupted), batch_sharding(mesh))
         gradients, sums = f(jax.device_put(params, shardings), *rows)
     return jax.device_get((sums.loss / sums.weight, gradients))
@@ -127,11 +132,8 @@ def test_the_step_masks_the_same_for_any_devices_and_accumulation():
     for num_devices, microbatches in ((1, 1), (8, 4)):
         config = make_config(microbatches)
         mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-        optimizer = make_optimizer(config)
         with use_mesh(mesh):
-            shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
-            state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()  # noqa: B023
-            _, metrics = make_train_step(config, optimizer, mesh)(
-                state, jax.device_put(make_batch(), batch_sharding(mesh)))
+            _, metrics = make_train_step(config, mesh)(
+                make_init(config, mesh)(), jax.device_put(make_batch(), batch_sharding(mesh)))
         counts.append(np.asarray(metrics.sums.masked_K))
     np.testing.assert_array_equal(*counts)

@@ -48,7 +48,7 @@ def first_report(rng, windows, **series):
 )
 def test_detections_and_false_alarms(series, windows, share):
     rng = np.random.default_rng(0)
-    reports = [first_report(rng, windows, **series) for _ in range(60)]
+    reports = [first_report(rng, windows, **series) for _ in range(25)]
     assert share[0] <= np.mean([report is not None for report in reports]) <= share[1]
 
 
@@ -106,6 +106,7 @@ def test_no_window_reaches_over_a_change_of_the_rate_or_into_the_decay():
     assert asked == [260, 300, 350, 400, 450, 700, 750, 800, 850, 900]
 
 
+@pytest.mark.slow
 def test_the_loop_reports_tells_the_operator_once_and_remembers_over_a_restart(run, tmp_path, capsys):
     changes = {"optimizer__learning_rate": 1e-9, "optimizer__decay_steps": 0, "train__steps": 160,
                "train__plateau_window": 80, "train__log_every": 2, "train__plateau_tolerance": 0.5}

@@ -28,7 +28,7 @@ def leaves(outcome):
     return [np.asarray(x) for x in jax.tree.leaves(outcome.state)]
 
 
-@pytest.mark.parametrize(("optimizer", "num_devices"), [("adamw", 1), ("muon", 8)])
+@pytest.mark.parametrize(("optimizer", "num_devices"), [("adamw", 1), pytest.param("muon", 8, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path, optimizer, num_devices):
     changes = {"optimizer__name": optimizer, "train__steps": 60, "optimizer__decay_steps": 40}
     whole, _ = run(tmp_path / "whole", num_devices, **changes)
@@ -91,6 +91,7 @@ def test_accumulation_changes_nothing(run, tmp_path, microbatches):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole.state.params, parts.state.params)
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_bound_is_reported(run, tmp_path):
     outcome, lines = run(tmp_path / "w", train__steps=150, eval__evaluators=("bits_per_byte",), eval__every=75,
                          optimizer__learning_rate=1e-2)
@@ -146,6 +147,7 @@ def test_weights_and_biases_offline(tmp_path):
     assert b"train/loss" in record.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_epochs_of_every_corpus_are_reported(run, tmp_path, text_file):
     sizes = {}
     for name, part in (("first", "0"), ("second", "1")):
@@ -177,6 +179,7 @@ def test_the_workdir_has_its_layout_and_the_checkpoint_is_whole(run, tmp_path):
 
 
 @pytest.mark.parametrize(("keep_best", "kept"), [(True, {"4", "10"}), (False, {"10"})])
+@pytest.mark.slow
 def test_the_checkpoint_with_the_best_bound_is_kept(run, tmp_path, keep_best, kept):
     bounds = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.5}
     run(tmp_path / "w", evaluators={"bound": lambda params, step: {"eval/bits_per_byte": bounds[step]}},
@@ -184,6 +187,7 @@ def test_the_checkpoint_with_the_best_bound_is_kept(run, tmp_path, keep_best, ke
     assert {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()} == kept
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_params_of_another(run, tmp_path):
     first, _ = run(tmp_path / "first")
     second, _ = run(tmp_path / "second", train__steps=1, init__checkpoint=str(tmp_path / "first"),

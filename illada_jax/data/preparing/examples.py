@@ -4,12 +4,13 @@ import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from illada_jax.data.preparing.jobs import (
     DONE_DIRECTORY,
+    TRAINING_BYTES,
     EncodedDocument,
     Report,
     ShardJob,
@@ -18,7 +19,8 @@ from illada_jax.data.preparing.jobs import (
     run_jobs,
 )
 from illada_jax.data.preparing.settings import ExampleSettings
-from illada_jax.data.sources.examples import Example, RejectedExample
+from illada_jax.data.sources.examples import Example
+from illada_jax.data.sources.records import RejectedExample
 from illada_jax.data.sources.registry import Part, split_hash
 from illada_jax.data.tokenizers import Tokenizer
 from illada_jax.data.tokenizers.chat import Conversation, encode_conversation
@@ -43,7 +45,7 @@ class ExampleJob(ShardJob):
         """See ShardJob."""
         for part in self.parts:
             for example in part.read():
-                report.num_examples += 1
+                report.num_read += 1
                 if isinstance(example, RejectedExample):
                     report.add(example)
                     continue
@@ -52,25 +54,26 @@ class ExampleJob(ShardJob):
                 except InputError as error:
                     report.add(RejectedExample(example.where, "chat template", str(error)))
                     continue
-                for ids, is_answer in self._fit(conversation, example.where, report):
-                    num_bytes = len(tokenizer.decode(ids).encode())
-                    yield EncodedDocument(ids, num_bytes, split_hash(example.group), is_answer)
+                for piece in self._fit(conversation, example.where, report):
+                    num_bytes = len(tokenizer.decode(piece.ids).encode())
+                    yield EncodedDocument(piece.ids, num_bytes, split_hash(example.group), piece.is_answer,
+                                          piece.is_fixed)
 
     def _fit(self, conversation: Conversation, where: str, report: Report) -> Iterator[Conversation]:
         """The pieces that an example is stored as: more or less than one if it is longer than a window or row."""
-        ids, is_answer = conversation
+        num_tokens = len(conversation.ids)
         limit, rule, windows = self.settings.length, self.settings.over_length, self.settings.format == "illada"
-        if len(ids) <= limit:
+        if num_tokens <= limit:
             yield conversation
             return
         fate = {"drop": "left out", "split": "split", "truncate": "truncated"}[rule]
-        report.add(RejectedExample(where, f"longer than config.data.length = {limit}", f"{len(ids)} tokens"), fate)
+        report.add(RejectedExample(where, f"longer than config.data.length = {limit}", f"{num_tokens} tokens"), fate)
         if rule == "split" and windows:
             yield conversation  # windows divide the concatenated examples anyway
             return
-        stops = {"drop": 0, "split": len(ids), "truncate": limit}[rule]
+        stops = {"drop": 0, "split": num_tokens, "truncate": limit}[rule]
         for start in range(0, stops, limit):
-            piece = Conversation(ids[start : start + limit], is_answer[start : start + limit])
+            piece = Conversation(*(values[start : start + limit] for values in conversation))
             if windows or any(piece.is_answer):
                 yield piece
             else:
@@ -84,9 +87,12 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Conversation:
       InputError: the chat template rejects the conversation.
     """
     if example.messages:
-        return encode_conversation(tokenizer, example.messages)
-    prompt, response = tokenizer.encode(example.prompt), [*tokenizer.encode(example.response), tokenizer.eos_id]
-    return Conversation(prompt + response, [False] * len(prompt) + [True] * len(response))
+        return encode_conversation(tokenizer, example.messages, example.tools)
+    prompt = tokenizer.encode(example.prompt)
+    encode_response = tokenizer.encode_behind if prompt else tokenizer.encode
+    response = [*encode_response(example.response), tokenizer.eos_id]
+    ids = prompt + response
+    return Conversation(ids, [False] * len(prompt) + [True] * len(response), [False] * len(ids))
 
 
 def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directory: pathlib.Path,
@@ -97,7 +103,7 @@ def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directo
       settings: sources, tokenizer, split and length.
       parts: the parts of each source.
       directory: the target; empty.
-      tokenizer: None trains one on the examples.
+      tokenizer: None trains one on the first examples.
       progress: show a bar on stderr.
     """
     groups = [(source, group) for source, of_source in enumerate(parts)
@@ -105,12 +111,21 @@ def prepare_examples(settings: ExampleSettings, parts: list[list[Part]], directo
     jobs = [ExampleJob(index=index, parts=group, split_below=settings.split_below, source=source, settings=settings)
             for index, (source, group) in enumerate(groups)]
     every = [part for of_source in parts for part in of_source]
-    texts = (text for part in every for example in part.read() if isinstance(example, Example)
-             for text in example.texts)
     num_processes = 1
     if sum(part.num_bytes for part in every) > _WORTH_PROCESSES:
         num_processes = min(len(jobs), os.cpu_count() or 1)
     engine = functools.partial(make_locally, num_processes=num_processes, progress=progress)
-    manifest = run_jobs(settings, directory, jobs, tokenizer, texts, engine, progress)
+    manifest = run_jobs(settings, directory, jobs, tokenizer, _training_sample(every), engine, progress)
     shutil.rmtree(directory / DONE_DIRECTORY)
     manifest.save(directory)
+
+
+def _training_sample(parts: Iterable[Part]) -> Iterator[str]:
+    """The texts of the first examples, about as many as a tokenizer is trained on."""
+    left = TRAINING_BYTES
+    for example in (example for part in parts for example in part.read()):
+        for text in example.texts if isinstance(example, Example) else ():
+            left -= len(text.encode())
+            yield text
+        if left <= 0:
+            return

@@ -4,7 +4,6 @@ An engine runs them: `make_locally` on the cores of this machine, `beam.py` on A
 """
 
 import abc
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -25,12 +24,13 @@ import tqdm
 from illada_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, Manifest
 from illada_jax.data.preparing.settings import Settings
 from illada_jax.data.shards import ShardInfo, ShardWriter
-from illada_jax.data.sources.examples import RejectedExample
+from illada_jax.data.sources.records import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
-from illada_jax.files import new_directory, write_atomically
+from illada_jax.files import new_directory, read_json, write_atomically
 
 DONE_DIRECTORY = "done"
+TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
 _SHOWN_PLACES = 3  # of each reason
 
 T = TypeVar("T")
@@ -38,30 +38,34 @@ T = TypeVar("T")
 
 @dataclass
 class Report:
-    """The examples read, and those left out or cut.
+    """The examples or documents read, and those left out or cut.
 
     Attributes:
-      num_examples: all examples read.
-      drops: fate, reason and place of each example that was left out or cut.
+      num_read: all that were read.
+      drops: by fate and reason ("left out: …"), the number of those left out or cut, and the first places.
     """
 
-    num_examples: int = 0
-    drops: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    num_read: int = 0
+    drops: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
 
     def add(self, rejected: RejectedExample, fate: str = "left out") -> None:
         """Adds an example to the drops."""
         place = rejected.where + (f" ({rejected.detail})" if rejected.detail else "")
-        self.drops.append((fate, rejected.reason, place))
+        self.merge(Report(0, {f"{fate}: {rejected.reason}": (1, [place])}))
 
-    def lines(self, *fates: str) -> tuple[str, ...]:
-        """One line per reason with the first places, the most frequent reason first."""
-        places = collections.defaultdict(list)
-        for fate, reason, place in self.drops:
-            places[fate, reason].append(place)
+    def merge(self, other: "Report") -> None:
+        """Adds the report of what was read later."""
+        self.num_read += other.num_read
+        for reason, (number, places) in other.drops.items():
+            before, first_places = self.drops.get(reason, (0, []))
+            self.drops[reason] = before + number, (first_places + places)[:_SHOWN_PLACES]
+
+    def lines(self, what: str, *fates: str) -> tuple[str, ...]:
+        """One line per reason with the first places, the most frequent reason first; `what` was read."""
         return tuple(
-            f"{len(found):,} of {self.num_examples:,} examples {fate}: {reason}: " + "; ".join(found[:_SHOWN_PLACES])
-            + ("; …" if len(found) > _SHOWN_PLACES else "")
-            for (fate, reason), found in sorted(places.items(), key=lambda item: -len(item[1])) if fate in fates
+            f"{number:,} of {self.num_read:,} {what} {reason}: {'; '.join(places)}{'; …' * (number > len(places))}"
+            for reason, (number, places) in sorted(self.drops.items(), key=lambda item: -item[1][0])
+            if reason.startswith(fates)
         )
 
 
@@ -73,12 +77,14 @@ class EncodedDocument(NamedTuple):
       num_bytes: UTF-8 bytes of its text.
       split_hash: decides its side of the held-out split.
       is_answer: of an example, for each token: it belongs to an answer.
+      is_fixed: of an example, for each token: it is never masked.
     """
 
     ids: Sequence[int]
     num_bytes: int
     split_hash: int
     is_answer: Sequence[bool] = ()
+    is_fixed: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class ShardJob(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, tokenizer: Tokenizer, report: Report) -> Iterator[EncodedDocument]:
-        """The documents of the parts as tokens, in order; examples are reported."""
+        """The documents of the parts as tokens, in order; what was read or left out is reported."""
 
 
 @dataclass(frozen=True)
@@ -114,25 +120,26 @@ class TextJob(ShardJob):
 
     duplicates: frozenset[int] = frozenset()
 
-    def documents(self) -> Iterator[Document]:
-        """The documents without empty ones and duplicates."""
-        for position, document in enumerate(self._all_documents()):
-            if document.text and position not in self.duplicates:
+    def documents(self, report: Report) -> Iterator[Document]:
+        """The documents without empty ones, which are reported, and duplicates."""
+        documents = ((part.name, document) for part in self.parts for document in part.read())
+        for position, (place, document) in enumerate(documents):
+            report.num_read += 1
+            if not document.text:
+                report.add(RejectedExample(place, "no text (null or empty)"))
+            elif position not in self.duplicates:
                 yield document
 
     def digests(self) -> np.ndarray:
         """A hash (V16) of every document of the parts, in order."""
         return np.array([hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-                         for document in self._all_documents()], "V16")
+                         for part in self.parts for document in part.read()], "V16")
 
     def encode(self, tokenizer: Tokenizer, report: Report) -> Iterator[EncodedDocument]:
         """See ShardJob."""
-        for document in self.documents():
+        for document in self.documents(report):
             ids = [*tokenizer.encode(document.text), tokenizer.eos_id]
             yield EncodedDocument(ids, len(document.text.encode()), document.split_hash)
-
-    def _all_documents(self) -> Iterator[Document]:
-        return (document for part in self.parts for document in part.read())
 
 
 # Makes the missing shards of jobs in a directory, of TextJobs without duplicates if the flag is set. The shards are the
@@ -164,7 +171,7 @@ def make_shard(directory: pathlib.Path, job: ShardJob) -> None:
     report = Report()
     for document in job.encode(tokenizer, report):
         split = "heldout" if document.split_hash < job.split_below else "train"
-        writers[split].add(document.ids, document.num_bytes, document.is_answer)
+        writers[split].add(document.ids, document.num_bytes, document.is_answer, document.is_fixed)
     infos = {split: writer.close() for split, writer in writers.items()}
     done = {"shards": {split: dataclasses.asdict(info) for split, info in infos.items() if info is not None},
             "report": dataclasses.asdict(report)}
@@ -229,11 +236,14 @@ def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJo
     (directory / DONE_DIRECTORY).mkdir(exist_ok=True)
     engine(jobs, directory, settings.drop_duplicates)
     paths = sorted((directory / DONE_DIRECTORY).glob("*.json"), key=lambda path: int(path.stem))
-    done = [json.loads(path.read_bytes()) for path in paths]
-    report = Report(sum(record["report"]["num_examples"] for record in done),
-                    [drop for record in done for drop in record["report"]["drops"]])
+    done = [read_json(path) for path in paths]
+    report = Report()
+    for record in done:
+        report.merge(Report(**record["report"]))
     splits = {split: tuple(ShardInfo(**record["shards"][split]) for record in done if split in record["shards"])
               for split in SPLITS}
+    has_answers = any(job.has_answers for job in jobs)
+    what = "examples" if has_answers else "documents"
     return Manifest(settings.sources, tokenizer.fingerprint, tokenizer.vocab_size, settings.heldout_fraction, splits,
-                    has_answers=any(job.has_answers for job in jobs), dropped=report.lines("left out", "truncated"),
-                    divided=report.lines("split"))
+                    has_answers=has_answers, dropped=report.lines(what, "left out", "truncated"),
+                    divided=report.lines(what, "split"))

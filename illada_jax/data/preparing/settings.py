@@ -9,11 +9,9 @@ from typing import Literal
 
 from illada_jax.data.manifest import FORMAT_VERSION
 from illada_jax.data.shards import file_sha256
-from illada_jax.data.sources.registry import Part
-from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from illada_jax.errors import ConfigError, InputError
-
-_PROBE = "A b\n\n  c\t\td \r\n é e\u0301 ﬁ 漢字 🙂\u200d \x00\x7f ½ ...  ' n't <s> </s> <mask> [MASK] <|endoftext|> \n"
+from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES, Part
+from illada_jax.data.tokenizers import ByteTokenizer, Tokenizer, check_lossless, load_tokenizer
+from illada_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Settings:
       heldout_fraction: share of the documents that is held out, chosen by hash.
       drop_duplicates: keep only the first of documents with the same text.
       shard_bytes: approximate size of the text of a shard; a part of a source (a file, say) is never divided.
+      max_document_bytes: the longest document or record of a source.
     """
 
     sources: tuple[str, ...]
@@ -35,12 +34,14 @@ class Settings:
     heldout_fraction: float
     drop_duplicates: bool = False
     shard_bytes: int = 64 * 2**20
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self):
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction = {self.heldout_fraction}: must lie in [0, 1)")
-        if self.shard_bytes <= 0:
-            raise ConfigError(f"shard_bytes = {self.shard_bytes}: must be greater than 0")
+        for name in ("shard_bytes", "max_document_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be greater than 0")
 
     @property
     def split_below(self) -> int:
@@ -93,9 +94,5 @@ def given_tokenizer(name: str) -> Tokenizer | None:
     if name == "sentencepiece":
         return None
     tokenizer = load_tokenizer(name)
-    back = tokenizer.decode(tokenizer.encode(_PROBE))
-    if back != _PROBE:
-        at = next((i for i, (a, b) in enumerate(zip(_PROBE, back, strict=False)) if a != b), len(back))
-        raise InputError(f"tokenizer {name}: not lossless: {_PROBE[at:at + 8]!r} comes back as {back[at:at + 8]!r}; "
-                         "use a byte-level tokenizer, or one with byte fallback")
+    check_lossless(tokenizer, f"tokenizer {name}")
     return tokenizer

@@ -13,26 +13,36 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from illada_jax.data.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from illada_jax.data.preparing.jobs import DONE_DIRECTORY, Engine, TextJob, group_parts, make_locally, run_jobs
+from illada_jax.data.preparing.jobs import (
+    DONE_DIRECTORY,
+    TRAINING_BYTES,
+    Engine,
+    Report,
+    TextJob,
+    group_parts,
+    make_locally,
+    run_jobs,
+)
 from illada_jax.data.preparing.settings import Settings, given_tokenizer
 from illada_jax.data.sources import registry
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.errors import InputError
-from illada_jax.files import remove_leftovers, write_atomically
+from illada_jax.files import read_file, remove_leftovers, write_atomically
 
 _IN_MEMORY_BYTES = 64 * 2**20
-_TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
+_IN_MEMORY_CHARACTERS = 4 * _IN_MEMORY_BYTES  # of compressed files
+_SHORTEST_DOCUMENT = 128  # characters that even a short document counts for
 _PLAN = "plan.json"
 
 
-def list_parts(specs: Iterable[str]) -> list[Part]:
+def list_parts(settings: Settings) -> list[Part]:
     """The parts of all sources. Raises InputError if a source is unknown."""
-    return [part for spec in specs for part in registry.parts(spec)]
+    return [part for spec in settings.sources for part in registry.parts(spec, settings.max_document_bytes)]
 
 
 def prepare(settings: Settings, directory: pathlib.Path, engine: Engine | None = None, progress: bool = True
@@ -48,7 +58,7 @@ def prepare(settings: Settings, directory: pathlib.Path, engine: Engine | None =
     Raises:
       InputError: the sources, the tokenizer or the target cannot be used; names them.
     """
-    parts = list_parts(settings.sources)
+    parts = list_parts(settings)
     _claim(directory, settings, parts)
     try:
         manifest = _fill(settings, directory, parts, engine, progress)
@@ -73,7 +83,7 @@ def _claim(directory: pathlib.Path, settings: Settings, parts: list[Part]) -> No
     if (directory / MANIFEST).exists():
         raise InputError(f"{directory}: already holds a prepared corpus; choose another target")
     if path.exists():
-        if path.read_text() != plan:
+        if read_file(path).decode(errors="replace") != plan:
             raise InputError(f"{directory}: holds an unfinished preparation with other sources, files or settings (see "
                              f"{path}); repeat its command, delete it, or choose another target")
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -90,16 +100,17 @@ def _fill(settings: Settings, directory: pathlib.Path, parts: list[Part], engine
     """Makes tokenizer and shards; returns the manifest, not yet saved."""
     tokenizer = given_tokenizer(settings.tokenizer)
     in_this_process = functools.partial(make_locally, progress=progress)
-    if sum(part.num_bytes for part in parts) <= min(settings.shard_bytes, _IN_MEMORY_BYTES):
-        documents = _read(settings, parts)
-        in_memory = Part("text", documents.__iter__, sum(part.num_bytes for part in parts))
+    num_bytes = sum(part.num_bytes for part in parts)
+    documents = _read(settings, parts) if num_bytes <= min(settings.shard_bytes, _IN_MEMORY_BYTES) else None
+    if documents is not None:
+        in_memory = Part(", ".join(settings.sources), documents.__iter__, num_bytes)
         jobs, limit = [TextJob(0, (in_memory,), _small_split(settings, documents))], math.inf
         statistics, engine = _statistics(documents), in_this_process
         settings = dataclasses.replace(settings, drop_duplicates=False)  # they are dropped
     else:
         groups = group_parts(parts, settings.shard_bytes)
         jobs = [TextJob(index, group, settings.split_below) for index, group in enumerate(groups)]
-        limit, statistics = _TRAINING_BYTES, {}
+        limit, statistics = TRAINING_BYTES, {}
     texts = _training_sample(jobs, limit)
     manifest = run_jobs(settings, directory, jobs, tokenizer, texts, engine or in_this_process, progress)
     if not manifest.splits["train"]:
@@ -108,16 +119,20 @@ def _fill(settings: Settings, directory: pathlib.Path, parts: list[Part], engine
     return dataclasses.replace(manifest, statistics=statistics)
 
 
-def _read(settings: Settings, parts: list[Part]) -> list[Document]:
-    """The documents of a small corpus, in memory."""
-    documents = [document for part in parts for document in part.read() if document.text]
-    if not documents:
+def _read(settings: Settings, parts: list[Part]) -> list[Document] | None:
+    """The documents of a small corpus, in memory; None if its files hold too much text."""
+    documents, size, seen = [], 0, set()
+    for document in (document for part in parts for document in part.read()):
+        if settings.drop_duplicates and document.text in seen:
+            continue
+        if document.text:
+            seen.add(document.text)
+        size += max(len(document.text), _SHORTEST_DOCUMENT)
+        if size > _IN_MEMORY_CHARACTERS:
+            return None
+        documents.append(document)
+    if not seen:
         raise InputError(f"source {', '.join(settings.sources)}: empty; name a source that holds text")
-    if settings.drop_duplicates:
-        first: dict[str, Document] = {}
-        for document in documents:
-            first.setdefault(document.text, document)
-        documents = list(first.values())
     return documents
 
 
@@ -125,7 +140,7 @@ def _small_split(settings: Settings, documents: list[Document]) -> int:
     """The split hash below which documents are held out: at least one, unless the fraction is 0."""
     if not settings.heldout_fraction:
         return 0
-    hashes = sorted({document.split_hash for document in documents})
+    hashes = sorted({document.split_hash for document in documents if document.text})
     if len(hashes) < 2:
         raise InputError(f"source {', '.join(settings.sources)}: a single document cannot be split into training and "
                          "held-out text; add documents, or set heldout_fraction to 0")
@@ -136,7 +151,7 @@ def _training_sample(jobs: list[TextJob], limit: float) -> Iterator[str]:
     """About `limit` bytes of training text from the beginning of each shard's parts, the same share of each."""
     for job in jobs:
         left = limit // len(jobs)
-        for document in job.documents():
+        for document in job.documents(Report()):
             if left <= 0:
                 break
             if document.split_hash >= job.split_below:

@@ -1,24 +1,24 @@
-"""Sources that read files, also .gz and .zst: `text:PATH` and `jsonl:PATH` (a file, a directory or a glob)."""
+"""Sources of text in files: `text:PATH`, `jsonl:PATH[#FIELD]` and `parquet:PATH[:COLUMN]`.
 
-import contextlib
+A path is that of a file, a directory or a glob. Files are streamed: the memory needed does not depend on their size. A
+record without text (null) is an empty document, which is counted and left out; a record longer than
+config.data.max_document_megabytes is an error.
+"""
+
 import functools
-import glob
-import gzip
-import io
-import json
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
-import zstandard
-
+from illada_jax.data.sources.records import RejectedExample, holds_array, parse_json, read_records, too_long
 from illada_jax.data.sources.registry import Document, Part, register
+from illada_jax.data.sources.streams import COMPRESSED, PARQUET, find_files, open_input, read_lines
 from illada_jax.errors import InputError
 
-_TEXT_DOCUMENT_BYTES = 16 * 1024
+_DOCUMENT_BYTES = 16 * 1024  # of a text file that is cut into documents
+_PIECE_BYTES = 2 * _DOCUMENT_BYTES
 _JSONL_PART_BYTES = 64 * 2**20
-_COMPRESSED = {".gz": gzip.open, ".zst": zstandard.open}
 
 
 @register("text")
@@ -32,95 +32,117 @@ def _text(argument: str) -> list[Part]:
             for path in find_files("text", argument)]
 
 
-@register("jsonl")
-def _jsonl(argument: str) -> list[Part]:
-    """Files with one JSON object per line, `PATH#FIELD`; the text is in FIELD, by default `text`."""
+@register("jsonl", takes_limit=True)
+def _jsonl(argument: str, max_bytes: int) -> list[Part]:
+    """Records with the text in FIELD, by default `text`: JSON lines, a JSON array, or Parquet by its suffix."""
     pattern, _, field = argument.partition("#")
     parts = []
     for path in find_files("jsonl", pattern):
+        # A plain file of lines can be read from any line; others only from their beginning.
+        if path.suffix in (*COMPRESSED, *PARQUET) or holds_array(path, max_bytes):
+            parts.append(_records_part(path, field or "text", max_bytes))
+            continue
         size = path.stat().st_size
-        # A plain file can be read from any line; a compressed one only from its beginning.
-        step = size or 1 if path.suffix in _COMPRESSED else _JSONL_PART_BYTES
-        for start in range(0, max(size, 1), step):
-            stop = min(start + step, size)
-            read = functools.partial(_read_jsonl, path, field or "text", start, stop)
+        for start in range(0, max(size, 1), _JSONL_PART_BYTES):
+            stop = min(start + _JSONL_PART_BYTES, size)
+            read = functools.partial(_read_jsonl, path, field or "text", start, stop, max_bytes)
             parts.append(Part(f"{path}@{start}", read, stop - start, (path,)))
     return parts
 
 
-def find_files(kind: str, pattern: str) -> list[pathlib.Path]:
-    """The files that a path, a directory or a glob names, sorted. Raises InputError if there are none."""
-    if not pattern:
-        raise InputError(f"source {kind!r}: names no files; write {kind}:FILE, {kind}:DIRECTORY or {kind}:GLOB")
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        paths = [p for p in path.rglob("*") if p.is_file() and not any(
-            name.startswith(".") for name in p.relative_to(path).parts)]
-    else:
-        paths = [pathlib.Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
-    if not paths:
-        raise InputError(f"source {kind}:{pattern}: no such file, and no file matches")
-    return sorted(paths)
+@register("parquet", takes_limit=True)
+def _parquet(argument: str, max_bytes: int) -> list[Part]:
+    """Parquet files with the text in COLUMN, by default `text`."""
+    pattern, _, column = argument.rpartition(":")
+    if not pattern or "/" in column or os.path.exists(argument):  # the colon, if any, belongs to the path
+        pattern, column = argument, ""
+    return [_records_part(path, column or "text", max_bytes) for path in find_files("parquet", pattern)]
 
 
-@contextlib.contextmanager
-def open_input(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed according to its suffix. Raises InputError if it fails, also while it is read."""
-    try:
-        with io.BufferedReader(_COMPRESSED.get(path.suffix, open)(path, "rb")) as file:
-            yield file
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+def _records_part(path: pathlib.Path, field: str, max_bytes: int) -> Part:
+    return Part.of_files(str(path), functools.partial(_read_records, path, field, max_bytes), (path,))
 
 
 def _read_text(path: pathlib.Path) -> Iterator[Document]:
     with open_input(path) as file:
-        offset, size, lines = 0, 0, []
-        for line in file:
-            lines.append(line)
-            size += len(line)
-            # Without blank lines a file is cut at the end of a line; without line ends it is one document.
-            if (size >= _TEXT_DOCUMENT_BYTES and not line.strip()) or size >= 2 * _TEXT_DOCUMENT_BYTES:
-                yield Document(_decode(b"".join(lines), path, offset))
-                offset, size, lines = offset + size, 0, []
-        if lines:
-            yield Document(_decode(b"".join(lines), path, offset))
+        offset, size, pieces = 0, 0, []
+        for piece in _pieces(file):
+            pieces.append(piece)
+            size += len(piece)
+            # Without blank lines a file is cut at the end of a line; within a line only if it is long.
+            if ((size >= _DOCUMENT_BYTES and not piece.strip()) or size >= 2 * _DOCUMENT_BYTES
+                    or not piece.endswith(b"\n")):
+                yield Document(_decode(b"".join(pieces), path, offset))
+                offset, size, pieces = offset + size, 0, []
+        if pieces:
+            yield Document(_decode(b"".join(pieces), path, offset))
 
 
-def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int) -> Iterator[Document]:
-    """Reads the lines that begin in the bytes [start, stop); of a compressed file, all lines."""
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; long ones in pieces that end with a space, or else with a whole character."""
+    rest = b""
+    while piece := rest + file.readline(_PIECE_BYTES - len(rest)):
+        rest = b""
+        if len(piece) == _PIECE_BYTES and not piece.endswith(b"\n"):
+            cut = piece.rfind(b" ", _DOCUMENT_BYTES) + 1
+            if not cut:  # before the last byte that begins a character
+                cut = max((i for i in range(len(piece) - 4, len(piece)) if piece[i] & 0xC0 != 0x80), default=len(piece))
+            piece, rest = piece[:cut], piece[cut:]
+        yield piece
+
+
+def _read_jsonl(path: pathlib.Path, field: str, start: int, stop: int, max_bytes: int) -> Iterator[Document]:
+    """Reads the lines that begin in the bytes [start, stop)."""
     with open_input(path) as file:
-        position = 0
+        before = max(start - 1, 0)
+        file.seek(before)
+        lines = read_lines(file, max_bytes)
         if start:
-            file.seek(start - 1)
-            file.readline()
-            position = file.tell()
-        for line in file:
-            if position >= stop and path.suffix not in _COMPRESSED:
+            next(lines, None)  # the end of a line of the part before
+        for position, line in lines:
+            position += before
+            if position >= stop:
                 return
-            if line.strip():
-                yield Document(_text_field(line, path, position, field))
-            position += len(line)
+            where = functools.partial(_line_at, path, position)
+            if line is None:
+                yield _document(too_long("", max_bytes), field, where, max_bytes)
+            elif line.strip():
+                yield _document(parse_json("", _decode(line, path, position)), field, where, max_bytes)
 
 
-def _text_field(line: bytes, path: pathlib.Path, position: int, field: str) -> str:
-    text = _decode(line, path, position)
+def _read_records(path: pathlib.Path, field: str, max_bytes: int) -> Iterator[Document]:
+    for where, record in read_records(path, max_bytes, field):
+        yield _document(record, field, where.__str__, max_bytes)
+
+
+def _document(record: Any, field: str, where: Callable[[], str], max_bytes: int) -> Document:
+    """The text of a record, which is empty if it is null. Raises InputError if there is none."""
+    if isinstance(record, RejectedExample):
+        raise InputError(f"{where()}: {': '.join(filter(None, [record.reason, record.detail]))}")
     try:
-        record = json.loads(text)
-        record[field].encode()
-        return record[field]
+        text = record[field]
+        if text is None:
+            return Document("")
+        text.encode()
     except UnicodeEncodeError:
         problem = "the text has a lone surrogate, which is not valid Unicode"
     except (AttributeError, KeyError, TypeError):
         keys = f"its keys: {', '.join(record)}" if isinstance(record, dict) else "not an object"
         problem = f"no text in the field {field!r} ({keys})"
-    except (ValueError, RecursionError) as error:  # ValueError also for too long numbers; RecursionError for nesting
-        problem = f"not JSON: {getattr(error, 'msg', error)}"
+    else:
+        if len(text) <= max_bytes:
+            return Document(text)
+        problem = too_long("", max_bytes).reason
+    raise InputError(f"{where()}: {problem}")
+
+
+def _line_at(path: pathlib.Path, position: int) -> str:
+    """The file and the number of the line at a position, for messages."""
+    number, left = 1, position
     with open_input(path) as file:
-        line_number = 1 + file.read(position).count(b"\n")
-    raise InputError(f"{path}, line {line_number}: {problem}")
+        while left and (content := file.read(min(left, _PIECE_BYTES))):
+            number, left = number + content.count(b"\n"), left - len(content)
+    return f"{path}, line {number}"
 
 
 def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
@@ -128,4 +150,3 @@ def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02X})") from error
-

@@ -1,8 +1,8 @@
 """The registry of sources, `KIND` or `KIND:ARGUMENT`; each kind is a function that lists the parts of a corpus.
 
 To add a kind, write a function `argument -> list[Part]`, decorate it with `@register("name")`, and import its module in
-the package. Parts are read one by one, possibly in other processes, so the content of a part may depend only on its
-files and arguments.
+the package. With `takes_limit` the function takes the longest document in bytes, too. Parts are read one by one,
+possibly in other processes, so the content of a part may depend only on its files and arguments.
 """
 
 import difflib
@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from illada_jax.config import DataConfig
 from illada_jax.errors import InputError
+
+MAX_DOCUMENT_BYTES = DataConfig().max_document_bytes
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ class Part:
         return cls(name, read, sum(path.stat().st_size for path in files), files)
 
 
-ListParts = Callable[[str], list[Part]]
-_KINDS: dict[str, tuple[ListParts, bool]] = {}
+ListParts = Callable[..., list[Part]]
+_KINDS: dict[str, tuple[ListParts, bool, bool]] = {}
 
 
-def register(kind: str, takes_argument: bool = True) -> Callable[[ListParts], ListParts]:
+def register(kind: str, takes_argument: bool = True, takes_limit: bool = False) -> Callable[[ListParts], ListParts]:
     """Decorates the function that lists the parts of sources of one kind."""
-    return lambda function: _KINDS.setdefault(kind, (function, takes_argument))[0]
+    return lambda function: _KINDS.setdefault(kind, (function, takes_argument, takes_limit))[0]
 
 
 def _unknown(spec: str, kind: str) -> str:
@@ -82,14 +85,22 @@ def _unknown(spec: str, kind: str) -> str:
     return f"unknown kind {kind!r}; {hint}known: {', '.join(sorted(_KINDS))}"
 
 
-def parts(spec: str) -> list[Part]:
-    """The parts of a source, in order. Raises InputError if its kind is unknown or its argument invalid."""
+def parts(spec: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> list[Part]:
+    """The parts of a source, in order.
+
+    Args:
+      spec: the source.
+      max_bytes: the longest document; a longer one is an InputError when it is read.
+
+    Raises:
+      InputError: the kind is unknown or its argument invalid.
+    """
     kind, _, argument = spec.partition(":")
     if kind == "prepared":
         raise InputError(f"source {spec!r}: already prepared; name it in config.data.sources")
     if kind not in _KINDS:
         raise InputError(f"source {spec!r}: {_unknown(spec, kind)}")
-    list_parts, takes_argument = _KINDS[kind]
+    list_parts, takes_argument, takes_limit = _KINDS[kind]
     if argument and not takes_argument:
         raise InputError(f"source {spec!r}: {kind!r} takes no argument")
-    return list_parts(argument)
+    return list_parts(argument, max_bytes) if takes_limit else list_parts(argument)

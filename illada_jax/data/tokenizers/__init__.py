@@ -4,9 +4,10 @@ Begin with `tokenizer`, the interface; `loading` reads any kind of tokenizer, `c
 """
 
 from illada_jax.data.tokenizers.bytes import ByteTokenizer
-from illada_jax.data.tokenizers.loading import load_tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers.loading import TOKENIZER_FILES, load_tokenizer, tokenizer_from_files
+from illada_jax.data.tokenizers.lossless import check_lossless, lost_text
 from illada_jax.data.tokenizers.sentencepiece import train_sentencepiece
-from illada_jax.data.tokenizers.tokenizer import CHAT_FILES, SPECIAL_NAMES, Tokenizer
+from illada_jax.data.tokenizers.tokenizer import SPECIAL_NAMES, Tokenizer
 
-__all__ = ["CHAT_FILES", "SPECIAL_NAMES", "ByteTokenizer", "Tokenizer", "load_tokenizer", "tokenizer_from_files",
-           "train_sentencepiece"]
+__all__ = ["SPECIAL_NAMES", "TOKENIZER_FILES", "ByteTokenizer", "Tokenizer", "check_lossless", "load_tokenizer",
+           "lost_text", "tokenizer_from_files", "train_sentencepiece"]

@@ -1,8 +1,6 @@
 """A tokenizer whose tokens are UTF-8 bytes."""
 # ruff: noqa: D102
 
-from collections.abc import Iterable
-
 from illada_jax.data.tokenizers.tokenizer import SPECIAL_NAMES, Tokenizer
 
 
@@ -10,15 +8,13 @@ class ByteTokenizer(Tokenizer):
     """The 256 byte values, numbered after the four special ids."""
 
     _OFFSET = len(SPECIAL_NAMES)
+    _bytes_of_id = (*[b""] * _OFFSET, *(bytes([byte]) for byte in range(256)))
 
     def __init__(self):
         super().__init__(self._OFFSET + 256, {name: i for i, name in enumerate(SPECIAL_NAMES)})
 
     def encode(self, text: str) -> list[int]:
         return [byte + self._OFFSET for byte in text.encode()]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i - self._OFFSET for i in ids if self._OFFSET <= i < self.vocab_size).decode(errors="replace")
 
     def id_to_piece(self, token_id: int) -> str:
         if token_id < self._OFFSET:

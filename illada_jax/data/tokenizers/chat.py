@@ -7,16 +7,15 @@ rendering.
 """
 
 import functools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from illada_jax.data.tokenizers.messages import Message, check_messages, check_tools
 from illada_jax.data.tokenizers.templates import reason_to_refuse, render
 from illada_jax.data.tokenizers.tokenizer import Tokenizer
 from illada_jax.errors import InputError
-
-ROLES = ("system", "user", "assistant")
+from illada_jax.files import parse_json
 
 # For tokenizers without a template. A user cannot write BOS; it separates contents from roles.
 DEFAULT_TEMPLATE = (
@@ -27,7 +26,6 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ bos_token }}assistant{{ bos_token }}{% endif %}"
 )
 
-Message = Mapping[str, str]
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
@@ -36,11 +34,13 @@ class Conversation(NamedTuple):
 
     Attributes:
       ids: the tokens, up to the end token of the last answer.
-      is_answer: for each token, True if it belongs to an answer of the assistant or is the end token of one.
+      is_answer: for each token, True if it belongs to an answer to learn or is the end token of one.
+      is_fixed: for each token, True if it belongs to a message that is seen but not learnt: it is never masked.
     """
 
     ids: list[int]
     is_answer: list[bool]
+    is_fixed: list[bool]
 
 
 class ChatFormat(NamedTuple):
@@ -48,27 +48,36 @@ class ChatFormat(NamedTuple):
 
     Attributes:
       end_id: the token that ends an answer; EOS if the template writes none.
+      turn_ids: the tokens that open a turn; an answer that runs into the next turn ends there, too.
       writes_end: the template writes the end token; otherwise it is added to each answer.
       has_system: the template renders system messages; otherwise they are prepended to the first user message.
       trims: the template strips white space from answers.
     """
 
     end_id: int
+    turn_ids: tuple[int, ...]
     writes_end: bool
     has_system: bool
     trims: bool
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return tuple(dict.fromkeys((self.end_id, *self.turn_ids)))
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool,
+                tools: Sequence[Any] = ()) -> list[int]:
     """The ids of a conversation.
 
     Args:
       tokenizer: its template is used, or `DEFAULT_TEMPLATE` if it has none.
-      messages: mappings with `role` (system, user, assistant) and `content`; a system message must come first.
+      messages: mappings with `role` and `content`, see `check_messages`; a system message must come first.
       add_generation_prompt: append the header of an assistant turn, so that the model writes the answer.
+      tools: definitions of tools, for the template.
 
     Raises:
-      InputError: a message is invalid, or the template is broken or rejects the conversation.
+      InputError: a message is invalid, or the template is broken, rejects the conversation or ignores its tools.
     """
     messages = check_messages(messages)
     template = tokenizer.chat_template or DEFAULT_TEMPLATE
@@ -77,24 +86,30 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
         messages = _merge_system(messages)
     special_tokens = tokenizer.special_tokens
     specials = _specials(tuple(special_tokens))
-    contents, originals = _protect([message["content"] for message in messages], specials, template)
+    contents, originals = _protect([message["content"] or "" for message in messages], specials, template)
     protected = []
     for message, content in zip(messages, contents, strict=True):
         if message["role"] == "assistant" and not chat.writes_end:
+            if "tool_calls" in message:
+                raise InputError("the chat template writes no end token, so an answer with tool calls has no end")
             content = (content.strip() if chat.trims else content) + tokenizer.id_to_piece(tokenizer.eos_id)
-        protected.append({"role": message["role"], "content": content})
-    text = render(template, protected, add_generation_prompt, _variables(tokenizer))
-    ids: list[int] = []
-    for piece in specials.pattern.split(text):
-        special_id = special_tokens.get(piece)
-        ids += tokenizer.encode(piece.translate(originals)) if special_id is None else [special_id]
-    return ids
+        shown = {key: value for key, value in message.items() if key != "train"}
+        protected.append({**shown, "content": None if message["content"] is None else content})
+    variables = _variables(tokenizer)
+
+    def rendered(messages: Sequence[Message], tools: Sequence[Any]) -> str:
+        return render(template, messages, add_generation_prompt, {**variables, "tools": tools} if tools else variables)
+
+    check_tools(protected, tuple(tools), rendered, specials.pattern)
+    pieces = filter(None, specials.pattern.split(rendered(protected, tuple(tools))))
+    return tokenizer.encode_parts([special_tokens.get(piece, piece.translate(originals)) for piece in pieces])
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any] = ()) -> Conversation:
     """A conversation to learn from, whose last message is an answer.
 
-    Each answer ends with one end token; anything that the template writes after the last one is dropped.
+    Each answer ends with one end token; anything that the template writes after the last one is dropped. Messages with
+    `train` false (see `check_messages`) are seen, not learnt.
 
     Raises:
       InputError: a message is invalid, the last one is not the assistant's, the template rejects the conversation, or
@@ -103,16 +118,20 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Co
     messages = check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"the last message has the role {messages[-1]['role']!r}: there is no answer to learn")
-    ids = encode_chat(tokenizer, messages, False)
+    ids = encode_chat(tokenizer, messages, False, tools)
     end_id = chat_format(tokenizer).end_id
-    is_answer = [False] * len(ids)
+    is_answer, is_fixed = [False] * len(ids), [False] * len(ids)
     end = 0
     for turn, message in enumerate(messages):
+        is_learnt = message.get("train", True)
         if message["role"] == "assistant":
-            start = max(_answer_start(tokenizer, messages[:turn], ids), end)
+            start = max(_start(tokenizer, messages[:turn], ids, tools, (True, False)), end)
             end = ids.index(end_id, start) + 1 if end_id in ids[start:] else len(ids)
-            is_answer[start:end] = [True] * (end - start)
-    return Conversation(ids[:end], is_answer[:end])
+            (is_answer if is_learnt else is_fixed)[start:end] = [True] * (end - start)
+        elif not is_learnt:
+            start, stop = (_start(tokenizer, messages[:count], ids, tools, (False,)) for count in (turn, turn + 1))
+            is_fixed[start:stop] = [True] * (stop - start)
+    return Conversation(ids[:end], is_answer[:end], is_fixed[:end])
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
@@ -121,42 +140,19 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat:
                   tuple(_variables(tokenizer).items()), tokenizer.eos_id)
 
 
-def check_messages(messages: Any) -> list[dict[str, str]]:
-    """The messages, reduced to role and content. Raises InputError naming the first invalid one."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise InputError("messages: must be a list of objects with role and content")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {number}: must be an object with role and content")
-        for key in ("role", "content"):
-            if key not in message:
-                raise InputError(f"message {number}: has no {key!r} (its keys: {', '.join(map(str, message))})")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise InputError(f"message {number}: unknown role {role!r}; known: {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise InputError(f"message {number}: content must be a string")
-        if role == "system" and checked:
-            raise InputError(f"message {number}: a system message must come first")
-        checked.append({"role": role, "content": content})
-    if not checked:
-        raise InputError("messages: must not be empty")
-    return checked
-
-
 def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     if len(messages) < 2 or messages[1]["role"] != "user":
         raise InputError("message 1: the chat template has no system role; a user message must follow it")
-    merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    merged = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [merged, *messages[2:]]
 
 
-def _answer_start(tokenizer: Tokenizer, before: list[dict[str, str]], ids: list[int]) -> int:
-    """The index, in the ids of the whole conversation, at which the answer to `before` begins."""
+def _start(tokenizer: Tokenizer, before: list[dict[str, Any]], ids: list[int], tools: Sequence[Any],
+           generation_prompts: tuple[bool, ...]) -> int:
+    """The index, in the ids of the whole conversation, at which what follows `before` begins."""
     # A generation prompt may open a thought that finished turns do not show; then the turn's header is learned too.
-    for add_generation_prompt in (True, False):
-        prefix = encode_chat(tokenizer, before, add_generation_prompt) if before else []
+    for add_generation_prompt in generation_prompts:
+        prefix = encode_chat(tokenizer, before, add_generation_prompt, tools) if before else []
         if ids[: len(prefix)] == prefix:
             return len(prefix)
     raise InputError("the chat template renders earlier turns differently when more turns follow, so answers cannot be "
@@ -218,18 +214,28 @@ def _probe(template: str, special_tokens: tuple[tuple[str, int], ...], variables
     _, found, after = rendered(user, assistant).partition("PROBE-A")
     if not found:
         raise InputError("the chat template does not render the content of assistant messages")
-    ends = [ids[token] for token in _specials(tuple(ids)).pattern.findall(after)]
+    find = _specials(tuple(ids)).pattern.findall
+    ends = [ids[token] for token in find(after)]
+    end_id = ends[0] if ends else eos_id
+    try:
+        turns = rendered(user, assistant, ("user", "PROBE-V"))
+    except InputError:
+        turns = ""
+    turn_ids = []
+    for before, behind in (("PROBE-U", "PROBE-A"), ("PROBE-A", "PROBE-V")):
+        between = [ids[token] for token in find(turns.partition(before)[2].partition(behind)[0])]
+        turn_ids += [id_ for id_ in between if id_ != end_id][:1]
     try:
         has_system = "PROBE-S" in rendered(("system", "PROBE-S"), user, assistant)
     except InputError:
         has_system = False
     trims = "PROBE-A\t" not in rendered(user, ("assistant", "PROBE-A\t"))
-    return ChatFormat(ends[0] if ends else eos_id, bool(ends), has_system, trims)
+    return ChatFormat(end_id, tuple(dict.fromkeys(turn_ids)), bool(ends), has_system, trims)
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:
     """The variables that name special tokens: those of `tokenizer_config.json`, else those of the tokenizer."""
-    named = json.loads(tokenizer.chat_files.get("tokenizer_config.json", b"{}"))
+    named = parse_json(tokenizer.chat_files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
     if not named:
         return {f"{name}_token": tokenizer.id_to_piece(id_) for name, id_ in tokenizer.special_ids.items()}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}

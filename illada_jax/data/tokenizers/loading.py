@@ -1,6 +1,5 @@
 """Loading of tokenizers from their files."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -12,9 +11,14 @@ from illada_jax.data.tokenizers.tokenizer import (
     SPECIAL_IDS_FILE,
     SPECIAL_NAMES,
     Tokenizer,
-    read_chat_template,
+    read_chat_templates,
 )
 from illada_jax.errors import InputError
+from illada_jax.files import TOKENIZER_BYTES, parse_json, read_file
+
+# The first one wins. `tokenizer.model` is the name of a SentencePiece model in Hugging Face directories.
+_MODEL_FILES = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, "tokenizer.model")
+TOKENIZER_FILES = (*_MODEL_FILES, SPECIAL_IDS_FILE, *CHAT_FILES)
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -25,11 +29,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     try:
         if path.is_dir():
-            return tokenizer_from_files({f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.is_file()})
-        files = {SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE: path.read_bytes()}
-        beside = (path.parent / name for name in CHAT_FILES)
-        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
-        return tokenizer_from_files(files)
+            paths = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+        else:
+            paths = {name: path.parent / name for name in CHAT_FILES if (path.parent / name).is_file()}
+            paths[SENTENCEPIECE_FILE if path.suffix == ".model" else HUGGING_FACE_FILE] = path
+        return tokenizer_from_files({name: read_file(file, TOKENIZER_BYTES) for name, file in paths.items()})
     except OSError as error:
         raise InputError(f"tokenizer {path}: {error.strerror}") from error
     except InputError as error:
@@ -42,7 +46,7 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     Raises InputError if no tokenizer is among the files or it is broken.
     """
     chat_files = {name: files[name] for name in CHAT_FILES if name in files}
-    read_chat_template(chat_files)  # raises if it cannot be parsed
+    read_chat_templates(chat_files)  # raises if it cannot be parsed
     tokenizer = _vocabulary_from_files(files)
     tokenizer.chat_files = chat_files
     return tokenizer
@@ -52,15 +56,15 @@ def _vocabulary_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     special_ids = None
     if SPECIAL_IDS_FILE in files:
         try:
-            described = json.loads(files[SPECIAL_IDS_FILE])
+            described = parse_json(files[SPECIAL_IDS_FILE], SPECIAL_IDS_FILE)
             special_ids = {name: int(described[name]) for name in SPECIAL_NAMES}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{SPECIAL_IDS_FILE}: must give integer ids for {', '.join(SPECIAL_NAMES)}") from error
-    if SENTENCEPIECE_FILE in files:
-        return SentencePieceTokenizer(files[SENTENCEPIECE_FILE], special_ids)
-    if HUGGING_FACE_FILE in files:
-        return HuggingFaceTokenizer(files[HUGGING_FACE_FILE], files.get("tokenizer_config.json"), special_ids)
+    found = next((name for name in _MODEL_FILES if name in files), "")
+    if found == HUGGING_FACE_FILE:
+        return HuggingFaceTokenizer(files[found], files.get("tokenizer_config.json"), special_ids)
+    if found:
+        return SentencePieceTokenizer(files[found], special_ids)
     if special_ids is not None and described.get("kind") == "bytes":
         return ByteTokenizer()
-    raise InputError(f"no tokenizer among {sorted(files)}: expected {SENTENCEPIECE_FILE}, {HUGGING_FACE_FILE} or "
-                     f"{SPECIAL_IDS_FILE}")
+    raise InputError(f"no tokenizer among {sorted(files)}: expected {', '.join(_MODEL_FILES)} or {SPECIAL_IDS_FILE}")

@@ -68,10 +68,6 @@ class SentencePieceTokenizer(Tokenizer):
         ids = self._processor.encode(text.split(_SPACE))
         return [i for n, part in enumerate(ids) for i in (self._space_ids + part if n else part)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        table = self._bytes_of_id
-        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
-
     def id_to_piece(self, token_id: int) -> str:
         if token_id in self.special_ids.values():
             return super().id_to_piece(token_id)

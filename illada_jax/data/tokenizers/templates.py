@@ -9,7 +9,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -22,8 +22,8 @@ _TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 _CONVERSATIONS = (_TURNS[:1], _TURNS, [{"role": "system", "content": "Be brief"}, *_TURNS, *_TURNS])
 
 
-def render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool,
-           variables: Mapping[str, str]) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool,
+           variables: Mapping[str, Any]) -> str:
     """The text of a conversation.
 
     Rendering is sandboxed but not bounded: check an untrusted template with `reason_to_refuse` first.
