@@ -89,7 +89,7 @@ c.model.num_kv_heads = 2
 c.model.head_dim = 32
 c.model.d_ff = 384
 c.model.max_length = 64
-c.model.scan_unroll = 4
+c.model.scan_unroll = 0
 
 c.optimizer.name = "muon"
 c.optimizer.learning_rate = 0.01

@@ -106,7 +106,7 @@ def train(setup: RunSetup) -> Outcome:
             raise InputError(f"config.train.{key} = {stop}: the run in {workdir} is at step {start}; use another "
                              f"workdir, or --config.train.{key}=N with N > {start}")
         if earlier is not None:
-            hosts.broadcast_from_primary(lambda: resume_workdir(workdir, config, setup.tokenizer))
+            hosts.broadcast_from_primary(lambda: resume_workdir(workdir, config, setup.tokenizer))  # after all checks
         lines = read_lines(workdir) if start else []
         if start == stop:
             return Outcome(state, start, start, _status(config, start), {
