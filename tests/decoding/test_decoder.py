@@ -179,7 +179,6 @@ def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
     (lambda d: DecodeConfig(threshold=0.0), "config.decode.threshold = 0.0: must lie in (0, 1]"),
     (lambda d: DecodeConfig(threshold=1.1), "config.decode.threshold = 1.1: must lie in (0, 1]"),
     (lambda d: DecodeConfig(top_p=0.0), "config.decode.top_p = 0.0"),
-    (lambda d: DecodeConfig(length="fixed", max_new_tokens=100), "config.decode.block_length = 32: must divide a"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, end_of_thinking_boost=1.0), IDS, 96),
      "config.decode.end_of_thinking_boost = 1.0: needs config.decode.end_of_thinking_ids"),
     (lambda d: DecodeConfig(max_new_tokens=0), "config.decode.max_new_tokens = 0"),
