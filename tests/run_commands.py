@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 
+import grain  # noqa: F401  defines flags that stay
 from absl import app, flags
 
 from illada_jax import console
