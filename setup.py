@@ -66,7 +66,7 @@ setup(
         "prepare": ["apache-beam"],
         "parquet": ["pyarrow"],
         "plot": ["matplotlib"],
-        "wandb": ["wandb"],
+        "wandb": ["wandb", "tensorboard"],
         "colab": ["ipykernel", "jupytext", "matplotlib", "nbclient"],
     },
 )

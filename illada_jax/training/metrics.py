@@ -51,7 +51,7 @@ class MetricWriter:
             self._published = time.monotonic()
             self._file = open(self._local / NAME, "a+", encoding="utf-8")  # noqa: SIM115
             if wandb:
-                start_wandb()
+                start_wandb(self._local)
             if tensorboard:
                 self._events = _EventWriter(self._local, start_step + 1)
 
@@ -112,13 +112,16 @@ class MetricWriter:
         self._published = time.monotonic()
 
 
-def start_wandb() -> None:
-    """Starts Weights & Biases, which watches the TensorBoard writers made afterwards and ends with the process."""
+def start_wandb(directory: epath.Path) -> None:
+    """Starts Weights & Biases, which copies the TensorBoard events of a directory and ends with the process."""
     try:
         import wandb
     except ImportError as error:
         raise InputError("config.train.wandb = True: needs wandb: pip install 'illada_jax[wandb]'") from error
     wandb.init(sync_tensorboard=True)
+    from tensorboardX import writer
+
+    writer.EventFileWriter(os.fspath(directory)).close()  # it watches the directories of such writers
 
 
 class _EventWriter:
