@@ -78,7 +78,7 @@ INPUT = flags.DEFINE_string("input", "", "JSONL file of prompts, instead of --pr
 RESULTS = flags.DEFINE_string("results", "", "JSONL file to append results to as they finish; resumes if it exists and "
                               "the model and settings are those recorded beside it, in FILE.settings.json")
 INFILL = flags.DEFINE_bool("infill", False, "fill the gaps of the prompts")
-STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the answer")
+STOP = flags.DEFINE_multi_string("stop", [], "a string or a special token that ends the answer")
 WATCH = flags.DEFINE_bool("watch", False, "draw a single prompt in the terminal while it is written, step by step")
 STREAM = flags.DEFINE_bool("stream", False, "print the text of a single prompt block by block")
 TRACE = flags.DEFINE_string("trace", "", "file for the trace of the texts: .html, .gif or .png")

@@ -64,6 +64,11 @@ def byte_level(add_prefix_space: bool = False, **flags) -> tokenizers.Tokenizer:
     return _with_specials(tokenizer, flags)
 
 
+def _added(tokenizer, *tokens):
+    tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, lstrip=True) for token in tokens])
+    return tokenizer
+
+
 def word_piece() -> tokenizers.Tokenizer:
     pieces = ["[UNK]", "[MASK]", "[SEP]", *_WORDS, "##s", "."]
     tokenizer = tokenizers.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -77,7 +82,8 @@ HUGGING_FACE = {
     "byte-level": byte_level, "byte-level, blank first": functools.partial(byte_level, add_prefix_space=True),
     "Llama, Prepend": llama, **{f"Llama, Metaspace {scheme}": functools.partial(llama, scheme)
                                 for scheme in ("first", "always", "never")},
-    "Unigram": unigram,
+    "Llama, added blanks": functools.partial(llama, "never", (BLANK * 2, "<think>", "漢 x")),
+    "byte-level, added": lambda: _added(byte_level(), "é x", "<think>"), "Unigram": unigram,
 }
 KINDS = ("bytes", "SentencePiece", *HUGGING_FACE)
 

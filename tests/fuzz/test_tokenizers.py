@@ -12,7 +12,8 @@ from tests.data.toy_tokenizers import BLANK, HUGGING_FACE, KINDS, SPECIALS, byte
 
 # Words of the vocabularies, white space, parts of pieces and special tokens, and any character.
 SNIPPETS = st.sampled_from(["the", "then", " the", "cat", " ", "  ", "\n", "\t", ".", BLANK, "\ufffd", "\x00", "漢",
-                            "漢字", "🙂", "é", "e\u0301", "<0x41>", "<0x", "41>", "<|", *SPECIALS])
+                            "漢字", "🙂", "é", "e\u0301", "<0x41>", "<0x", "41>", "<|", "<think>", "漢 x", "é x",
+                            *SPECIALS])
 TEXTS = st.lists(SNIPPETS | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join)
 PLAIN = st.lists(st.sampled_from(["the", "then", "cat", " ", "  ", "\n", "\xa0", "\x1c", ".", "漢", "🙂", "a"]),
                  min_size=1, max_size=6).map("".join)

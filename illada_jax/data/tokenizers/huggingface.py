@@ -145,6 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _bytes_of_id(self) -> list[bytes]:
         pieces = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
         if self._byte_level:
             table = [_bytes_of_byte_level(piece) for piece in pieces]
         else:
@@ -152,8 +153,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for token_id, piece in enumerate(pieces):
             if token_id in self._special_set:
                 table[token_id] = b""
-            elif token_id in self._added:
-                table[token_id] = piece.encode()
+            elif token_id in self._added and piece not in vocab:
+                table[token_id] = piece.encode()  # found in text as it is
             elif self._byte_fallback and (byte := _BYTE_PIECE.fullmatch(piece)):
                 table[token_id] = bytes.fromhex(byte[1])
         return table
