@@ -16,6 +16,9 @@ import traceback
 
 from absl import app, flags
 
+from illada_jax import console
+
+console.hard_exit = sys.exit
 app.define_help_flags()
 _ABSL = set(flags.FLAGS)
 
