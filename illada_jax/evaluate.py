@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int | None:
     if LIST_PRESETS.value:
         table = presets.list_presets()
         if sys.stdout.isatty():
-            Console().print(Markdown(table))
+            Console(file=sys.__stdout__).print(Markdown(table))  # sys.stdout would show its colours as text
         else:
             print(table)
         return None

@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join([
 ])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # no Python locations in programs: they cost time
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
@@ -28,6 +29,7 @@ settings.register_profile("suite", derandomize=True, max_examples=60, deadline=N
 settings.register_profile("many", settings.get_profile("suite"), max_examples=1000)
 settings.register_profile("most", settings.get_profile("suite"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and little garbage
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Left out unless -m asks for them; `.ci/run` does.
