@@ -477,7 +477,10 @@ def _unknown_key(key: str, known: Iterable[str]) -> UnknownKeyError:
     sections = {name: fields for name, fields in to_dict(Config()).items() if isinstance(fields, dict)}
     everything = [*sections, "seed", *(f"{name}.{each}" for name, fields in sections.items() for each in fields)]
     key = key[:100]
-    near = [name for name in everything if name.endswith("." + key.rpartition(".")[2])]
+    section, _, field = key.rpartition(".")
+    if section in ("score", "lm_eval"):  # of scorers and evaluations, not of a config
+        everything = [f"{section}.{each}" for each in known]
+    near = [name for name in everything if name.endswith("." + field)]
     near = near or difflib.get_close_matches(key, everything, n=1, cutoff=0.75)
     hint = f"did you mean config.{near[0]}?" if near else f"known here: {', '.join(known)}"
     return UnknownKeyError(f"config.{key if key.isprintable() else repr(key)}: unknown key; {hint}")

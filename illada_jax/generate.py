@@ -104,10 +104,10 @@ def main(argv: list[str]) -> int | None:
         raise InputError("--stream: takes a single prompt, and no --results, --infill or --output=json")
     if WATCH.value and (len(prompts) > 1 or RESULTS.value or STREAM.value or OUTPUT.value == "json"):
         raise InputError("--watch: takes a single prompt, and no --results, --stream or --output=json")
-    if TRACE.value:
-        check_trace(pathlib.Path(TRACE.value), len(prompts))
     if BESIDE.value and not TRACE.value.endswith(".html"):
         raise InputError("--beside: requires --trace=….html, the page that shows strategies side by side")
+    if TRACE.value:
+        check_trace(pathlib.Path(TRACE.value), len(prompts))
     changes = {text: parse_settings(text) for text in BESIDE.value}
     if not INFILL.value and any("[[mask:" in prompt for prompt in prompts):
         print("note: without --infill a gap such as [[mask:4]] is plain text", file=sys.stderr)

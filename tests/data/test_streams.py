@@ -206,8 +206,10 @@ READ_ALL = """
 import resource, sys
 from illada_jax.data.sources import examples, registry
 from illada_jax.errors import InputError
-if sys.argv[1:]:
-    import pyarrow.parquet
+try:
+    import pyarrow.parquet  # its memory is not that of the file
+except ImportError:
+    pass
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for spec in sys.argv[1:]:
     try:
