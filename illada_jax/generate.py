@@ -40,7 +40,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.data.sources.records import RejectedExample, read_records
 from illada_jax.data.sources.registry import MAX_DOCUMENT_BYTES
 from illada_jax.errors import EXIT_INTERRUPTED, InputError
-from illada_jax.files import read_file, write_atomically
+from illada_jax.files import read_file, read_json, write_atomically
 
 MODEL = cli.ModelFlags()
 
@@ -339,15 +339,10 @@ def record_settings(path: pathlib.Path, run: dict[str, Any], resumes: bool) -> N
     record = path.with_name(f"{path.name}.settings.json")
     run = json.loads(json.dumps(run))
     if resumes:
-        try:
-            old = json.loads(record.read_bytes())
-        except FileNotFoundError:
-            old = None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{record}: cannot be read: {error}; choose other --results") from error
-        if not isinstance(old, dict):
+        if not record.exists():
             raise InputError(f"--results={path}: has results, but no {record.name} that says of which model; choose "
                              "another file")
+        old = read_json(record)
         different = config_lib.differences({**old, "checkpoint": ""}, {**run, "checkpoint": ""})
         if different:
             raise InputError(f"--results={path}: has results of {old.get('checkpoint')!r} with other weights or "
