@@ -14,7 +14,7 @@ _LONG = ("aB3" * 300, " \n" * 300, "The quick brown fox jumps over the lazy dog.
 
 
 def lost_text(tokenizer: Tokenizer) -> str:
-    """What does not survive the tokenizer, for messages; empty if everything does.
+    """The loss of a text through the tokenizer, in words for messages; empty if everything survives.
 
     Odd and long texts are tried, and the names of special tokens as text, as a whole and as the continuation of a text.
     """
