@@ -5,6 +5,7 @@ import os
 import pathlib
 import pydoc
 import re
+import signal
 import subprocess
 import sys
 
@@ -178,7 +179,8 @@ def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path):
                                                    "time.sleep(60)\n")
     for module in ("illada_jax", "illada_jax.generate"):
         done = subprocess.run([sys.executable, "-m", module, "generate"], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, timeout=60)
+                              env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, timeout=60,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
