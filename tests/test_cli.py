@@ -186,7 +186,8 @@ def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path):
 
 def test_the_package_shows_its_interface():
     assert {"load", "LanguageModel", "__version__"} <= set(dir(illada_jax))
-    assert "load(path: str" in pydoc.render_doc(illada_jax, renderer=pydoc.plaintext)
+    shown = pydoc.render_doc(illada_jax, renderer=pydoc.plaintext)
+    assert re.search(r"\bload\(\s*path: str", shown)  # Python 3.13 breaks long signatures into lines
 
 
 def test_compiled_programs_are_kept(tmp_path):
