@@ -27,7 +27,7 @@ def test_it_is_the_average_of_the_params_of_every_step(run, tmp_path):
     changes = {"train__stop_step": 4, "eval__every": 1}
     run(tmp_path / "w", evaluators={"spy": spy}, **changes)
     averaged, _ = run(tmp_path / "ema", optimizer__ema_decay=0.2, **changes)
-    tree_equal(averaged.state.params, params[-1])
+    tree_equal(averaged.state.params, params[-1], atol=1e-6)  # two programs: rounding may differ
     average = params[0]
     for step, each in enumerate(params):
         decay = min(0.2, (1 + step) / (10 + step))
