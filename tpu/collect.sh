@@ -9,11 +9,12 @@ run mkdir -p "$destination/logs"
 
 if [ "$BACKEND" = xpk ]; then
   # Pods that were replaced are gone; Cloud Logging keeps what they printed for 30 days.
+  filter="resource.type=\"k8s_container\" AND resource.labels.cluster_name=\"$NAME\" AND \
+resource.labels.pod_name:\"$NAME-$RUN-slice-job-\""
+  format='--format=value(timestamp,resource.labels.pod_name,textPayload)'
   # shellcheck disable=SC2016 # expanded by the inner shell
-  run sh -c 'gcloud logging read "$1" --project="$2" --order=asc --freshness=30d \
-    --format="value(timestamp,resource.labels.pod_name,textPayload)" >"$3"' sh \
-    "resource.type=\"k8s_container\" AND resource.labels.cluster_name=\"$NAME\" AND \
-resource.labels.pod_name:\"$NAME-$RUN-slice-job-\"" "$PROJECT" "$destination/logs/$NAME-$RUN.log"
+  run sh -c 'file=$1; shift; "$@" >"$file"' sh "$destination/logs/$NAME-$RUN.log" \
+    gcloud logging read "$filter" --project="$PROJECT" --order=asc --freshness=30d "$format"
 else
   # A host's log goes to the bucket whenever its task ends, under the id of its boot; so does a running task's here.
   nodes | while read -r node; do
