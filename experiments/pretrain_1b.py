@@ -1,4 +1,4 @@
-"""A model of 1.2 B parameters with iLLaDA's recipe, for a single TPU host or a small slice.
+"""A model of 1.2 B parameters with iLLaDA's recipe, for a single TPU host (see VARIANTS) or a small slice.
 
     python -m illada_jax.main --config=experiments/pretrain_1b.py:v5e-8 --dry_run
     python -m illada_jax.main --config=experiments/pretrain_1b.py:v5e-8 \
@@ -14,12 +14,13 @@ import ml_collections
 from illada_jax import config
 from illada_jax.errors import ConfigError
 
-# Settings for the same batch on one host (see `tpu/cases.json`), found by compiling. The number in a name counts
-# TensorCores (v4) or chips. Fewer micro-batches need more memory on each device.
+# Settings for the same batch on one host, found by compiling (see `tpu/cases.json`), with a checkpoint every five to
+# eight minutes. The number in a name counts TensorCores (v4) or chips. Without a variant the whole batch is computed at
+# once, which no single host has the memory for.
 VARIANTS = {
-    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 32},
-    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
-    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 16},
+    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 32, "checkpoint.every": 10},
+    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32, "checkpoint.every": 20},
+    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 16, "checkpoint.every": 60},
 }
 
 
