@@ -18,10 +18,12 @@ from illada_jax.errors import ConfigError
 # eight minutes. The number in a name counts TensorCores (v4) or chips. Without a variant the whole batch is computed at
 # once, which no single host has the memory for.
 VARIANTS = {
-    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 32, "checkpoint.every": 10},
-    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32, "checkpoint.every": 20},
-    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 16, "checkpoint.every": 60},
+    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 64},
+    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
+    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
 }
+for _variant in VARIANTS.values():
+    _variant |= {"model.remat": "full", "train.logits_chunk": 256, "checkpoint.every": 20}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -92,7 +92,7 @@ LONG = ["sh", "-c", "trap 'sleep 0.3; echo saved; exit 75' TERM; echo $$ >child;
 def test_a_task_runs_once_and_stops_after_saving(host):
     directory, logged = host
     task(directory, "start", *LONG)
-    logged("ready")
+    logged("\nready\n")
     assert "already running" in task(directory, "start", *LONG).stdout
     another = task(directory, "start", "true")
     assert another.returncode == 1 and "another task is running" in another.stderr
@@ -108,7 +108,7 @@ def test_a_task_runs_once_and_stops_after_saving(host):
 def test_the_unit_starts_again_after_a_boot_unless_the_task_is_over(host, tmp_path):
     directory, logged = host
     task(directory, "start", *LONG)
-    logged("ready")
+    logged("\nready\n")
     unit, pid = tmp_path / "fakes" / "unit", tmp_path / "fakes" / "pid"
     for victim in (pid, directory / "child"):  # a boot
         os.kill(int(victim.read_text()), signal.SIGKILL)
@@ -116,10 +116,10 @@ def test_the_unit_starts_again_after_a_boot_unless_the_task_is_over(host, tmp_pa
         time.sleep(0.05)
     subprocess.run(["systemctl", "start"], check=True)
     assert state_of(directory, *LONG) == "state running\n"
-    while logged("ready").count("\nready\n") < 2:
+    while logged("\nready\n").count("\nready\n") < 2:
         time.sleep(0.05)
     os.kill(int(pid.read_text()), signal.SIGTERM)
-    logged("saved")
+    logged("\nsaved\n")
     lines = unit.read_text().splitlines()
     assert {"Restart=on-abnormal", "KillMode=mixed", "WantedBy=multi-user.target", f"WorkingDirectory={directory}",
             f"ConditionPathExists=!{directory}/ended", "RequiresMountsFor=output"} <= set(lines)
