@@ -1,8 +1,8 @@
-"""A model of 1.2 B parameters with iLLaDA's recipe, for a single TPU host or a small slice.
+"""A model of 1.2 B parameters with iLLaDA's recipe, for a single TPU host (see VARIANTS) or a small slice.
 
-    python -m illada_jax.main --config=experiments/pretrain_1b.py --dry_run
-    python -m illada_jax.main --config=experiments/pretrain_1b.py --config.data.sources='("prepared:/data/corpus",)' \
-        --workdir=gs://BUCKET/illada-1b
+    python -m illada_jax.main --config=experiments/pretrain_1b.py:v5e-8 --dry_run
+    python -m illada_jax.main --config=experiments/pretrain_1b.py:v5e-8 \
+        --config.data.sources='("prepared:/data/corpus",)' --workdir=gs://BUCKET/illada-1b
 
 The paper has no such model. Objective, split, weight decay, vocabulary, tied head and the shape of the schedule are
 iLLaDA's; all else is our choice, with the reason beside it. Like the 8B recipe it never decays by itself: when the
@@ -12,10 +12,24 @@ loss stops falling, the run reports it with the flags to add. Not trained.
 import ml_collections
 
 from illada_jax import config
+from illada_jax.errors import ConfigError
+
+# Settings for the same batch on one host, found by compiling (see `tpu/cases.json`), with a checkpoint every five to
+# eight minutes. The number in a name counts TensorCores (v4) or chips. Without a variant the whole batch is computed at
+# once, which no single host has the memory for.
+VARIANTS = {
+    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 64},
+    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
+    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
+}
+for _variant in VARIANTS.values():
+    _variant |= {"model.remat": "full", "train.logits_chunk": 256, "checkpoint.every": 20}
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The recipe of iLLaDA at a smaller size."""
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe of iLLaDA at a smaller size. `variant`: a key of VARIANTS, empty for any devices."""
+    if variant and variant not in VARIANTS:
+        raise ConfigError(f"experiments/pretrain_1b.py:{variant}: known variants: {', '.join(VARIANTS)}")
     c = config.defaults()
     c.model.vocab_size = 155_136
     c.model.d_model = 2048
@@ -55,4 +69,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.every = 5000
     c.eval.batch_size = 64
     c.eval.windows = 1024
+    c.update_from_flattened_dict(VARIANTS.get(variant, {}))
     return c

@@ -18,13 +18,18 @@ from illada_jax import config
 from illada_jax.errors import ConfigError
 
 # Settings for the same batch on TPU slices, found by compiling (see `tpu/cases.json`): mesh, activations kept for
-# the backward pass, micro-batches. The number in a name counts TensorCores (v5p, tpu7x) or chips.
+# the backward pass, micro-batches, and a checkpoint every five to eight minutes: all steps since the newest are lost
+# when spot hardware is taken away (`planning/saving.py`). The number in a name counts TensorCores (v5p, tpu7x) or
+# chips.
 VARIANTS = {
-    "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16},
-    "v5p-1024": {"mesh.data": 8, "mesh.fsdp": 64, "model.remat": "dots", "train.microbatches": 2},
-    "v5e-256": {"mesh.fsdp": 256, "model.remat": "attention", "train.microbatches": 8},
-    "v6e-256": {"mesh.fsdp": 256, "model.remat": "projections", "train.microbatches": 8},
-    "tpu7x-128": {"mesh.data": 8, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 8},
+    "v5p-128": {"mesh.data": 4, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 16,
+                "checkpoint.every": 10},
+    "v5p-1024": {"mesh.data": 8, "mesh.fsdp": 64, "model.remat": "dots", "train.microbatches": 2,
+                 "checkpoint.every": 60},
+    "v5e-256": {"mesh.fsdp": 256, "model.remat": "attention", "train.microbatches": 8, "checkpoint.every": 10},
+    "v6e-256": {"mesh.fsdp": 256, "model.remat": "projections", "train.microbatches": 8, "checkpoint.every": 30},
+    "tpu7x-128": {"mesh.data": 8, "mesh.fsdp": 16, "model.remat": "dots", "train.microbatches": 8,
+                  "checkpoint.every": 20},
 }
 # On v5p larger tiles in on-chip memory reduce the compiler's time estimate by a fifth.
 for _variant in ("v5p-128", "v5p-1024"):

@@ -44,6 +44,8 @@ QUANTIZE = cli.quantize_flag()
 SEARCH = flags.DEFINE_bool("search", False, "also find the most rows that fit on a device (three or more compilations)")
 EFFICIENCY = flags.DEFINE_float("kernel_efficiency", 0.7, "share of the peak that attention kernels reach", 0.01, 1.0)
 PRICE = flags.DEFINE_float("price", 0.0, "price per chip and hour; adds a line with the cost", 0.0)
+PREEMPTION_HOURS = flags.DEFINE_float("preemption_hours", 6.0, "mean hours between interruptions", 0.01)
+SAVE_GBPS = flags.DEFINE_float("save_gbps", 0.5, "GB/s that a host writes to the storage of checkpoints", 0.001)
 COMPARE = flags.DEFINE_string("compare", "", "JSON file of cases to compare")
 JSON = flags.DEFINE_string("json", "", "file for the plan, or the compared plans, as JSON")
 MARKDOWN = flags.DEFINE_string("markdown", "", "file for the compared plans as tables")
@@ -148,7 +150,8 @@ def load_config(name: str, changes: dict[str, Any]) -> Config:
 
 
 def _options(**values: Any) -> Options:
-    return Options(**values, kernel_efficiency=EFFICIENCY.value, price=PRICE.value, search=SEARCH.value)
+    return Options(**values, kernel_efficiency=EFFICIENCY.value, price=PRICE.value, search=SEARCH.value,
+                   preemption_hours=PREEMPTION_HOURS.value, save_bandwidth=1e9 * SAVE_GBPS.value)
 
 
 def _plan_case(case: dict[str, Any], config: Config, options: Options) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 USAGE='usage: tpu/delete.sh [--dry-run] [--confirm=NAME]'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-options "$@"
-check_settings
 need PROJECT ZONE NAME
 
 if [ "$BACKEND" = xpk ]; then

@@ -1,38 +1,43 @@
 #!/bin/sh
 # Starts a task on all hosts in the background, with restarts (see tpu/host/restart.sh).
-USAGE='usage: tpu/launch.sh [--dry-run] pretrain|sft|evaluate|prepare [FLAG…]
-  FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; the output directory is BUCKET/RUN'
+USAGE='usage: tpu/launch.sh [--dry-run] [--retries=10] pretrain|sft|evaluate|prepare [FLAG…]
+  FLAGs are those of python -m illada_jax.main, .evaluate or .prepare; the output directory is BUCKET/RUN
+  --retries: restarts in a row without a new checkpoint, shard or result, before a host gives up
+  --confirm=NAME: on GKE, replace a workload of this name without asking'
+TAKES_TASK=true
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-# Options of the script may stand anywhere; all other arguments are those of the task.
-for argument in "$@"; do
-  shift
-  case $argument in
-    --dry-run | --help) options "$argument" ;;
-    *) set -- "$@" "$argument" ;;
-  esac
-done
-check_task "$@"
-check_settings
 need PROJECT ZONE NAME BUCKET
-task=$1
 python_command "$@"
+[ -z "${FORWARD:-}" ] || environment_file
+supervisor="${RETRIES:+ILLADA_RESTARTS=$RETRIES }"
 
 if [ "$BACKEND" = xpk ]; then
   need IMAGE ACCELERATOR
-  # XPK recreates all pods when one is lost or ends with 75 or 127 to 255; restart.sh restarts the command in its pod.
-  explained xpk workload create --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" \
-    --tpu-type="$ACCELERATOR" --num-slices="$NUM_SLICES" --docker-image="$IMAGE" --max-restarts=100 \
-    --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="sh tpu/host/restart.sh $COMMAND"
+  slices=$NUM_SLICES
+  # `exec`: the signal that stops a pod must reach restart.sh.
+  start="${RETRIES:+export ILLADA_RESTARTS=$RETRIES; }exec sh tpu/host/restart.sh $COMMAND"
+  if [ "$WORKERS" = 0 ]; then
+    slices=1
+    # The command starts on every host of a slice.
+    start="[ \"\${JOB_COMPLETION_INDEX:-0}\" = 0 ] || exit 0; $start"
+  fi
+  set -- xpk workload create --cluster="$NAME" --project="$PROJECT" --zone="$ZONE" --workload="$NAME-$RUN" \
+    --tpu-type="$ACCELERATOR" --num-slices="$slices" --docker-image="$(image)"
+  # XPK recreates all pods when one is lost or ends with 1, 42, 75 or 127 to 255; restart.sh restarts the command in its
+  # pod and ends with another code when it gives up.
+  set -- "$@" --max-restarts=100 --restart-on-exit-codes=1,75 --termination-grace-period-seconds=600
+  [ -z "${FORWARD:-}" ] || set -- "$@" --env-file="$FORWARDED"
+  # Without --quiet XPK asks before it replaces a workload.
+  [ -z "$CONFIRM" ] || set -- "$@" --quiet
+  explained "$@" --command="$start"
+  [ -z "${FORWARD:-}" ] || $DRY_RUN || rm -f "$FORWARDED"
   exit
 fi
 
-# A single host prepares a corpus; all other tasks run on all hosts.
-if [ "$task" = prepare ]; then
-  on_workers "$(nodes | head -n 1)" 0 "sh illada/tpu/host/start.sh $COMMAND"
-  exit
-fi
 # The processes of all slices wait for each other when they join.
 nodes | while read -r node; do
-  on_workers "$node" all "sh illada/tpu/host/start.sh $COMMAND" </dev/null
+  [ -z "${FORWARD:-}" ] || copy_to "$node" "$WORKERS" "$FORWARDED" illada.env </dev/null
+  on_workers "$node" "$WORKERS" "${supervisor}sh illada/tpu/host/task.sh start $COMMAND" </dev/null
 done
+[ -z "${FORWARD:-}" ] || $DRY_RUN || rm -f "$FORWARDED"

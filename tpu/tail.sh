@@ -3,8 +3,6 @@
 USAGE='usage: tpu/tail.sh [--dry-run]; LINES=100 lines from before'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-options "$@"
-check_settings
 need PROJECT ZONE NAME
 lines=${LINES:-100}
 
@@ -14,4 +12,5 @@ if [ "$BACKEND" = xpk ]; then
     --selector="jobset.sigs.k8s.io/jobset-name=$NAME-$RUN,batch.kubernetes.io/job-completion-index=0"
   exit
 fi
-on_workers "$(nodes | head -n 1)" 0 "tail -n $lines -F illada/log"
+REMOTE="tail -n $lines -F illada/log"
+tpu_vm ssh 0 "$(nodes | head -n 1)"

@@ -3,8 +3,6 @@
 USAGE='usage: tpu/wait.sh [--dry-run]; WAIT_SECONDS=30 between checks, WAIT_HOURS=72 at most'
 # shellcheck source=tpu/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-options "$@"
-check_settings
 need PROJECT ZONE NAME
 seconds=${WAIT_SECONDS:-30}
 left=$((${WAIT_HOURS:-72} * 3600))
@@ -21,18 +19,21 @@ if $DRY_RUN; then
   exit 0
 fi
 last=
+unread=0
 while :; do
-  read_state
-  now=$STATE
-  [ "$now" = "$last" ] || echo "$NAME is $now"
-  last=$now
-  case $now in
+  # An error may pass: the network, a limit of requests.
+  if read_state; then unread=0; else unread=$((unread + 1)) STATE=unknown; fi
+  [ "$STATE" = "$last" ] || echo "$NAME is $STATE"
+  last=$STATE
+  case $STATE in
     ACTIVE) exit 0 ;;
     NOT_FOUND) fail "$EXIT_GONE" "there is no $NAME in $ZONE; request it with tpu/create.sh" ;;
-    FAILED) fail "$EXIT_GONE" "the request failed; run tpu/delete.sh, then tpu/create.sh, perhaps in another ZONE" ;;
-    SUSPENDING | SUSPENDED) fail "$EXIT_GONE" "$NAME was preempted; continue with tpu/resume.sh" ;;
+    FAILED)
+      fail "$EXIT_GONE" "the request failed: $(reason). Run tpu/delete.sh, then tpu/create.sh, perhaps in another ZONE" ;;
+    SUSPENDING | SUSPENDED) fail "$EXIT_GONE" "$NAME was preempted; continue with tpu/babysit.sh or tpu/resume.sh" ;;
   esac
-  [ "$left" -gt 0 ] || fail "$EXIT_GONE" "$NAME is still $now after ${WAIT_HOURS:-72} hours"
+  [ $unread -lt 20 ] || fail "$EXIT_GONE" "the state of $NAME cannot be read"
+  [ "$left" -gt 0 ] || fail "$EXIT_GONE" "$NAME is still $STATE after ${WAIT_HOURS:-72} hours"
   sleep "$seconds"
   left=$((left - seconds))
 done

@@ -1,6 +1,6 @@
 """Published figures of TPU chips, and the topologies that can be compiled for.
 
-Sources: https://docs.cloud.google.com/tpu/docs/tpu7x (v5p, v6e, tpu7x: one table) and …/tpu/docs/v5e.
+Sources: https://docs.cloud.google.com/tpu/docs/tpu7x (v5p, v6e, tpu7x: one table), …/tpu/docs/v5e and …/tpu/docs/v4.
 Interconnect figures there count both directions; here they are one direction, summed over a chip's links. Peaks are
 bfloat16.
 """
@@ -40,6 +40,7 @@ class Chip:
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 25e9 / 8, 2 * 8 * 128**2, _CUBES),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 25e9 / 8, 2 * 4 * 128**2, _SQUARES),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 50e9 / 8, 2 * 8 * 128**2, (*_CUBES, "8x8x16", "8x16x16")),
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 100e9 / 8, 2 * 4 * 256**2, _SQUARES),

@@ -13,7 +13,7 @@ from illada_jax import model
 from illada_jax.config import Config
 from illada_jax.errors import ConfigError
 from illada_jax.parallel.sharding import sharding_report
-from illada_jax.planning import checks, hlo, programs, roofline
+from illada_jax.planning import checks, hlo, programs, roofline, saving
 from illada_jax.planning.chips import Topology, versions
 from illada_jax.training.saved_model import abstract_params
 from illada_jax.training.step import abstract_state
@@ -29,6 +29,8 @@ class Options:
     kernel_efficiency: float = 0.7
     price: float = 0.0
     search: bool = False
+    preemption_hours: float = 6.0
+    save_bandwidth: float = 0.5e9
 
 
 def make_plan(config: Config, topology: Topology, options: Options) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def _plan_training(config: Config, mesh: Mesh, topology: Topology,
         "mfu_bound": bounds["compute"] / bounds["best"],
         "mfu_without_overlap": bounds["compute"] / bounds["without_overlap"],
         "days": days,
+        "saving": saving.saving_figures(config.checkpoint.every, bounds["best"], memory["argument_bytes"], topology,
+                                        options.preemption_hours, options.save_bandwidth),
         "whole_logits": checks.whole_logits(module, config, rows, mesh.shape["tensor"]),
         "replicated_params": checks.replicated_params(module, params),
         "sharding": sharding_report(params, model.param_axes(config.model)),
@@ -83,6 +87,9 @@ def _plan_training(config: Config, mesh: Mesh, topology: Topology,
         "in `best`, not at all in `without overlap`",
         f"the loss computes the logits of all its {chunks} chunks; it leaves out those without a masked token",
         "no time for data, checkpoints, evaluation, failures",
+        f"saving: a device copies {saving.HOST_BANDWIDTH / 1e9:.0f} GB/s to its host, a host writes "
+        f"{options.save_bandwidth / 1e9:g} GB/s (--save_gbps), an interruption every {options.preemption_hours:g} h "
+        f"(--preemption_hours) without time to save; {saving.RESTART_SECONDS:.0f} s until steps are taken again",
     ]
     if not config.train.steps:
         assumptions.append("how many steps the epochs take is not known without the examples: no days")

@@ -45,6 +45,8 @@ def _train_lines(plan: dict[str, Any]) -> list[str]:
         "without overlap",
         f"whole run       {plan['days']:,.1f} days for {plan['steps'] * plan['tokens_per_step'] / 1e12:,.3f} T tokens",
     ]
+    if "saving" in plan:
+        lines += _saving_lines(plan["saving"], bounds["best"])
     if "cost" in plan:
         lines.append(f"cost            {plan['cost']:,.0f}")
     if "largest_rows_per_device" in plan:
@@ -52,6 +54,17 @@ def _train_lines(plan: dict[str, Any]) -> list[str]:
     for key, name in (("whole_logits", "whole logits"), ("replicated_params", "replicated parameters")):
         lines.append(f"{name:15} {'; '.join(plan[key]) or 'none in any buffer'}")
     return [*lines, plan["sharding"]]
+
+
+def _saving_lines(saving: dict[str, Any], step: float) -> list[str]:
+    lines = [f"a checkpoint    {saving['copy_seconds']:.1f} s to copy, {saving['write_seconds']:.0f} s to write"]
+    for title, key in (("saving", "configured"), ("saving, best", "best")):
+        figures = saving[key]
+        lines.append(f"{title:15} every {figures['every']:,} steps ({figures['every'] * step / 60:,.1f} min): "
+                     f"{figures['steps_lost']:,.1f} steps lost by an interruption on average, "
+                     f"{figures['share_blocked']:.2%} of the time spent saving; with one every "
+                     f"{saving['preemption_hours']:g} h {figures['share_lost']:.1%} of the time lost in all")
+    return lines
 
 
 def _inference_lines(plan: dict[str, Any]) -> list[str]:
@@ -75,7 +88,7 @@ _TRAIN_COLUMNS = {
     "kernels s (at peak)": "{bounds[kernels]:.2f} ({bounds[kernels_at_peak]:.2f})", "HBM s": "{bounds[hbm]:.2f}",
     "ICI s": "{bounds[ici]:.2f}", "DCN s": "{bounds[dcn]:.2f}", "step s": "{bounds[best]:.2f}",
     "MFU bound": "{mfu_bound:.1%}", "kernels at peak": "{mfu_bound_with_kernels_at_peak:.1%}",
-    "no overlap": "{mfu_without_overlap:.1%}", "days": "{days_text}",
+    "no overlap": "{mfu_without_overlap:.1%}", "days": "{days_text}", "saved every; steps lost; time saving": "{saved}",
     "whole logits; replicated parameters": "{buffers}",
 }
 _INFERENCE_COLUMNS = {
@@ -132,6 +145,8 @@ _ARITHMETIC = [
     "head, row and call) ÷ (peak × efficiency)",
     "HBM, ICI, DCN = bytes read and written, sent within a slice, sent to other slices ÷ the bandwidth of each",
     "step = max(fusions + kernels, HBM, ICI, DCN); without overlap = max(fusions + kernels, HBM) + ICI + DCN",
+    "steps lost by an interruption = steps between checkpoints ÷ 2 + time to write one ÷ step; time spent saving = "
+    "time to copy the state to the host ÷ time between checkpoints, plus the rest of the write if that takes longer",
     "MFU bound = model FLOPs ÷ peak ÷ step; days = configured steps × step",
 ]
 
@@ -145,6 +160,8 @@ def _values(case: dict[str, Any]) -> dict[str, Any]:
     if plan["mode"] == "train":
         values["peak"] = f"{sizes['peak_gib']:.2f}" if plan.get("peak_bytes") else "-"
         values["days_text"] = f"{plan['days']:,.0f}" if plan["steps"] else "-"
+        saving = plan.get("saving", {}).get("configured")
+        values["saved"] = "{every:,}; {steps_lost:,.1f}; {share_blocked:.2%}".format(**saving) if saving else "-"
         values["buffers"] = "; ".join(str(len(plan[key]) or "none") for key in ("whole_logits", "replicated_params"))
         return values
     values["weights"] = _weights(plan)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -127,6 +128,34 @@ def test_killed_and_repeated_is_as_never_killed(texts, tmp_path, when):
     assert first.stat().st_mtime_ns == made
     prepare(settings, tmp_path / "whole", progress=False)
     assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_mounted_bucket_that_renames_no_directories_will_do(texts, tmp_path, monkeypatch):
+    """By default gcsfuse refuses it with EMFILE."""
+    def without_directories(rename):
+        def checked(source, target, **more):
+            if os.path.isdir(source):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), source)
+            return rename(source, target, **more)
+        return checked
+
+    settings = settings_for(texts)
+    prepare(settings, tmp_path / "disk", progress=False)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, without_directories(getattr(os, name)))
+    # Killed while the tokenizer was being saved, it begins again.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(jobs, "train_sentencepiece", lambda *_: HalfSaved())
+        prepare(settings, tmp_path / "bucket", progress=False)
+    prepare(settings, tmp_path / "bucket", progress=False)
+    assert contents(tmp_path / "bucket") == contents(tmp_path / "disk")
+
+
+class HalfSaved:
+    def save(self, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "sentencepiece.model").write_bytes(b"half")
+        raise KeyboardInterrupt
 
 
 def test_unfinished_work_of_other_settings_or_files_is_refused(texts, tmp_path, monkeypatch):

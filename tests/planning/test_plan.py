@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -21,7 +22,7 @@ from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.flops import forward_flops_per_token
 from illada_jax.parallel.mesh import AXES, check_divisible, check_model_divisible, make_mesh
 from illada_jax.parallel.sharding import sharding_report
-from illada_jax.planning import checks, chips, hlo, programs, roofline
+from illada_jax.planning import checks, chips, hlo, programs, roofline, saving
 from illada_jax.planning.plan import Options, make_plan
 from illada_jax.planning.render import as_markdown, as_text
 from illada_jax.training.step import abstract_state
@@ -203,6 +204,40 @@ def test_a_refused_program_says_by_how_much_and_what_would_help(topology, monkey
         make_plan(dataclasses.replace(CONFIG, **config), topology, options)
 
 
+@pytest.mark.parametrize(("step", "copy", "write", "between"), [
+    (47.0, 0.7, 46, 21_600), (5.9, 0.2, 11, 21_600), (35.0, 0.05, 3, 3600), (0.1, 0.01, 2, 1e6), (1.0, 5.0, 300, 86_400)
+])
+def test_the_best_interval_loses_the_least(step, copy, write, between):
+    """Of all intervals in which a checkpoint can be written, up to rounding."""
+    def lost(every):
+        return (saving.share_blocked(every, step, copy, write)
+                + saving.steps_lost(every, step, write) * step / between)
+
+    best = saving.best_every(step, copy, write, between)
+    assert best * step >= write
+    assert lost(best) <= 1.05 * min(lost(every) for every in range(math.ceil(write / step), 30_000))
+    assert lost(3 * best) > lost(best)
+
+
+def test_steps_lost_are_those_of_simulated_interruptions():
+    every, step, write = 10, 40.0, 60.0
+    rng = np.random.default_rng(0)
+    at = rng.uniform(1e5, 2e5, 20_000)
+    whole = np.floor((at - write) / (every * step)) * every  # step of the newest checkpoint that is written
+    assert np.mean(at / step - whole) == pytest.approx(saving.steps_lost(every, step, write), rel=0.02)
+
+
+def test_a_plan_says_what_an_interruption_costs(topology):
+    plan = make_plan(CONFIG, topology, Options(preemption_hours=2.0, save_bandwidth=1e9))
+    figures = plan["saving"]
+    assert figures["write_seconds"] == pytest.approx(plan["argument_bytes"] * 8 / 1e9)  # one host has all devices
+    assert figures["configured"]["every"] == 1000
+    assert figures["best"]["share_lost"] <= figures["configured"]["share_lost"]
+    text = as_text(plan)
+    assert "steps lost by an interruption on average" in text and "every 1,000 steps" in text
+    assert "| 1,000; " in as_markdown([{"name": "a case", "plan": plan}])
+
+
 def test_unknown_topologies_list_the_known_ones():
     with pytest.raises(InputError, match=r"--topology=v5p:4x5x4: unknown; known for v5p: .*v5p:4x4x4"):
         chips.parse("v5p:4x5x4")
@@ -223,6 +258,8 @@ def test_cases_are_checked(tmp_path):
         aot.load_config("does/not/exist.py", {})
     with pytest.raises(ConfigError, match="known variants: v5p-128"):
         aot.load_config("experiments/pretrain_8b.py:v5p-7", {})
+    with pytest.raises(ConfigError, match="known variants: v4-8, v5e-8, v6e-8"):
+        aot.load_config("experiments/pretrain_1b.py:v5e-4", {})
     assert aot.load_config("experiments/pretrain_8b.py:v5p-128", {"seed": 3}).seed == 3
 
 

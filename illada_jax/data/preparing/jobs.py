@@ -27,7 +27,7 @@ from illada_jax.data.shards import ShardInfo, ShardWriter
 from illada_jax.data.sources.records import RejectedExample
 from illada_jax.data.sources.registry import Document, Part
 from illada_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
-from illada_jax.files import new_directory, read_json, write_atomically
+from illada_jax.files import read_json, write_atomically
 
 DONE_DIRECTORY = "done"
 TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
@@ -221,21 +221,22 @@ def run_jobs(settings: Settings, directory: pathlib.Path, jobs: Sequence[ShardJo
              texts: Iterable[str], engine: Engine, progress: bool) -> Manifest:
     """Saves the tokenizer, makes the missing shards, and returns the manifest, not yet saved.
 
-    A tokenizer that is in the directory already is kept; if `tokenizer` is None, one is trained on `texts`.
+    The tokenizer of a preparation that was stopped is kept; if `tokenizer` is None, one is trained on `texts`.
     """
-    target = directory / TOKENIZER_DIRECTORY
-    if target.exists():
+    target, done_directory = directory / TOKENIZER_DIRECTORY, directory / DONE_DIRECTORY
+    if done_directory.exists():
         tokenizer = load_tokenizer(target)
     else:
         if tokenizer is None:
             if progress:
                 print(f"training a SentencePiece tokenizer of {settings.vocab_size:,} ids", file=sys.stderr, flush=True)
             tokenizer = train_sentencepiece(texts, settings.vocab_size)
-        with new_directory(target) as unfinished:
-            tokenizer.save(unfinished)
-    (directory / DONE_DIRECTORY).mkdir(exist_ok=True)
+        # Not renamed into place: mounted buckets may refuse to rename directories. The other directory, made later,
+        # says that it is whole.
+        tokenizer.save(target)
+        done_directory.mkdir()
     engine(jobs, directory, settings.drop_duplicates)
-    paths = sorted((directory / DONE_DIRECTORY).glob("*.json"), key=lambda path: int(path.stem))
+    paths = sorted(done_directory.glob("*.json"), key=lambda path: int(path.stem))
     done = [read_json(path) for path in paths]
     report = Report()
     for record in done:
