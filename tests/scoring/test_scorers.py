@@ -113,6 +113,15 @@ def test_equal_inputs_are_evaluated_once(networks):
     assert many.evaluator.evaluations < 9
 
 
+def test_guidance_hides_the_context_of_each_pair(networks):
+    """Here the same row, with the same column hidden, has contexts of two lengths."""
+    pairs = [([4], [5, 6]), ([4], [5, 7]), ([4, 5], [6]), ([4, 5], [7])]
+    for settings in ({}, {"method": "monte_carlo", "mc_num": 4}):
+        guided = scorer(networks[0], cfg_scale=1.0, **settings)
+        together, alone = guided.score(pairs), [guided.score([pair])[0] for pair in pairs]
+        np.testing.assert_allclose([score.value for score in together], [score.value for score in alone], atol=1e-5)
+
+
 def test_shapes_are_few(networks):
     logits_fn, _ = networks
     log_prob_queries.token_log_probs.clear_cache()
@@ -158,10 +167,11 @@ def test_choose_finds_the_best_with_fewer_evaluations(networks, divided):
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
     assert chosen == [int(np.argmax(group)) for group in values]
     assert choosing.evaluator.evaluations < scoring.evaluator.evaluations
-    sampled = scorer(logits_fn, method="monte_carlo", mc_num=4)
-    flat = iter(sampled.score([pair for pairs in questions for pair in pairs]))
-    values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
-    assert sampled.choose(questions, divisors) == [int(np.argmax(group)) for group in values]
+    for settings in ({"method": "monte_carlo", "mc_num": 4, "seed": 3}, {"tokens_per_step": 3}):
+        other = scorer(logits_fn, **settings)
+        flat = iter(other.score([pair for pairs in questions for pair in pairs]))
+        values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
+        assert other.choose(questions, divisors) == [int(np.argmax(group)) for group in values]
 
 
 def test_of_equal_candidates_the_first_is_chosen(networks):
@@ -235,6 +245,7 @@ def test_masks_of_monte_carlo():
     ([([4], [])], "pair 0: the candidate is empty"),
     ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 after it exceed the"),
     ([([4], [11])], "id 11 is outside the vocabulary of 11"),
+    ([([4], [5]), ([-1], [5])], "pair 1: id -1 is outside the vocabulary of 11"),
     ([([IDS.mask], [5])], "contains MASK (id 0)"),
 ])
 def test_bad_pairs(networks, pairs, message):
