@@ -10,6 +10,7 @@ import pytest
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding import Decoder, SpecialIds, plain_logits_fn
+from illada_jax.decoding import decoder as decoder_lib
 from illada_jax.decoding.confidence import CONFIDENCES
 from illada_jax.decoding.decoder import canvas_buckets, make_rules
 from illada_jax.decoding.loop import Carry, run_blocks
@@ -146,6 +147,22 @@ def test_callback_sees_every_block_and_stops_rows():
     assert results[1].tokens == seen[1][-1] and len(results[1].tokens) == 16
     unwatched = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4]])
     assert unwatched[0].tokens == results[0].tokens
+
+
+def test_the_host_acts_after_every_block_only_where_it_must(monkeypatch):
+    """A prompt that waits takes the slot of the first row that ends; with none left the loop runs to the end."""
+    run, calls = decoder_lib.run_blocks, []
+
+    def counted(logits_fn, carry, num_blocks, *, rules):
+        calls.append(int(num_blocks))
+        return run(logits_fn, carry, num_blocks, rules=rules)
+
+    monkeypatch.setattr(decoder_lib, "run_blocks", counted)
+    decoder = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 64)
+    for prompts, expected in (([[4]], [decoder_lib.UNLIMITED]), ([[4]] * 5, [1, 1, 1, decoder_lib.UNLIMITED])):
+        calls.clear()
+        decoder.generate(prompts)
+        assert calls == expected
 
 
 def test_special_ids_and_their_rules():

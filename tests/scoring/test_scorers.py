@@ -131,9 +131,13 @@ def test_shapes_are_few(networks):
     assert log_prob_queries.token_log_probs._cache_size() <= 2 * 3 * 3
 
 
-def test_no_row_is_padding(networks, monkeypatch):
+@pytest.mark.parametrize("batch_size, max_columns, sizes", [(8, 1024, {1, 2, 4, 8}), (3, 1024, {1, 2}),
+                                                            (8, 32, {1, 2, 4})])
+def test_no_row_is_padding_and_batches_have_their_limits(networks, monkeypatch, batch_size, max_columns, sizes):
+    """Limits of rows and of queried columns, of which each row has eight."""
     logits_fn, _ = networks
-    answers, rows, run = scorer(logits_fn, batch_size=8), [], log_prob_queries.token_log_probs
+    answers, rows, run = scorer(logits_fn, batch_size=batch_size), [], log_prob_queries.token_log_probs
+    monkeypatch.setattr(log_prob_queries, "_MAX_QUERIED_COLUMNS", max_columns)
 
     def counted(logits_fn, tokens_BL, *arrays, **settings):
         rows.append(len(tokens_BL))
@@ -141,7 +145,7 @@ def test_no_row_is_padding(networks, monkeypatch):
 
     monkeypatch.setattr(log_prob_queries, "token_log_probs", counted)
     answers.score([pair for pair in PAIRS if len(pair[1]) > 2][:13])
-    assert sum(rows) == answers.evaluator.evaluations and set(rows) == {1, 2, 4, 8}
+    assert sum(rows) == answers.evaluator.evaluations and set(rows) == sizes
 
 
 def test_reveal_several_at_a_time(networks):
