@@ -36,6 +36,16 @@ def test_eos_stops_a_row_and_is_not_part_of_the_answer():
     assert any(r.nfe < 12 for r in stopped)  # a row that stopped early did not pay for the rest
 
 
+def test_a_stop_id_ends_a_row_after_its_block():
+    decoder = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 64)
+    free = decoder.generate([[4], [5]])
+    settings = dataclasses.replace(SETTINGS, stop_ids=(free[0].tokens[10],))
+    for before, after in zip(free, Decoder(decoder.logits_fn, settings, IDS, 64).generate([[4], [5]]), strict=True):
+        end = next((n for n, id_ in enumerate(before.tokens) if id_ in settings.stop_ids), 24)
+        assert (after.tokens, after.stopped_by) == (before.tokens[:end], "stop_id" if end < 24 else "length")
+        assert after.nfe == 4 * min(3, end // 8 + 1) and len(after.canvas) == 1 + 8 * min(3, end // 8 + 1)
+
+
 def test_infilling_changes_gaps_only():
     """Also of a text that fills the context."""
     texts = [[4, M, M, 5, 1], [M] * 20 + [6], [7, 1, M]]

@@ -104,9 +104,10 @@ def test_alone_or_in_a_batch(networks, settings):
 
 def test_equal_inputs_are_evaluated_once(networks):
     logits_fn, _ = networks
-    answers = scorer(logits_fn)
-    answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
-    assert answers.evaluator.evaluations == 1
+    for cfg_scale, evaluations in ((0.0, 1), (1.0, 2)):
+        answers = scorer(logits_fn, cfg_scale=cfg_scale)
+        answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
+        assert answers.evaluator.evaluations == evaluations
     # The first token is shared by all: its column is the same, and so is what is revealed first or what is hidden.
     many = scorer(logits_fn)
     many.score([([4, 5, 6], [7, 8, last]) for last in (4, 5, 6)])
@@ -236,6 +237,7 @@ def test_masks_of_monte_carlo():
     assert columns([5, 6], 8) != columns([6, 5], 8) and columns([5, 6], 8) != columns([5, 6], 8, seed=1)
     for start in range(0, 64, 8):  # each replicate of eight draws holds every count once
         assert sorted(len(hidden) for hidden in columns([5, 6], 8)[start : start + 8]) == list(range(1, 9))
+    assert len({tuple(hidden) for hidden in columns([5, 6], 8) if len(hidden) == 2}) > 2  # every draw has its own
     seen = np.zeros(8)
     for seed in range(64):
         for hidden in columns([7], 8, seed=seed):
