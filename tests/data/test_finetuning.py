@@ -225,6 +225,12 @@ def test_llada_takes_one_turn_of_a_conversation_and_over_the_epochs_all(tmp_path
     assert seen == {0, 1}
 
 
+def test_examples_of_an_epoch_take_different_turns(tmp_path):
+    batches, _ = prepared(tmp_path, [{"messages": TURNS}] * 20, format="llada", epochs=1, length=64)
+    rows = [row for step in range(batches.num_steps) for row in batches.rows(step, range(4)).maskable_BL]
+    assert len({int(np.argmax(row)) for row in rows}) == 2
+
+
 def test_without_epochs_the_examples_go_round_for_ever(tmp_path):
     for form in ("illada", "llada"):
         batches, _ = prepared(tmp_path, pairs(), epochs=0, format=form)

@@ -156,6 +156,15 @@ def test_splits_have_their_probability_and_uniform_cuts():
     assert batch.positions_BL[row].tolist() == [*range(cut), *range(8 - cut)]
 
 
+def test_splits_do_not_depend_on_cuts():
+    """Half of the rows are cut short, half are split, so half of those that are not cut."""
+    pipeline = make_pipeline(numbered(8000), split=0.5, batch_size=50, random_length_probability=0.5,
+                             random_length_of="row")
+    batch = concatenated(pipeline.rows(step, range(50)) for step in range(20))
+    whole = batch.maskable_BL.all(axis=1)
+    assert abs((batch.segments_BL[whole].max(axis=1) == 2).mean() - 0.5) < 4 * 0.5 / whole.sum() ** 0.5
+
+
 def test_windows_of_one_token_are_never_split():
     assert (make_pipeline(numbered(10), split=1.0, length=1).rows(0, range(4)).segments_BL == 1).all()
 

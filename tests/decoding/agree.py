@@ -31,6 +31,8 @@ def assert_agree(networks, settings: DecodeConfig, prompts, infill: bool = False
         end = next((n for n, id_ in enumerate(written) if id_ in ends), len(written))
         assert result.tokens == written[:end], f"row {row}"
         assert result.reveal_step == trace.reveal_step[start : start + end], f"row {row}"
+        stopped_by = "length" if end == len(written) else "eos" if written[end] == IDS.eos else "stop_id"
+        assert result.stopped_by == ("filled" if infill else stopped_by), f"row {row}"
         assert result.nfe == trace.steps * (2 if settings.cfg_scale else 1), f"row {row}"
         np.testing.assert_allclose(result.log_probs, trace.log_prob[start : start + end], rtol=1e-4, atol=1e-5)
     return near_ties

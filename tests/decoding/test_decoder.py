@@ -1,6 +1,7 @@
 """Properties of every row, for any network."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from illada_jax.config import DecodeConfig
-from illada_jax.decoding import Decoder, plain_logits_fn
+from illada_jax.decoding import Decoder, SpecialIds, plain_logits_fn
+from illada_jax.decoding import decoder as decoder_lib
 from illada_jax.decoding.confidence import CONFIDENCES
 from illada_jax.decoding.decoder import canvas_buckets, make_rules
 from illada_jax.decoding.loop import Carry, run_blocks
@@ -24,7 +26,9 @@ def test_eos_stops_a_row_and_is_not_part_of_the_answer():
     results = Decoder(table(eos_bias=1.5)[0], SETTINGS, IDS, 96).generate([[4] * n for n in range(1, 9)])
     stopped = [r for r in results if r.stopped_by == "eos"]
     assert stopped
-    for result in results:
+    for n, result in enumerate(results, 1):
+        assert len(result.canvas) == len(result.canvas_step) and result.canvas_step[:n] == [-1] * n
+        assert result.canvas_step[n : n + len(result.tokens)] == result.reveal_step
         assert IDS.eos not in result.tokens
         assert len(result.tokens) == len(result.reveal_step) == len(result.log_probs)
         if result.stopped_by == "length":
@@ -32,9 +36,20 @@ def test_eos_stops_a_row_and_is_not_part_of_the_answer():
     assert any(r.nfe < 12 for r in stopped)  # a row that stopped early did not pay for the rest
 
 
+def test_a_stop_id_ends_a_row_after_its_block():
+    decoder = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 64)
+    free = decoder.generate([[4], [5]])
+    settings = dataclasses.replace(SETTINGS, stop_ids=(free[0].tokens[10],))
+    for before, after in zip(free, Decoder(decoder.logits_fn, settings, IDS, 64).generate([[4], [5]]), strict=True):
+        end = next((n for n, id_ in enumerate(before.tokens) if id_ in settings.stop_ids), 24)
+        assert (after.tokens, after.stopped_by) == (before.tokens[:end], "stop_id" if end < 24 else "length")
+        assert after.nfe == 4 * min(3, end // 8 + 1) and len(after.canvas) == 1 + 8 * min(3, end // 8 + 1)
+
+
 def test_infilling_changes_gaps_only():
+    """Also of a text that fills the context."""
     texts = [[4, M, M, 5, 1], [M] * 20 + [6], [7, 1, M]]
-    results = Decoder(table(eos_bias=9.0)[0], SETTINGS, IDS, 96).generate(texts, infill=True)
+    results = Decoder(table(eos_bias=9.0)[0], SETTINGS, IDS, 21).generate(texts, infill=True)
     for text, result in zip(texts, results, strict=True):
         assert len(result.tokens) == len(text)
         for old, new, step in zip(text, result.tokens, result.reveal_step, strict=True):
@@ -97,6 +112,8 @@ def test_buckets_cover_the_context():
     assert canvas_buckets(256) == (64, 96, 128, 192, 256)
     assert canvas_buckets(40) == (40,)
     assert canvas_buckets(100) == (64, 96, 100)
+    for block_length, buckets in ((8, [64, 96]), (64, [64, 96]), (65, [96]), (96, [96])):  # all hold a block
+        assert Decoder(None, dataclasses.replace(SETTINGS, block_length=block_length), IDS, 96).buckets == buckets
 
 
 def test_cost_follows_the_answer_and_not_the_budget():
@@ -119,11 +136,11 @@ def test_cost_follows_the_answer_and_not_the_budget():
 
 
 def test_over_budget_is_cut_to_whole_blocks(caplog):
-    decoder = Decoder(table(eos_bias=-20.0)[0], dataclasses.replace(SETTINGS, max_new_tokens=64), IDS, 96)
+    decoder = Decoder(table(eos_bias=-20.0)[0], dataclasses.replace(SETTINGS, max_new_tokens=62), IDS, 96)
     with caplog.at_level("WARNING", logger="absl"):
-        lengths = [len(r.tokens) for r in decoder.generate([[4] * 32, [4] * 70, [4] * 90])]
-    assert lengths == [64, 24, 6]  # 26 columns are left: three blocks of 8; 6 columns: less than a block
-    assert "prompt 1: max_new_tokens cut from 64 to 24" in caplog.text
+        lengths = [len(r.tokens) for r in decoder.generate([[4] * 34, [4] * 70, [4] * 90])]
+    assert lengths == [62, 24, 6]  # it fits; 26 columns are left: three blocks of 8; 6 columns: less than a block
+    assert "prompt 1: max_new_tokens cut from 62 to 24" in caplog.text and "prompt 0" not in caplog.text
 
 
 def test_callback_sees_every_block_and_stops_rows():
@@ -140,6 +157,36 @@ def test_callback_sees_every_block_and_stops_rows():
     assert results[1].tokens == seen[1][-1] and len(results[1].tokens) == 16
     unwatched = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 96).generate([[4]])
     assert unwatched[0].tokens == results[0].tokens
+
+
+def test_the_host_acts_after_every_block_only_where_it_must(monkeypatch):
+    """A prompt that waits takes the slot of the first row that ends; with none left the loop runs to the end."""
+    run, calls = decoder_lib.run_blocks, []
+
+    def counted(logits_fn, carry, num_blocks, *, rules):
+        calls.append(int(num_blocks))
+        return run(logits_fn, carry, num_blocks, rules=rules)
+
+    monkeypatch.setattr(decoder_lib, "run_blocks", counted)
+    decoder = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 64)
+    for prompts, expected in (([[4]], [decoder_lib.UNLIMITED]), ([[4]] * 5, [1, 1, 1, decoder_lib.UNLIMITED])):
+        calls.clear()
+        decoder.generate(prompts)
+        assert calls == expected
+
+
+def test_special_ids_and_their_rules():
+    """Unused ids are never chosen. The settings' string is boosted, or else the tokenizer's; in infilling none is."""
+    tokenizer = types.SimpleNamespace(mask_id=0, eos_id=1, bos_id=2, pad_id=3, vocab_size=11, unused_ids=(7, 9),
+                                      encode_behind=lambda text: [4, 5, 6] if text == "</think>" else [])
+    plain, boosted = SETTINGS, dataclasses.replace(SETTINGS, end_of_thinking_boost=1.0)
+    own = dataclasses.replace(boosted, end_of_thinking_ids=(8,))
+    for settings, of_tokenizer, expected in ((plain, (), ()), (boosted, (4, 5, 6), (4, 5, 6)), (own, (), (8,))):
+        ids = SpecialIds.of(tokenizer, settings)
+        assert ids == (0, 1, 2, 3, 11, of_tokenizer, (7, 9))
+        rules, infilling = make_rules(settings, ids), make_rules(settings, ids, infill=True)
+        assert (rules.suppressed_ids, infilling.suppressed_ids) == ((0, 7, 9), (0, 1, 3, 7, 9))
+        assert (rules.thinking_ids, infilling.thinking_ids) == (expected, ())
 
 
 def halves(ranking, settings):
@@ -163,6 +210,7 @@ def test_a_strategy_is_added_by_its_registration_alone(monkeypatch):
     (lambda d: d.generate([[4], [4] * 96]), "prompt 1: its 96 tokens leave no room in the context of 96"),
     (lambda d: d.generate([[4, M, 5]]), "prompt 0: contains MASK (id 0) at position 1"),
     (lambda d: d.generate([[4, 11]]), "id 11 is outside the vocabulary of 11"),
+    (lambda d: d.generate([[4], [5, -1]]), "prompt 1: id -1 is outside the vocabulary of 11"),
     (lambda d: d.generate([[4, 5]], infill=True), "no gap to fill"),
     (lambda d: d.generate([[M] * 97], infill=True), "exceed the context of 96"),
     (lambda d: Decoder(None, dataclasses.replace(SETTINGS, block_length=97), IDS, 96), "decode.block_length = 97"),

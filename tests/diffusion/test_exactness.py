@@ -108,22 +108,23 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, compact):
         head = lambda x: jnp.einsum("...D,DV->...V", x, matrix_DV)  # noqa: E731
         losses = functools.partial(token_losses, head, chunk=chunk, compact=compact)
         loss, sums, nats_B = objective(losses, hidden_BLD, batch, corrupted)
-        return loss, (nats_B, sums.correct)
+        return 3 * loss, (nats_B, sums)
 
     def naive(hidden_BLD, matrix_DV):
         log_p_BLV = jax.nn.log_softmax(jnp.einsum("BLD,DV->BLV", hidden_BLD, matrix_DV))
         ce_BL = -jnp.take_along_axis(log_p_BLV, batch.tokens_BL[..., None], -1)[..., 0]
         correct = jnp.sum((jnp.argmax(log_p_BLV, -1) == batch.tokens_BL) & masked_BL)
         nats_B = jnp.sum(jnp.where(masked_BL, ce_BL / corrupted.p_BL, 0.0), axis=1)
-        return jnp.sum(nats_B) / masked_BL.size, (nats_B, correct)
+        return 3 * jnp.sum(nats_B) / masked_BL.size, (nats_B, correct)
 
-    (value, (nats_B, correct)), grads = jax.value_and_grad(lean, (0, 1), has_aux=True)(hidden_BLD, matrix_DV)
+    (value, (nats_B, sums)), grads = jax.value_and_grad(lean, (0, 1), has_aux=True)(hidden_BLD, matrix_DV)
     (expected, (naive_nats_B, naive_correct)), naive_grads = jax.value_and_grad(naive, (0, 1), has_aux=True)(
         hidden_BLD, matrix_DV)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(lean(hidden_BLD, matrix_DV)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(sums.loss / sums.weight, expected / 3, rtol=1e-5)
     np.testing.assert_allclose(nats_B, naive_nats_B, rtol=1e-5)
-    assert correct == naive_correct
+    assert sums.correct == naive_correct
     chex.assert_trees_all_close(grads, naive_grads, rtol=1e-5, atol=1e-6)
 
 
@@ -147,15 +148,30 @@ def test_the_gradient_is_finite_where_nothing_is_masked(compact):
     assert np.isfinite(grad(jnp.ones((1, 4, 3)))).all()
 
 
-def test_sums_by_masking_probability_are_those_of_a_plain_loop():
+def test_sums_are_those_of_a_plain_loop():
+    """In all and by masking probability; where nothing may be masked, weights do not count."""
     rng = np.random.default_rng(0)
-    batch = make_batch(rng.integers(0, 9, (4, 6), dtype=np.int32))
+    maskable_BL, weights_BL = rng.random((4, 6)) < 0.8, rng.random((4, 6)).astype(np.float32)
+    batch = make_batch(rng.integers(0, 9, (4, 6), dtype=np.int32))._replace(
+        maskable_BL=maskable_BL, weights_BL=weights_BL)
     p_BL = np.array([0.05, 0.1, 0.11, 1.0], np.float32)[:, None] * np.ones((4, 6), np.float32)
-    masked_BL, correct_BL = rng.random((4, 6)) < 0.6, rng.random((4, 6)) < 0.5
+    masked_BL, correct_BL = maskable_BL & (rng.random((4, 6)) < 0.6), rng.random((4, 6)) < 0.5
     ce_BL = rng.random((4, 6)).astype(np.float32)
     _, sums, _ = objective(lambda *_: (jnp.float32(0), ce_BL, correct_BL), None, batch,
                              Corrupted(batch.tokens_BL, masked_BL, p_BL))
+    assert (sums.masked, sums.maskable, sums.correct) == (
+        masked_BL.sum(), maskable_BL.sum(), (correct_BL & masked_BL).sum())
+    np.testing.assert_allclose(sums.weight, weights_BL[maskable_BL].sum(), rtol=1e-5)
     for bucket, rows in ((0, [0, 1]), (1, [2]), (9, [3]), (5, [])):
         np.testing.assert_allclose(sums.masked_K[bucket], masked_BL[rows].sum())
         np.testing.assert_allclose(sums.ce_K[bucket], (ce_BL * masked_BL)[rows].sum(), rtol=1e-5)
         np.testing.assert_allclose(sums.correct_K[bucket], (correct_BL & masked_BL)[rows].sum())
+
+
+def test_the_loss_is_a_mean_whatever_the_size_of_the_weights():
+    batch = make_batch(np.zeros((2, 4), np.int32))
+    corrupted = Corrupted(batch.tokens_BL, np.ones((2, 4), bool), np.ones((2, 4), np.float32))
+    losses = functools.partial(token_losses, lambda h: h)
+    for scale in (1.0, 1e-3, 1e3):
+        scaled = batch._replace(weights_BL=scale * batch.weights_BL)
+        np.testing.assert_allclose(objective(losses, jnp.ones((2, 4, 3)), scaled, corrupted)[0], math.log(3), rtol=1e-5)

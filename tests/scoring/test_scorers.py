@@ -104,13 +104,23 @@ def test_alone_or_in_a_batch(networks, settings):
 
 def test_equal_inputs_are_evaluated_once(networks):
     logits_fn, _ = networks
-    answers = scorer(logits_fn)
-    answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
-    assert answers.evaluator.evaluations == 1
+    for cfg_scale, evaluations in ((0.0, 1), (1.0, 2)):
+        answers = scorer(logits_fn, cfg_scale=cfg_scale)
+        answers.score([([4, 5, 6], [token]) for token in range(4, 11)])
+        assert answers.evaluator.evaluations == evaluations
     # The first token is shared by all: its column is the same, and so is what is revealed first or what is hidden.
     many = scorer(logits_fn)
     many.score([([4, 5, 6], [7, 8, last]) for last in (4, 5, 6)])
     assert many.evaluator.evaluations < 9
+
+
+def test_guidance_hides_the_context_of_each_pair(networks):
+    """Here the same row, with the same column hidden, has contexts of two lengths."""
+    pairs = [([4], [5, 6]), ([4], [5, 7]), ([4, 5], [6]), ([4, 5], [7])]
+    for settings in ({}, {"method": "monte_carlo", "mc_num": 4}):
+        guided = scorer(networks[0], cfg_scale=1.0, **settings)
+        together, alone = guided.score(pairs), [guided.score([pair])[0] for pair in pairs]
+        np.testing.assert_allclose([score.value for score in together], [score.value for score in alone], atol=1e-5)
 
 
 def test_shapes_are_few(networks):
@@ -122,9 +132,13 @@ def test_shapes_are_few(networks):
     assert log_prob_queries.token_log_probs._cache_size() <= 2 * 3 * 3
 
 
-def test_no_row_is_padding(networks, monkeypatch):
+@pytest.mark.parametrize("batch_size, max_columns, sizes", [(8, 1024, {1, 2, 4, 8}), (3, 1024, {1, 2}),
+                                                            (8, 32, {1, 2, 4})])
+def test_no_row_is_padding_and_batches_have_their_limits(networks, monkeypatch, batch_size, max_columns, sizes):
+    """Limits of rows and of queried columns, of which each row has eight."""
     logits_fn, _ = networks
-    answers, rows, run = scorer(logits_fn, batch_size=8), [], log_prob_queries.token_log_probs
+    answers, rows, run = scorer(logits_fn, batch_size=batch_size), [], log_prob_queries.token_log_probs
+    monkeypatch.setattr(log_prob_queries, "_MAX_QUERIED_COLUMNS", max_columns)
 
     def counted(logits_fn, tokens_BL, *arrays, **settings):
         rows.append(len(tokens_BL))
@@ -132,7 +146,7 @@ def test_no_row_is_padding(networks, monkeypatch):
 
     monkeypatch.setattr(log_prob_queries, "token_log_probs", counted)
     answers.score([pair for pair in PAIRS if len(pair[1]) > 2][:13])
-    assert sum(rows) == answers.evaluator.evaluations and set(rows) == {1, 2, 4, 8}
+    assert sum(rows) == answers.evaluator.evaluations and set(rows) == sizes
 
 
 def test_reveal_several_at_a_time(networks):
@@ -158,10 +172,11 @@ def test_choose_finds_the_best_with_fewer_evaluations(networks, divided):
     values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
     assert chosen == [int(np.argmax(group)) for group in values]
     assert choosing.evaluator.evaluations < scoring.evaluator.evaluations
-    sampled = scorer(logits_fn, method="monte_carlo", mc_num=4)
-    flat = iter(sampled.score([pair for pairs in questions for pair in pairs]))
-    values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
-    assert sampled.choose(questions, divisors) == [int(np.argmax(group)) for group in values]
+    for settings in ({"method": "monte_carlo", "mc_num": 4, "seed": 3}, {"tokens_per_step": 3}):
+        other = scorer(logits_fn, **settings)
+        flat = iter(other.score([pair for pairs in questions for pair in pairs]))
+        values = [[next(flat).value / (len(pair[1]) if divided else 1) for pair in pairs] for pairs in questions]
+        assert other.choose(questions, divisors) == [int(np.argmax(group)) for group in values]
 
 
 def test_of_equal_candidates_the_first_is_chosen(networks):
@@ -222,6 +237,7 @@ def test_masks_of_monte_carlo():
     assert columns([5, 6], 8) != columns([6, 5], 8) and columns([5, 6], 8) != columns([5, 6], 8, seed=1)
     for start in range(0, 64, 8):  # each replicate of eight draws holds every count once
         assert sorted(len(hidden) for hidden in columns([5, 6], 8)[start : start + 8]) == list(range(1, 9))
+    assert len({tuple(hidden) for hidden in columns([5, 6], 8) if len(hidden) == 2}) > 2  # every draw has its own
     seen = np.zeros(8)
     for seed in range(64):
         for hidden in columns([7], 8, seed=seed):
@@ -235,6 +251,7 @@ def test_masks_of_monte_carlo():
     ([([4], [])], "pair 0: the candidate is empty"),
     ([([4], [5]), ([4] * 90, [5] * 7)], "pair 1: 90 tokens of context, 7 of the candidate and 0 after it exceed the"),
     ([([4], [11])], "id 11 is outside the vocabulary of 11"),
+    ([([4], [5]), ([-1], [5])], "pair 1: id -1 is outside the vocabulary of 11"),
     ([([IDS.mask], [5])], "contains MASK (id 0)"),
 ])
 def test_bad_pairs(networks, pairs, message):

@@ -1,8 +1,11 @@
 """Schedules by hand values, weight decay, and the matrices that Muon updates."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from illada_jax import model
 from illada_jax.config import Config, ModelConfig, from_dict, to_dict
@@ -105,3 +108,46 @@ def test_muon_makes_the_updates_of_layer_matrices_orthogonal():
         for matrix in matrices[name]:
             singular = np.linalg.svd(matrix.reshape(size, -1), compute_uv=False)
             assert singular.min() > 0.4 * singular.max(), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_are_those_of_the_formulas(name):
+    """Three steps at half the rates, of which the first is clipped, against numpy.
+
+    With Muon all but the layers' matrices get Adam with Nesterov's momentum, optax's default, and a matrix an update
+    with the singular vectors of its momentum: the product of the two is symmetric.
+    """
+    config = config_with(name=name, b1=0.8, b2=0.7, eps=1e-2, weight_decay=0.2, clip_norm=5.0, learning_rate=1e-2,
+                         muon_momentum=0.6, adam_learning_rate=3e-2)
+    optimizer, muon = make_optimizer(config, 0.5), name == "muon"
+    rng = np.random.default_rng(0)
+    params, *gradients = ({path: scale * rng.normal(size=x.shape).astype(np.float32) for path, x in
+                           traverse_util.flatten_dict(model.abstract_params(SMALL), sep="/").items()}
+                          for scale in (1, 1, 0.01, 0.02))
+    nested = functools.partial(traverse_util.unflatten_dict, sep="/")
+    state, update = optimizer.init(nested(params)), jax.jit(optimizer.update)
+    first, second = (dict.fromkeys(params, 0.0) for _ in range(2))
+    for step, grads in enumerate(gradients, 1):
+        updates, state = update(nested(grads), state, nested(params))
+        norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
+        assert (norm > 5) == (step == 1)
+        for path, got in traverse_util.flatten_dict(jax.device_get(updates), sep="/").items():
+            g = grads[path] * min(1, 5 / norm)
+            matrix = "scale" not in path
+            if muon and matrix and path != "embedding":
+                first[path] = 0.6 * first[path] + 0.4 * g
+                momentum = 0.6 * first[path] / (1 - 0.6 ** (step + 1)) + 0.4 * g / (1 - 0.6**step)
+                moved = -got / 5e-3 - 0.2 * params[path]
+                inputs = 32 if path.endswith("down") else 16
+                for a, b in zip(momentum.reshape(2, inputs, -1), moved.reshape(2, inputs, -1), strict=True):
+                    product = (a @ b.T).astype(np.float64)
+                    assert np.abs(product - product.T).max() < 1e-3 * np.abs(product).max(), path
+                continue
+            first[path] = 0.8 * first[path] + 0.2 * g
+            second[path] = 0.7 * second[path] + 0.3 * g**2
+            mean = first[path] / (1 - 0.8**step)
+            if muon:
+                mean = 0.8 * first[path] / (1 - 0.8 ** (step + 1)) + 0.2 * g / (1 - 0.8**step)
+            change = mean / (np.sqrt(second[path] / (1 - 0.7**step)) + 1e-2)
+            change += 0.2 * (matrix and not muon) * params[path]
+            np.testing.assert_allclose(got, -(1.5e-2 if muon else 5e-3) * change, rtol=1e-3, atol=1e-7, err_msg=path)
