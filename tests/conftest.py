@@ -7,13 +7,13 @@ Compiled programs are shared by all tests, worker processes and commands of a ru
 import gc
 import os
 import pathlib
+import signal
+
+from tests.compilation import FAST_COMPILATION
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-])
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", FAST_COMPILATION])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # no Python locations in programs: they cost time
@@ -29,6 +29,7 @@ settings.register_profile("suite", derandomize=True, max_examples=60, deadline=N
 settings.register_profile("many", settings.get_profile("suite"), max_examples=1000)
 settings.register_profile("most", settings.get_profile("suite"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it; a job in the background would ignore it
 gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and little garbage
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -17,6 +17,7 @@ import sys
 import pytest
 
 from illada_jax.__main__ import COMMANDS
+from tests.compilation import FAST_COMPILATION
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "illada_jax"
@@ -144,7 +145,7 @@ def write_tokenizer(path):
 def run_all(here, lines):
     """{line: result} of examples that run one after another in one process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(here / "cache"),
-                   "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                   "XLA_FLAGS": FAST_COMPILATION}
     done = subprocess.run([sys.executable, "-m", "tests.run_commands"], input=json.dumps(list(map(parsed, lines))),
                           capture_output=True, text=True, cwd=here, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,11 @@ import time
 import numpy as np
 import pytest
 
+from tests.compilation import FAST_COMPILATION
+
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ["mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end"]
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ import random
 import subprocess
 import sys
 
+from tests.compilation import FAST_COMPILATION
+
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ("mask", "token", "noise", "time", "model", "text", "reveal", "block", "sure", "end")
 # Unoptimised programs compile in half the time; each is compiled once and cached next to the text.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-               "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+               "XLA_FLAGS": FAST_COMPILATION, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def write_text(directory: pathlib.Path, files: int = 40, words: int = 120) -> None:

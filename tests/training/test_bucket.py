@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.compilation import FAST_COMPILATION
 from tests.training.bucket import Objects
 from tests.training.test_hosts import CONFIG
 
@@ -22,7 +23,7 @@ def command(text_file, tmp_path_factory, tmp_path):
     """command(name, *flags) runs a command where gs:// is the directory `tmp_path / objects`."""
     (tmp_path / "config.py").write_text(CONFIG.format(text=text_file, cache=tmp_path_factory.getbasetemp() / "cache"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                   "XLA_FLAGS": FAST_COMPILATION,
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
 
     def command(name, *flags):

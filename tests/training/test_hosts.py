@@ -21,6 +21,7 @@ from illada_jax.parallel import hosts
 from illada_jax.training.checkpoints import Checkpoints
 from illada_jax.training.clock import Clock, earlier_seconds, watchdog
 from illada_jax.training.profiler import parse_steps
+from tests.compilation import FAST_COMPILATION
 
 ROOT = pathlib.Path(__file__).parents[2]
 # SIGUSR1 hangs the main thread, while the process keeps sending heartbeats.
@@ -66,7 +67,7 @@ def start(text_file, tmp_path_factory, tmp_path):
     path = tmp_path / "config.py"
     path.write_text(CONFIG.format(text=text_file, cache=tmp_path_factory.getbasetemp() / "cache"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                   "XLA_FLAGS": FAST_COMPILATION}
 
     def start(processes, workdir, *flags, last=()):
         port = free_port()

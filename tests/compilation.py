@@ -1,0 +1,7 @@
+"""XLA flags of tests: they compile much and compute little."""
+
+import importlib.metadata
+
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a third of the time; later versions refuse the flag
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
