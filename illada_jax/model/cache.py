@@ -1,4 +1,4 @@
-"""Keys and values of a canvas, cached between decoding steps."""
+"""Keys and values of a canvas, cached between evaluations."""
 
 import functools
 from collections.abc import Callable
@@ -25,16 +25,25 @@ class Cache:
 
     Attributes:
       keys_YBSKH, values_YBSKH: rotated keys, and values, in the compute dtype; Y is layers.
-      segments_BS: int32 segments; 0 is padding.
+      segments_BS: int32 segments; 0 is padding, or a column without keys and values.
       writes: static under jit. True: the next pass is over the whole canvas, attends to it alone, and replaces keys,
-        values and segments; it returns the cache with writes = False. False: the next pass is over a slice of the
-        canvas, which attends to itself and to the cached columns outside; the cache stays as it is.
+        values and segments. False: the next pass is over a slice of the canvas, which attends to itself and to the
+        cached columns outside.
+      appends: static. True: a pass over a slice also writes keys, values and segments of its columns.
+
+    A pass returns the cache with both False: it stays as it is until it is told to change.
     """
 
     keys_YBSKH: jax.Array
     values_YBSKH: jax.Array
     segments_BS: jax.Array
     writes: bool = struct.field(pytree_node=False, default=False)
+    appends: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def lengths_B(self) -> jax.Array:
+        """The number of columns that each row holds, int32 [B]; they are the first ones."""
+        return jnp.sum(self.segments_BS > 0, axis=1, dtype=jnp.int32)
 
     def segments_without(self, columns_BT: jax.Array) -> jax.Array:
         """Segments [B, S] with -1 in the given columns; columns beyond the canvas are ignored."""
@@ -46,11 +55,25 @@ class Cache:
         stacks = self.keys_YBSKH, self.values_YBSKH
         return KeysValues(*(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in stacks), segments_BS)
 
-    def write(self, index: jax.Array, new_kv: KeysValues) -> "Cache":
-        """The cache with all columns of a layer replaced; in place under jit, never twice in memory."""
+    def write(self, index: jax.Array, new_kv: KeysValues, columns_BT: jax.Array) -> "Cache":
+        """The cache with new keys and values of a layer; in place under jit, never twice in memory.
+
+        They replace all columns, or, if `appends`, the given ones; those beyond the canvas are ignored.
+        """
+        if self.appends:
+            at = index, jnp.arange(len(columns_BT))[:, None], columns_BT
+            return self.replace(keys_YBSKH=self.keys_YBSKH.at[at].set(new_kv.k_BSKH, mode="drop"),
+                                values_YBSKH=self.values_YBSKH.at[at].set(new_kv.v_BSKH, mode="drop"))
         return self.replace(
             keys_YBSKH=jax.lax.dynamic_update_index_in_dim(self.keys_YBSKH, new_kv.k_BSKH, index, 0),
             values_YBSKH=jax.lax.dynamic_update_index_in_dim(self.values_YBSKH, new_kv.v_BSKH, index, 0))
+
+    def written(self, segments_BT: jax.Array, columns_BT: jax.Array) -> "Cache":
+        """The cache after a pass, with the segments of the slice that `write` has written."""
+        if self.appends:
+            rows_B1 = jnp.arange(len(columns_BT))[:, None]
+            segments_BT = self.segments_BS.at[rows_B1, columns_BT].set(segments_BT, mode="drop")
+        return self.replace(segments_BS=segments_BT, writes=False, appends=False)
 
 
 @functools.cache
@@ -59,7 +82,6 @@ def make_init_cache(config: ModelConfig) -> Callable[[int, int], Cache]:
 
     def init_cache(rows: int, length: int) -> Cache:
         shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-        empty_YBSKH = jnp.zeros(shape, config.dtype)
-        return Cache(empty_YBSKH, empty_YBSKH, jnp.zeros((rows, length), jnp.int32))
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((rows, length), jnp.int32))
 
     return init_cache
