@@ -93,8 +93,8 @@ class KeptRows:
         kept = _resized(prefix.cache, canvas) if common else None
         inputs = tokens_1T, np.int32([common]), np.int32([len(tokens)])
         inputs = jax.device_put(inputs, None if self.mesh is None else replicated(self.mesh))
-        return _evaluated(self.logits_fn, kept, *inputs, init_cache=self.rules.init_cache,
-                          cfg_scale=self.rules.settings.cfg_scale, mask_id=self.rules.mask_id)
+        return row_cache(self.logits_fn, kept, *inputs, init_cache=self.rules.init_cache,
+                         cfg_scale=self.rules.settings.cfg_scale, mask_id=self.rules.mask_id)
 
     def leave(self, slot: int, row: Carry) -> None:
         """Leaves the keys and values of a finished row to later calls."""
@@ -104,9 +104,9 @@ class KeptRows:
 
 
 @functools.partial(jax.jit, static_argnames=("init_cache", "cfg_scale", "mask_id"))
-def _evaluated(logits_fn: LogitsFn, kept: Cache | None, tokens_1T: jax.Array, first_1: jax.Array, end_1: jax.Array, *,
-               init_cache: Callable[[int, int], Cache], cfg_scale: float, mask_id: int) -> Cache:
-    """A cache of one row: its first columns are kept ones, the others are evaluated."""
+def row_cache(logits_fn: LogitsFn, kept: Cache | None, tokens_1T: jax.Array, first_1: jax.Array, end_1: jax.Array, *,
+              init_cache: Callable[[int, int], Cache], cfg_scale: float, mask_id: int) -> Cache:
+    """A cache of one row (of two under guidance): its first columns are kept ones, the others are evaluated."""
     if kept is None:
         cache = init_cache(2 if cfg_scale else 1, tokens_1T.shape[1]).replace(writes=True)
     else:

@@ -171,16 +171,19 @@ def decode_block(logits_fn: LogitsFn, carry: Carry, kept: Cache | None, rules: R
 
 def keep_finished(logits_fn: LogitsFn, carry: Carry, cache: Cache, rules: Rules) -> Cache:
     """The cache with the last block of every unfinished row, where it lacks it."""
-    kept_B = cache.lengths_B[:: rules.passes]
-    end_B = jnp.where(carry.done_B, kept_B, carry.length_B)
-    columns_BQ = kept_B[:, None] + jnp.arange(rules.settings.block_length)[None, :]
-    tokens_BQ = jnp.take_along_axis(carry.tokens_BL, columns_BQ, axis=1, mode="clip")
+    def lacks_columns(cache):
+        return jnp.any((cache.lengths_B[:: rules.passes] < carry.length_B) & ~carry.done_B)
 
     def keep(cache):
+        kept_B = cache.lengths_B[:: rules.passes]
+        columns_BQ = kept_B[:, None] + jnp.arange(rules.settings.block_length)[None, :]
+        tokens_BQ = jnp.take_along_axis(carry.tokens_BL, columns_BQ, axis=1, mode="clip")
+        end_B = jnp.where(carry.done_B, kept_B, carry.length_B)
         return keep_columns(logits_fn, cache.replace(appends=True), tokens_BQ, kept_B, end_B,
                             cfg_scale=rules.settings.cfg_scale, mask_id=rules.mask_id)
 
-    return jax.lax.cond(jnp.any(kept_B < end_B), keep, lambda cache: cache, cache)
+    # Once or never. A loop updates the cache in place, `lax.cond` would copy it.
+    return jax.lax.while_loop(lacks_columns, keep, cache)
 
 
 def open_block(carry: Carry, rules: Rules) -> tuple[Carry, Block]:

@@ -55,25 +55,20 @@ class Cache:
         stacks = self.keys_YBSKH, self.values_YBSKH
         return KeysValues(*(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in stacks), segments_BS)
 
-    def write(self, index: jax.Array, new_kv: KeysValues, columns_BT: jax.Array) -> "Cache":
-        """The cache with new keys and values of a layer; in place under jit, never twice in memory.
-
-        They replace all columns, or, if `appends`, the given ones; those beyond the canvas are ignored.
-        """
-        if self.appends:
-            at = index, jnp.arange(len(columns_BT))[:, None], columns_BT
-            return self.replace(keys_YBSKH=self.keys_YBSKH.at[at].set(new_kv.k_BSKH, mode="drop"),
-                                values_YBSKH=self.values_YBSKH.at[at].set(new_kv.v_BSKH, mode="drop"))
+    def write(self, index: jax.Array, new_kv: KeysValues) -> "Cache":
+        """The cache with all columns of a layer replaced; in place under jit, never twice in memory."""
         return self.replace(
             keys_YBSKH=jax.lax.dynamic_update_index_in_dim(self.keys_YBSKH, new_kv.k_BSKH, index, 0),
             values_YBSKH=jax.lax.dynamic_update_index_in_dim(self.values_YBSKH, new_kv.v_BSKH, index, 0))
 
-    def written(self, segments_BT: jax.Array, columns_BT: jax.Array) -> "Cache":
-        """The cache after a pass, with the segments of the slice that `write` has written."""
-        if self.appends:
-            rows_B1 = jnp.arange(len(columns_BT))[:, None]
-            segments_BT = self.segments_BS.at[rows_B1, columns_BT].set(segments_BT, mode="drop")
-        return self.replace(segments_BS=segments_BT, writes=False, appends=False)
+    def append(self, keys_YBTKH: jax.Array, values_YBTKH: jax.Array, segments_BT: jax.Array,
+               columns_BT: jax.Array) -> "Cache":
+        """The cache with the given columns replaced in all layers; columns beyond the canvas are ignored."""
+        rows_B1 = jnp.arange(len(columns_BT))[:, None]
+        return self.replace(
+            keys_YBSKH=self.keys_YBSKH.at[:, rows_B1, columns_BT].set(keys_YBTKH, mode="drop"),
+            values_YBSKH=self.values_YBSKH.at[:, rows_B1, columns_BT].set(values_YBTKH, mode="drop"),
+            segments_BS=self.segments_BS.at[rows_B1, columns_BT].set(segments_BT, mode="drop"), appends=False)
 
 
 @functools.cache
@@ -82,6 +77,8 @@ def make_init_cache(config: ModelConfig) -> Callable[[int, int], Cache]:
 
     def init_cache(rows: int, length: int) -> Cache:
         shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((rows, length), jnp.int32))
+        # Two arrays: a program that updates both in place must own both.
+        keys_YBSKH, values_YBSKH = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+        return Cache(keys_YBSKH, values_YBSKH, jnp.zeros((rows, length), jnp.int32))
 
     return init_cache

@@ -111,7 +111,7 @@ def test_reuse_of_another_conversation_is_no_reuse():
 
 
 def test_compiled_programs_are_bounded_and_the_cache_has_the_size_of_the_formula():
-    for function in (loop.run_blocks, kept._evaluated, kept._insert, kept._resized):
+    for function in (loop.run_blocks, kept.row_cache, kept._insert, kept._resized):
         function.clear_cache()
     caches, insert = [], kept._insert
     rng = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_compiled_programs_are_bounded_and_the_cache_has_the_size_of_the_formula
         for batch in (prompts, prompts[::-1]):
             decode(batch, dataclasses.replace(SETTINGS, seed=seed, cache_refresh=2 * seed, temperature=0.1 * seed))
     n = len(Decoder(networks()[0], SETTINGS, IDS, TRANSFORMER.max_length, INIT_CACHE).buckets)
-    assert loop.run_blocks._cache_size() <= n and kept._evaluated._cache_size() <= n
+    assert loop.run_blocks._cache_size() <= n and kept.row_cache._cache_size() <= n
     assert insert._cache_size() <= n * (n + 1) // 2 and kept._resized._cache_size() <= n * (n - 1)
     rows = kept.KeptRows(networks()[0], loop.Rules(dataclasses.replace(SETTINGS, cfg_scale=1.0), 0, 11, (), (), (), (),
                                                    INIT_CACHE, 8), [64, 96], None, 0)

@@ -87,6 +87,7 @@ def causal(seed: int = 0, layers: int = 2, width: int = 8, length: int = 96):
 
 def _causal(weights, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
     x_BTD = weights["embedding"][tokens_BT] + weights["position"][positions_BT]
+    kept = []
     for layer, qkv in enumerate(weights["qkv"]):
         q_BTD, k_BSD, v_BSD = (x_BTD @ w for w in qkv)
         new = KeysValues(k_BSD[:, :, None], v_BSD[:, :, None], segments_BT)
@@ -101,9 +102,9 @@ def _causal(weights, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cac
         scores_BTS = jnp.where(seen_BTS, q_BTD @ k_BSD.swapaxes(1, 2), -1e9)
         x_BTD = x_BTD + jax.nn.softmax(scores_BTS) @ v_BSD
         x_BTD /= 1e-6 + jnp.sqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True))
-        if cache is not None and (cache.writes or cache.appends):
-            cache = cache.write(layer, new, positions_BT)
+        kept.append(new)
     if cache is not None and (cache.writes or cache.appends):
-        cache = cache.written(segments_BT, positions_BT)
+        stacks = (jnp.stack(x) for x in zip(*(new[:2] for new in kept), strict=True))
+        cache = cache.append(*stacks, segments_BT, positions_BT).replace(writes=False)
     x_BQD = jnp.take_along_axis(x_BTD, query_columns_BQ[:, :, None], axis=1)
     return x_BQD @ weights["head"], cache
