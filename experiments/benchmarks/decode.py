@@ -46,11 +46,11 @@ PROMPTS = flags.DEFINE_list("prompt_lengths", ["256"], "tokens of the prompt; se
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to generate")
 BLOCK = flags.DEFINE_integer("block_length", 0, "tokens of a block; 0: 32, or what the checkpoint says")
 PER_STEP = flags.DEFINE_list("tokens_per_step", ["1"], "tokens that a step writes; several are measured")
+CACHES = flags.DEFINE_list("caches", ["none", "prefix", "dual", "append"], "caches to measure; the first is compared with")
 ANSWER = flags.DEFINE_integer("answer", 0, "time an answer of this many tokens under growing budgets instead")
 REPEATS = flags.DEFINE_integer("repeats", 1, "number of runs; the fastest counts")
 
 MASK = 5
-CACHES = ("none", "prefix", "dual", "append")
 
 
 def main(argv: list[str]) -> None:
@@ -108,7 +108,7 @@ def speed_table(prompt_length: int, tokens_per_step: int) -> None:
         print(f"{'PyTorch eager':14} {eager.seconds:8.2f} {eager.processor:10.2f} "
               f"{NEW_TOKENS.value / eager.seconds:9.1f}")
     exact = None
-    for cache in CACHES:
+    for cache in CACHES.value:
         decoder = Decoder(model.make_logits_fn(config, params), dataclasses.replace(settings, cache=cache), ids,
                           config.max_length, model.make_init_cache(config), buckets=buckets)
         one_block = [dataclasses.replace(decoder.settings, max_new_tokens=block)]

@@ -104,12 +104,17 @@ def test_settings_of_its_own():
                                     max_new_tokens=8 + n) for n in range(10)]
     logits_fn = model.make_logits_fn(TRANSFORMER, trained_params())
     make = functools.partial(Decoder, logits_fn, ids=IDS, max_length=TRANSFORMER.max_length, buckets=[64])
-    alone = [make(settings=each).generate([prompt], rows=[row])[0]
-             for row, (prompt, each) in enumerate(zip(PROMPTS, settings, strict=False))]
+
+    def run(settings, *arguments, **options):
+        results = make(settings=settings).generate(*arguments, **options)
+        return [(r.tokens, r.reveal_step, r.stopped_by) for r in results]
+
+    alone = [run(each, [prompt], rows=[row])[0] for row, (prompt, each) in enumerate(zip(PROMPTS, settings,
+                                                                                         strict=False))]
     size = run_blocks._cache_size()
-    assert make(settings=base).generate(PROMPTS[:10], row_settings=settings) == alone
+    assert run(base, PROMPTS[:10], row_settings=settings) == alone
     assert run_blocks._cache_size() == size + 1  # 16 rows instead of one
-    assert make(settings=base).generate(PROMPTS[:10], row_settings=settings[::-1]) != alone
+    assert run(base, PROMPTS[:10], row_settings=settings[::-1]) != alone
     assert run_blocks._cache_size() == size + 1
     with pytest.raises(InputError, match=r"prompt 0: config.decode.cfg_scale = 2.0: must be 0.0, as for the other"):
         make(settings=base).generate([[4]], row_settings=[dataclasses.replace(base, cfg_scale=2.0)])
