@@ -46,7 +46,7 @@ PROMPTS = flags.DEFINE_list("prompt_lengths", ["256"], "tokens of the prompt; se
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to generate")
 BLOCK = flags.DEFINE_integer("block_length", 0, "tokens of a block; 0: 32, or what the checkpoint says")
 PER_STEP = flags.DEFINE_list("tokens_per_step", ["1"], "tokens that a step writes; several are measured")
-CACHES = flags.DEFINE_list("caches", ["none", "prefix", "dual", "append"], "caches to measure; the first is compared with")
+CACHES = flags.DEFINE_list("caches", ["none", "prefix", "dual", "append"], "caches to measure against the first")
 ANSWER = flags.DEFINE_integer("answer", 0, "time an answer of this many tokens under growing budgets instead")
 REPEATS = flags.DEFINE_integer("repeats", 1, "number of runs; the fastest counts")
 
