@@ -26,6 +26,7 @@ from illada_jax.config import Config, DecodeConfig, override
 from illada_jax.data.tokenizers.chat import Message, chat_format, encode_chat
 from illada_jax.decoding import Decoded, Decoder, LogitsFn, SpecialIds
 from illada_jax.decoding.gaps import GappedText, parse_gaps
+from illada_jax.decoding.kept import KeptPrefix
 from illada_jax.errors import InputError
 from illada_jax.interop import load_model
 from illada_jax.model import make_init_cache, make_logits_fn, num_params
@@ -90,6 +91,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.logits_fn: LogitsFn = make_logits_fn(config.model, params)
+        self._last_turn = KeptPrefix()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -107,11 +109,14 @@ class LanguageModel:
         finished = tqdm(self.as_completed(prompts, **options), total=len(prompts), unit="prompt", disable=not progress)
         return [result for _, result in sorted(finished)]
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, reuse: bool = False, **options: Any) -> Generation:
         """Answers a conversation, rendered by the tokenizer's chat template; stops where the next turn begins.
 
         Args:
           messages: objects with `role` (system, user, assistant) and `content`; the last one is usually the user's.
+          reuse: keep keys and values from turn to turn, and compute only what follows the longest common prefix with
+            the last conversation; sets `cache` to `append`. The network is bidirectional, so the answer then depends on
+            the calls before: the kept columns do not see what was said later.
           **options: options of `as_completed`.
 
         Raises:
@@ -119,6 +124,9 @@ class LanguageModel:
         """
         ids = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
         stop_ids = {*options.pop("stop_ids", self.config.decode.stop_ids), *chat_format(self.tokenizer).stop_ids}
+        if reuse and options.setdefault("cache", "append") != "append":
+            raise InputError(f"reuse: needs cache = 'append', not {options['cache']!r}")
+        options["prefix"] = self._last_turn if reuse else None
         return self.generate([ids], stop_ids=tuple(sorted(stop_ids)), **options)[0]
 
     def infill(self, texts: Sequence[Prompt], *, progress: bool = False, **options: Any) -> list[Generation]:
@@ -128,6 +136,7 @@ class LanguageModel:
     def as_completed(self, prompts: Sequence[Prompt], *, infill: bool = False, stop: Sequence[str] = (),
                      rows: Sequence[int] | None = None,
                      on_block: Callable[[int, Generation], bool | None] | None = None,
+                     row_settings: Sequence[Mapping[str, Any]] | None = None, prefix: KeptPrefix | None = None,
                      **settings: Any) -> Iterator[tuple[int, Generation]]:
         """Decodes prompts and yields (index of the prompt, result) as they finish.
 
@@ -140,6 +149,9 @@ class LanguageModel:
             default 0, 1, 2, …
           on_block: called with (index of the prompt, result so far) after each of its blocks; a true return value stops
             the row. The text so far has no incomplete character at its end, which may still change.
+          row_settings: fields of DecodeConfig of each prompt, such as temperatures, that override the settings; those
+            of `decoding.decoder.VARY_BY_ROW` may vary in a batch.
+          prefix: keys and values that calls leave to later ones, see `decoding.Decoder.as_completed`.
           **settings: fields of DecodeConfig that override `config.decode`. `block_length` alone sets `steps_per_block`,
             too: one token per step.
 
@@ -154,13 +166,19 @@ class LanguageModel:
             raise InputError("stop: a stop string must not be empty")
         if infill and stop:
             raise InputError("stop: not allowed in infilling, which fills every gap to its end")
-        ignored = next((key for key in settings if key in NOT_FOR_INFILLING), None) if infill else None
+        given = (key for changes in (settings, *(row_settings or ())) for key in changes)
+        ignored = next((key for key in given if key in NOT_FOR_INFILLING), None) if infill else None
         if ignored:
             raise InputError(f"config.decode.{ignored}: not allowed in infilling, where a gap has a given length")
-        decode = self.decode_settings(settings)
         stop_ids = {self.tokenizer.special_tokens[s] for s in stop if s in self.tokenizer.special_tokens}
-        stop_ids -= {*decode.stop_ids, self.tokenizer.eos_id, self.tokenizer.mask_id}
-        decode = replace(decode, stop_ids=(*decode.stop_ids, *sorted(stop_ids)))
+
+        def with_stop_ids(changes: Mapping[str, Any]) -> DecodeConfig:
+            decode = self.decode_settings({**settings, **changes})
+            more = stop_ids - {*decode.stop_ids, self.tokenizer.eos_id, self.tokenizer.mask_id}
+            return replace(decode, stop_ids=(*decode.stop_ids, *sorted(more)))
+
+        decode = with_stop_ids({})
+        of_rows = None if row_settings is None else [with_stop_ids(changes) for changes in row_settings]
         decoder = Decoder(self.logits_fn, decode, SpecialIds.of(self.tokenizer, decode), self.config.model.max_length,
                           make_init_cache(self.config.model), self.mesh)
         sources = [parse_gaps(p) if infill and isinstance(p, str) else p for p in prompts]
@@ -170,7 +188,7 @@ class LanguageModel:
             so_far = self._generation(decoded, stop, sources[index], ids[index], final=False)
             return bool(on_block and on_block(index, so_far)) or so_far.stopped_by == "stop_string"
 
-        finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None)
+        finished = decoder.as_completed(ids, infill, rows, block_done if stop or on_block else None, of_rows, prefix)
         return ((index, self._generation(decoded, stop, sources[index], ids[index]))
                 for index, decoded in finished)
 
@@ -218,7 +236,7 @@ class LanguageModel:
     def scorer(self, **settings: Any) -> Scorer:
         """The `scoring.Scorer` of `score`, for many questions at once; takes fields of `scoring.ScoreConfig`."""
         return Scorer(self.logits_fn, override(ScoreConfig(), "score", settings), SpecialIds.of(self.tokenizer),
-                      self.config.model.max_length, self.mesh)
+                      self.config.model.max_length, self.mesh, make_init_cache(self.config.model))
 
     def encode_pair(self, context: Prompt, candidate: Prompt) -> tuple[list[int], list[int]]:
         """Ids of a context and of a candidate that follows it.

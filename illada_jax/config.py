@@ -355,10 +355,13 @@ class DecodeConfig(Section):
     end_of_thinking_boost: NonNegativeFloat = 0.0  # push towards `</think>` (`decoding/thinking.py`); iLLaDA: 100
     end_of_thinking_power: NonNegativeFloat = 3.0  # 3 in the paper, 1 for HumanEval
     end_of_thinking_ids: tuple[int, ...] = ()  # empty takes the tokenizer's for `</think>`
-    # Keys and values cached within a block: `none` (exact), `prefix` (of all columns that hold tokens), `dual` (of all
-    # columns outside the block, masks included). Cached values are approximate: those of the last refresh.
-    cache: Literal["none", "prefix", "dual"] = "none"
-    cache_refresh: NonNegativeInt = 0  # steps between refreshes of the cache within a block; 0: at its start only
+    # Cached keys and values: `none` (exact); within a block `prefix` (of all columns that hold tokens) or `dual` (of
+    # all columns outside the block, masks included); for good `append` (of the prompt and of finished blocks, each
+    # computed once; with a fixed length, too, nothing behind the block exists yet). Cached values are approximate:
+    # those of the last refresh.
+    cache: Literal["none", "prefix", "dual", "append"] = "none"
+    # Steps between refreshes of the cache within a block; 0: at its start only. With `append`: blocks; 0: never.
+    cache_refresh: NonNegativeInt = 0
     batch_size: PositiveInt = 8  # rows decoded at the same time; results do not depend on it
     seed: NonNegativeInt = 0  # seed of the sampler; row i draws from fold_in(seed, i)
 

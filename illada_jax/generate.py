@@ -86,6 +86,8 @@ BESIDE = flags.DEFINE_multi_string("beside", [], "with --trace=….html: decode 
                                     "settings KEY=VALUE,… and show both side by side; may be repeated")
 CHAT = flags.DEFINE_bool("chat", False, "hold a conversation: each line of input is a turn")
 SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
+REUSE = flags.DEFINE_bool("reuse", False, "with --chat: keep what turns have computed (--cache=append), so that a turn "
+                          "costs what it adds; an approximation that depends on the turns before")
 CHAT_HELP = "each line is a turn of the conversation; /exit or Ctrl-D ends it, /help shows this line"
 OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "format of standard output")
 
@@ -95,8 +97,8 @@ def main(argv: list[str]) -> int | None:
     del argv
     if CHAT.value:
         return chat()
-    if SYSTEM.value:
-        raise InputError("--system: requires --chat")
+    if SYSTEM.value or REUSE.value:
+        raise InputError(f"--{'system' if SYSTEM.value else 'reuse'}: requires --chat")
     if bool(PROMPT.value) == bool(INPUT.value):
         raise InputError("give either --prompt or --input, but not both")
     prompts = list(PROMPT.value) or read_prompts(pathlib.Path(INPUT.value))
@@ -294,7 +296,7 @@ def talk(lm: api.LanguageModel, start: list[dict[str, str]], settings: dict[str,
         if len(history) < num_messages:
             print(f"(the context is full: dropped the oldest {num_messages - len(history)} messages)", file=sys.stderr)
         printer = Printer()
-        answer = lm.chat(start + history, stop=STOP.value, on_block=printer, rows=[turn], **settings)
+        answer = lm.chat(start + history, stop=STOP.value, on_block=printer, rows=[turn], reuse=REUSE.value, **settings)
         printer.finish(answer.text)
         history.append({"role": "assistant", "content": answer.text})
 

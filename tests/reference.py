@@ -49,7 +49,8 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
     """Decodes one row.
 
     Args:
-      network: maps a list of L ids to float32 logits [L, V].
+      network: maps a list of L ids to float32 logits [L, V]. With the cache `append` it is called with tokens, their
+        columns and what is kept of earlier columns, and returns logits of the columns and what may be kept of them.
       prompt: ids; with MASK where something is to be filled in, if `infill`.
       settings: the sampler.
       ids: ids with a meaning.
@@ -59,7 +60,8 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
     """
     if limit is None:
         limit = len(prompt) + (0 if infill else settings.max_new_tokens)
-    masks = limit - len(prompt) if settings.length == "fixed" else 0
+    appends = settings.cache == "append"
+    masks = limit - len(prompt) if settings.length == "fixed" and not appends else 0
     trace = Trace(list(prompt) + [ids.mask] * masks, len(prompt), limit)
     trace.reveal_step = [-1] * len(trace.canvas)
     trace.log_prob = [0.0] * len(trace.canvas)
@@ -70,27 +72,62 @@ def decode(network, prompt, settings: DecodeConfig, ids: SpecialIds, row: int = 
     if infill:
         settings = dataclasses.replace(settings, end_of_thinking_boost=0.0, length="fixed")
     row_key = jax.random.fold_in(jax.random.key(settings.seed), row)
+    see = functools.partial(guided_logits, network)
+    if appends:
+        see = Memory(network, trace)
 
     while True:
+        if appends:
+            see.remember(settings, ids)
         while len(trace.canvas) < limit and trace.canvas.count(ids.mask) < settings.block_length:
             trace.canvas.append(ids.mask)
             trace.reveal_step.append(-1)
             trace.log_prob.append(0.0)
         block = [c for c, token in enumerate(trace.canvas) if token == ids.mask][: settings.block_length]
-        denoise_block(network, trace, block, settings, ids, never, row_key)
+        denoise_block(see, trace, block, settings, ids, never, row_key)
         if any(trace.canvas[column] in stop for column in block):
             return trace
         if len(trace.canvas) == limit and ids.mask not in trace.canvas:
             return trace
 
 
-def denoise_block(network, trace, block, settings, ids, never, row_key) -> None:
+class Memory:
+    """The cache `append`: what a network keeps of the columns that are finished, and of their masked copy.
+
+    The prompt is evaluated alone. A finished block is evaluated once, with what is kept. Nothing else is seen while a
+    block is denoised. All is computed again every `cache_refresh` blocks.
+    """
+
+    def __init__(self, network, trace: Trace):
+        self.network, self.trace = network, trace
+        self.cond, self.uncond, self.blocks = [], [], 0
+
+    def remember(self, settings, ids) -> None:
+        """Evaluates the columns that are new since the last block."""
+        if settings.cache_refresh and self.blocks and self.blocks % settings.cache_refresh == 0:
+            self.cond, self.uncond = [], []
+        columns = list(range(len(self.cond), len(self.trace.canvas)))
+        tokens = [self.trace.canvas[column] for column in columns]
+        self.cond = self.cond + self.network(tokens, columns, self.cond)[1]
+        self.uncond = self.uncond + self.network([ids.mask] * len(columns), columns, self.uncond)[1]
+        self.blocks += 1
+
+    def __call__(self, trace: Trace, settings, ids, start: int):
+        """Logits of the canvas from column `start` of the block; nothing before it is asked for."""
+        columns = list(range(start, len(trace.canvas)))
+        tokens = [trace.canvas[column] for column in columns]
+        cond, uncond = (np.asarray(self.network(tokens, columns, kept)[0]) for kept in (self.cond, self.uncond))
+        guided = uncond + (settings.cfg_scale + 1) * (cond - uncond) if settings.cfg_scale else cond
+        return np.concatenate([np.zeros((start, guided.shape[1])), guided]).astype(np.float32)
+
+
+def denoise_block(see, trace, block, settings, ids, never, row_key) -> None:
     """Reveals all columns of the block, a few at each step."""
     for step in range(len(block)):
         masked = [column for column in block if trace.canvas[column] == ids.mask]
         if not masked:
             return
-        logits = guided_logits(network, trace, settings, ids, block[0])
+        logits = see(trace, settings, ids, block[0])
         if settings.end_of_thinking_boost:
             boost(logits, trace, masked[0], settings)
         logits[:, ids.vocab_size :] = -np.inf

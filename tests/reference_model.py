@@ -37,6 +37,43 @@ def logits(config: ModelConfig, params: dict, tokens_L: np.ndarray, positions_L:
     return x_LD @ (params["embedding"].T if config.tied_head else params["head"])
 
 
+def evaluate(config: ModelConfig, params: dict, tokens: list[int], columns: list[int], kept: list[tuple]):
+    """Logits [T, V] of the columns, which attend to each other and to kept ones, and (column, keys, values) of each.
+
+    `kept` is a list of such triples; keys and values are lists over layers of arrays [K, H].
+    """
+    params = _to_float64(params)
+    x_TD = params["embedding"][np.array(tokens, int)].reshape(len(tokens), config.d_model)
+    new = [(column, [], []) for column in columns]
+    for layer in range(config.num_layers):
+        p = {name: _slice(sub, layer) for name, sub in params["layers"].items()}
+        normed_TD = rms_norm(x_TD, p["attention_norm"]["scale"], config.norm_eps)
+        queries = [[rotate_one(x_D @ p["attention"]["q"][:, head], column, config) for head in range(config.num_heads)]
+                   for x_D, column in zip(normed_TD, columns, strict=True)]
+        for x_D, (column, keys, values) in zip(normed_TD, new, strict=True):
+            keys.append([rotate_one(x_D @ p["attention"]["k"][:, head], column, config)
+                         for head in range(config.num_kv_heads)])
+            values.append([x_D @ p["attention"]["v"][:, head] for head in range(config.num_kv_heads)])
+        x_TD = x_TD.copy()
+        for row, heads in enumerate(queries):
+            for head, q_H in enumerate(heads):
+                shared = head * config.num_kv_heads // config.num_heads
+                score = np.array([q_H @ keys[layer][shared] for _, keys, _ in [*kept, *new]]) / config.head_dim**0.5
+                weight = np.exp(score - score.max())
+                mixed_H = sum(w * values[layer][shared]
+                              for w, (_, _, values) in zip(weight / weight.sum(), [*kept, *new], strict=True))
+                x_TD[row] += mixed_H @ p["attention"]["o"][head]
+        normed_TD = rms_norm(x_TD, p["mlp_norm"]["scale"], config.norm_eps)
+        gate_TF = normed_TD @ p["mlp"]["gate"]
+        x_TD = x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (normed_TD @ p["mlp"]["up"])) @ p["mlp"]["down"]
+    x_TD = rms_norm(x_TD, params["final_norm"]["scale"], config.norm_eps)
+    return x_TD @ (params["embedding"].T if config.tied_head else params["head"]), new
+
+
+def rotate_one(x_H: np.ndarray, column: int, config: ModelConfig) -> np.ndarray:
+    return rotate(x_H[None], np.array([column]), config.rope_theta)[0]
+
+
 def attention(config: ModelConfig, p: dict, x_LD: np.ndarray, positions_L: np.ndarray, segments_L: np.ndarray):
     out_LD = np.zeros_like(x_LD)
     group = config.num_heads // config.num_kv_heads

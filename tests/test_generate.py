@@ -7,6 +7,7 @@ import json
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -43,6 +44,41 @@ def test_settings_override_the_checkpoint(lm):
     assert lm.generate(["abc"], max_new_tokens=5)[0].nfe <= 4 + 1
     assert lm.generate(["abc"], block_length=2, max_new_tokens=4)[0].nfe <= 4  # steps follow the block length
     assert lm.generate(["abc"], cache="dual", cache_refresh=1) == lm.generate(["abc"])
+
+
+def test_rows_may_have_settings_of_their_own(lm):
+    changes = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 0.4, "max_new_tokens": 9, "stop_ids": (101, 116)}]
+    together = lm.generate(["abc", "d", "ef"], top_k=20, row_settings=changes, stop=["<eos>"])
+    for row, (prompt, each) in enumerate(zip(["abc", "d", "ef"], changes, strict=True)):
+        alone = lm.generate([prompt], top_k=20, rows=[row], stop=["<eos>"], **each)[0]
+        assert (together[row].tokens, together[row].reveal_step) == (alone.tokens, alone.reveal_step)
+    with pytest.raises(InputError, match=r"prompt 1: config.decode.reveal = 'threshold': must be 'schedule', as for"):
+        lm.generate(["a", "b"], row_settings=[{}, {"reveal": "threshold"}])
+    with pytest.raises(InputError, match="max_new_tokens: not allowed in infilling"):
+        lm.infill(["a[[mask:1]]"], row_settings=[{"max_new_tokens": 3}])
+
+
+def test_chat_with_reuse_computes_what_is_new(lm):
+    turns, widths = [{"role": "user", "content": "What is it?"}], []
+    logits_fn = lm.logits_fn
+
+    def counted(tokens_BT, *inputs):
+        jax.debug.callback(lambda: widths.append(tokens_BT.shape[1]))
+        return logits_fn(tokens_BT, *inputs)
+
+    counting = api.LanguageModel(CONFIG, lm.params, TOKENIZER)
+    counting.logits_fn = jax.tree_util.Partial(counted)
+    settings = {"max_new_tokens": 4, "block_length": 4, "steps_per_block": 2}
+    first = counting.chat(turns, reuse=True, **settings)
+    assert first == lm.chat(turns, cache="append", **settings)
+    for _ in range(2):
+        turns = [*turns, {"role": "assistant", "content": first.text}, {"role": "user", "content": "ab"}]
+        del widths[:]
+        counting.chat(turns, reuse=True, **settings)
+        jax.effects_barrier()
+        assert widths == [64, 4, 4]  # the least canvas holds what is new
+    with pytest.raises(InputError, match="reuse: needs cache = 'append', not 'dual'"):
+        lm.chat(turns, reuse=True, cache="dual")
 
 
 def test_the_boost_writes_end_of_thinking(lm):
@@ -383,6 +419,7 @@ def test_a_prompt_is_shown_with_several_strategies(run, lm, tmp_path):
     (["--trace=t.html", "--beside=threshold=0.5"], "--threshold: has no effect with reveal = 'schedule'"),
     (["--trace=t.html", "--beside=temperature=0"], "--beside=temperature=0: changes nothing"),
     (["--trace=t.html", "--infill", "--beside=max_new_tokens=4"], "max_new_tokens is not allowed with --infill"),
+    (["--prompt=a", "--reuse"], "--reuse: requires --chat"),
     (["--chat", "--beside=temperature=1"], "--chat: cannot be combined with --"),
 ])
 def test_comparisons_that_cannot_be_are_refused_before_decoding(run, monkeypatch, arguments, message):

@@ -2,21 +2,23 @@
 
 Examples:
   python experiments/benchmarks/decode.py --repeats=3
+  python experiments/benchmarks/decode.py --prompt_lengths=256,1024,3840 --tokens_per_step=1,4 --layers=4 --d_model=256
   python experiments/benchmarks/decode.py --answer=40 --repeats=5
   python experiments/benchmarks/decode.py --checkpoint=workdirs/sudoku --rows=64
   python experiments/benchmarks/decode.py --checkpoint=workdirs/quickstart --rows=32
 
-Without a checkpoint, a random network of the given size decodes one prompt greedily, one token per step, with variable
-length. The PyTorch row is `torch_llada.py` with the same weights; without PyTorch a message replaces it.
-`--steps_per_block` below the block length speeds up all of them by the same factor, except that a cache then has fewer
-steps between refreshes. On a busy machine pin the process to one core and compare processor seconds. About 7 minutes.
+Without a checkpoint, a random network of the given size decodes one prompt greedily, with variable length, for every
+cache. `first` are the processor seconds to the first block, which include the prompt, and `after` the tokens per
+processor second behind it. The PyTorch row is `torch_llada.py` with the same weights; without PyTorch a message
+replaces it. On a busy machine pin the process to one core and compare processor seconds. About 7 minutes.
 
 With `--answer=40` the network is forced to end its answer at the 40th token: the time must depend on the answer, not on
 the budget.
 
 With a checkpoint, every strategy and cache decodes its held-out data. The score is exact match (documents with the
 separator of `config.eval`) or the share of gap tokens filled in exactly (other text); `agreement` is the share of
-tokens equal to those of exact decoding, one token per step. The last lines show the share of tokens that do not depend
+tokens equal to those of exact decoding, one token per step. The cache `append` is refreshed every n blocks, `append/n`;
+smaller blocks (`--block_length=4`) give it some. The last lines show the share of tokens that do not depend
 on the batch: all in float32, except near-ties; in bfloat16 as measured.
 """
 
@@ -40,10 +42,11 @@ ROWS = flags.DEFINE_integer("rows", 32, "held-out documents or passages of the t
 LAYERS = flags.DEFINE_integer("layers", 12, "layers of the random network")
 WIDTH = flags.DEFINE_integer("d_model", 512, "width of the random network")
 VOCABULARY = flags.DEFINE_integer("vocab_size", 32_000, "vocabulary of the random network")
-PROMPT = flags.DEFINE_integer("prompt_length", 256, "tokens of the prompt")
+PROMPTS = flags.DEFINE_list("prompt_lengths", ["256"], "tokens of the prompt; several are measured one after another")
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens to generate")
-BLOCK = flags.DEFINE_integer("block_length", 32, "tokens of a block")
-STEPS = flags.DEFINE_integer("steps_per_block", 0, "steps of a block; 0: one per token")
+BLOCK = flags.DEFINE_integer("block_length", 0, "tokens of a block; 0: 32, or what the checkpoint says")
+PER_STEP = flags.DEFINE_list("tokens_per_step", ["1"], "tokens that a step writes; several are measured")
+CACHES = flags.DEFINE_list("caches", ["none", "prefix", "dual", "append"], "caches to measure against the first")
 ANSWER = flags.DEFINE_integer("answer", 0, "time an answer of this many tokens under growing budgets instead")
 REPEATS = flags.DEFINE_integer("repeats", 1, "number of runs; the fastest counts")
 
@@ -58,7 +61,9 @@ def main(argv: list[str]) -> None:
     elif ANSWER.value:
         budget_table()
     else:
-        speed_table()
+        for prompt_length in map(int, PROMPTS.value):
+            for tokens_per_step in map(int, PER_STEP.value):
+                speed_table(prompt_length, tokens_per_step)
 
 
 class Timed(NamedTuple):
@@ -80,41 +85,47 @@ def fastest(run: Callable[[], object]) -> Timed:
     return Timed(min(seconds), min(processor), result)
 
 
-def speed_table() -> None:
+def speed_table(prompt_length: int, tokens_per_step: int) -> None:
     """Seconds of exact and cached decoding beside PyTorch."""
-    config = _network(PROMPT.value + NEW_TOKENS.value)
+    config = _network(prompt_length + NEW_TOKENS.value)
     # EOS and PAD lie outside the vocabulary: no id can stop a row, so all decode the same number of tokens.
     ids = SpecialIds(mask=MASK, eos=config.vocab_size, bos=0, pad=1, vocab_size=config.vocab_size)
     params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
-    prompt = np.random.default_rng(0).integers(6, config.vocab_size, PROMPT.value).tolist()
-    settings = DecodeConfig(max_new_tokens=NEW_TOKENS.value, block_length=BLOCK.value,
-                            steps_per_block=STEPS.value or BLOCK.value)
-    buckets = range(PROMPT.value + BLOCK.value, config.max_length + 1, BLOCK.value)
-    print(f"{model.num_params(config):,} parameters, vocabulary {config.vocab_size}, prompt {PROMPT.value}, "
-          f"{NEW_TOKENS.value} new tokens, blocks of {BLOCK.value}, {settings.steps_per_block} steps each")
+    prompt, block = np.random.default_rng(0).integers(6, config.vocab_size, prompt_length).tolist(), BLOCK.value or 32
+    settings = DecodeConfig(max_new_tokens=NEW_TOKENS.value, block_length=block,
+                            steps_per_block=-(-block // tokens_per_step))
+    buckets = range(prompt_length + block, config.max_length + 1, block)
+    print(f"{model.num_params(config):,} parameters, vocabulary {config.vocab_size}, prompt {prompt_length}, "
+          f"{NEW_TOKENS.value} new tokens, blocks of {block}, {settings.steps_per_block} steps each")
 
     eager = _torch_run(config, params, prompt, settings)
-    floor = least_seconds(config, settings)
+    floor = least_seconds(config, settings, prompt_length)
     print(f"the matrix products of exact decoding alone, at the rate of large ones: {floor:.1f} s"
           + (f", {eager.processor / floor:.2f} x PyTorch" if eager else ""))
-    print(f"{'':14} {'seconds':>8} {'processor':>10} {'tokens/s':>9} {'x PyTorch':>10} {'(processor)':>12} {'same':>6}")
+    print(f"{'':14} {'seconds':>8} {'processor':>10} {'tokens/s':>9} {'first':>7} {'after':>7} {'nfe':>5} {'same':>6} "
+          f"{'x PyTorch':>10} {'(processor)':>12}")
     if eager:
         print(f"{'PyTorch eager':14} {eager.seconds:8.2f} {eager.processor:10.2f} "
               f"{NEW_TOKENS.value / eager.seconds:9.1f}")
-    for cache in ("none", "prefix"):
+    exact = None
+    for cache in CACHES.value:
         decoder = Decoder(model.make_logits_fn(config, params), dataclasses.replace(settings, cache=cache), ids,
                           config.max_length, model.make_init_cache(config), buckets=buckets)
+        one_block = [dataclasses.replace(decoder.settings, max_new_tokens=block)]
         decoder.generate([prompt])  # compiles
         timed = fastest(lambda: decoder.generate([prompt]))  # noqa: B023
+        first = fastest(lambda: decoder.generate([prompt], row_settings=one_block))  # noqa: B023
+        after = (NEW_TOKENS.value - block) / max(timed.processor - first.processor, 1e-9)
+        exact = exact or timed.result
         line = (f"{'exact' if cache == 'none' else cache + ' cache':14} {timed.seconds:8.2f} {timed.processor:10.2f} "
-                f"{NEW_TOKENS.value / timed.seconds:9.1f}")
+                f"{NEW_TOKENS.value / timed.seconds:9.1f} {first.processor:7.2f} {after:7.1f} {timed.result[0].nfe:5} "
+                f"{agreement(timed.result, exact):6.3f}")
         if eager:
-            line += (f" {eager.seconds / timed.seconds:10.2f} {eager.processor / timed.processor:12.2f} "
-                     f"{np.mean(np.equal(timed.result[0].tokens, eager.result)):6.3f}")
+            line += f" {eager.seconds / timed.seconds:10.2f} {eager.processor / timed.processor:12.2f}"
         print(line, flush=True)
 
 
-def least_seconds(config: ModelConfig, settings: DecodeConfig) -> float:
+def least_seconds(config: ModelConfig, settings: DecodeConfig, prompt_length: int) -> float:
     """Processor seconds of the matrix products of exact decoding at the rate of large products, a lower bound.
 
     Counts what the decoder computes: the last layer's queries and MLP, and the head, for the active block only.
@@ -132,7 +143,7 @@ def least_seconds(config: ModelConfig, settings: DecodeConfig) -> float:
     keys = 4 * c.d_model * c.num_kv_heads * c.head_dim
     rest = 4 * c.d_model * c.num_heads * c.head_dim + 6 * c.d_model * c.d_ff
     block = settings.block_length
-    for length in range(PROMPT.value + block, PROMPT.value + settings.max_new_tokens + 1, block):
+    for length in range(prompt_length + block, prompt_length + settings.max_new_tokens + 1, block):
         attention = 4 * length * c.num_heads * c.head_dim
         whole = length * (keys + rest + attention)
         last = length * keys + block * (rest + attention + 2 * c.d_model * c.vocab_size)
@@ -143,15 +154,16 @@ def least_seconds(config: ModelConfig, settings: DecodeConfig) -> float:
 def budget_table() -> None:
     """Seconds for an answer of given length, by budget of new tokens."""
     budgets = (64, 256, 1024)
-    config = _network(PROMPT.value + max(budgets))
+    prompt_length, block = int(PROMPTS.value[0]), BLOCK.value or 32
+    config = _network(prompt_length + max(budgets))
     ids = SpecialIds(mask=MASK, eos=2, bos=0, pad=1, vocab_size=config.vocab_size)
     logits_fn = model.make_logits_fn(config, jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0)))
-    ending = jax.tree_util.Partial(_ends_at, logits_fn, jnp.int32(PROMPT.value + ANSWER.value))
-    prompt = np.random.default_rng(0).integers(6, config.vocab_size, PROMPT.value).tolist()
+    ending = jax.tree_util.Partial(_ends_at, logits_fn, jnp.int32(prompt_length + ANSWER.value))
+    prompt = np.random.default_rng(0).integers(6, config.vocab_size, prompt_length).tolist()
     print(f"{'budget':>6} {'seconds':>8} {'processor':>10} {'nfe':>5} {'tokens':>7}")
     decoders = {}
     for budget in budgets:
-        settings = DecodeConfig(max_new_tokens=budget, block_length=BLOCK.value, steps_per_block=BLOCK.value)
+        settings = DecodeConfig(max_new_tokens=budget, block_length=block, steps_per_block=block)
         decoders[budget] = Decoder(ending, settings, ids, config.max_length)
         decoders[budget].generate([prompt])  # compiles
     for budget, decoder in decoders.items():
@@ -198,11 +210,13 @@ def quality_table(checkpoint: str) -> None:
         network = dataclasses.replace(lm.config.model, dtype=dtype)
         decoder = Decoder(model.make_logits_fn(network, params[dtype]), settings, SpecialIds.of(lm.tokenizer),
                           network.max_length, model.make_init_cache(network))
-        return (decoder.infill if infill else decoder.generate)(prompts)
+        return decoder.generate(prompts, infill)
 
-    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="schedule",
-                                       confidence="low_confidence", steps_per_block=lm.config.decode.block_length)
-    variants = {"schedule, 1 a step": {}, "schedule, 2 a step": {"steps_per_block": -(-one_per_step.block_length // 2)},
+    block = BLOCK.value or lm.config.decode.block_length
+    one_per_step = dataclasses.replace(lm.config.decode, temperature=0.0, reveal="schedule", block_length=block,
+                                       confidence="low_confidence", steps_per_block=block)
+    variants = {"schedule, 1 a step": {}, "schedule, 2 a step": {"steps_per_block": -(-block // 2)},
+                "schedule, 4 a step": {"steps_per_block": -(-block // 4)},
                 "threshold 0.9": {"reveal": "threshold", "threshold": 0.9},
                 "threshold 0.6": {"reveal": "threshold", "threshold": 0.6},
                 "factor 1": {"reveal": "factor", "factor": 1.0},
@@ -211,17 +225,19 @@ def quality_table(checkpoint: str) -> None:
                 "random order": {"confidence": "random"}}
     score_name = "share of gap tokens" if infill else "exact match"
     print(f"{len(prompts)} rows, blocks of {one_per_step.block_length}; score: {score_name}")
-    print(f"{'strategy':18} {'cache':7} {'tokens/nfe':>10} {'cpu secs':>8} {'agreement':>10} {'score':>7}")
+    print(f"{'strategy':18} {'cache':8} {'tokens/nfe':>10} {'cpu secs':>8} {'agreement':>10} {'score':>7}")
     exact = None
     # For gaps a prefix cache recomputes all masks at every step, which is the whole canvas of a short text.
-    for cache in ("none", "dual" if infill else "prefix"):
+    caches = ("none", "dual") if infill else ("none", "prefix", "append/1", "append/2", "append/4", "append/0")
+    for cache in caches:
+        kind, _, refresh = cache.partition("/")
         for name, changes in variants.items():
-            settings = dataclasses.replace(one_per_step, cache=cache, **changes)
+            settings = dataclasses.replace(one_per_step, cache=kind, cache_refresh=int(refresh or 0), **changes)
             decode(settings, "float32", prompts)  # compiles
             _, seconds, results = fastest(lambda: decode(settings, "float32", prompts))  # noqa: B023
             exact = exact or results
             written = sum(step >= 0 for result in results for step in result.reveal_step)
-            print(f"{name:18} {cache:7} {written / sum(r.nfe for r in results):10.2f} {seconds:8.2f} "
+            print(f"{name:18} {cache:8} {written / sum(r.nfe for r in results):10.2f} {seconds:8.2f} "
                   f"{agreement(results, exact):10.3f} {score(results):7.3f}", flush=True)
     for dtype in params:
         batched = decode(one_per_step, dtype, prompts)

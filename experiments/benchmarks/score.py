@@ -8,10 +8,12 @@ the same weights: one candidate at a time, one evaluation of the whole row for e
 without PyTorch a message replaces it. On a busy machine pin the process to one core and compare processor seconds.
 
 `sums` are the paper's scores, exactly. `choice` is the best candidate of each question by score per token, exactly,
-found without finishing candidates that cannot win. `sums, k a step` approximates the scores by revealing k tokens at
-each step; `experiments/studies/scoring.py` measures the loss in quality on trained models.
+found without finishing candidates that cannot win. `cached` evaluates each context once, which approximates; `sums, k a
+step` approximates the scores by revealing k tokens at each step. `experiments/studies/scoring.py` measures the loss in
+quality on trained models.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,24 +60,26 @@ def main(argv: list[str]) -> None:
     published = torch_seconds(config, params, pairs)
     print_line("PyTorch eager", published, sum(len(candidate) for _, candidate in pairs), len(pairs), published)
 
-    def scorer(**settings: Any) -> Scorer:
+    def scorer(settings: dict[str, Any]) -> Scorer:
         ids = SpecialIds(mask=MASK, eos=2, bos=0, pad=1, vocab_size=config.vocab_size)
         score = ScoreConfig(batch_size=BATCH.value, **settings)
-        return Scorer(model.make_logits_fn(config, params), score, ids, longest)
+        return Scorer(model.make_logits_fn(config, params), score, ids, longest,
+                      init_cache=model.make_init_cache(config))
 
-    exact = scorer()
     lengths = [[len(candidate) for _, candidate in question] for question in questions]
-    variants: dict[str, tuple[Scorer, Callable[[], object]]] = {
-        "sums": (exact, lambda: exact.score(pairs)),
-        "choice": (racing := scorer(), lambda: racing.choose(questions, lengths)),
+    variants: dict[str, dict[str, Any]] = {
+        "sums": {}, "sums, cached": {"context_cache": True}, "choice": {}, "choice, cached": {"context_cache": True},
+        "sums, 2 a step": {"tokens_per_step": 2}, "sums, 4 a step": {"tokens_per_step": 4},
+        "Monte-Carlo, 16": {"method": "monte_carlo", "mc_num": 16},
+        "… cached": {"method": "monte_carlo", "mc_num": 16, "context_cache": True},
     }
-    for count in (2, 4):
-        several = scorer(tokens_per_step=count)
-        variants[f"sums, {count} a step"] = (several, lambda several=several: several.score(pairs))
-    for name, (used, run) in variants.items():
-        run()  # compiles
-        used.evaluator.evaluations = 0
-        print_line(name, timed(run), used.evaluator.evaluations, len(pairs), published)
+    for name, settings in variants.items():
+        for _ in range(2):  # the first time compiles; a new scorer remembers no context
+            used = scorer(settings)
+            run = (functools.partial(used.choose, questions, lengths) if name.startswith("choice")
+                   else functools.partial(used.score, pairs))
+            seconds = timed(run)
+        print_line(name, seconds, used.evaluator.evaluations, len(pairs), published)
     print_bound(config, pairs, published)
 
 

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     CHOICE: {"method": "confidence"},
     **{f"confidence, {count} a step": {"method": "confidence", "tokens_per_step": count} for count in (2, 4)},
     **{f"Monte-Carlo, {count}": {"method": "monte_carlo", "mc_num": count} for count in (1, 4, 16, 128)},
+    "confidence with cached contexts": {"method": "confidence", "context_cache": True},
+    "Monte-Carlo with cached contexts, 128": {"method": "monte_carlo", "mc_num": 128, "context_cache": True},
 }
 BATCH = 64
 

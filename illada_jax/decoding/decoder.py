@@ -6,27 +6,29 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES
+from illada_jax.decoding.kept import KeptPrefix, KeptRows
 from illada_jax.decoding.loop import Carry, Rules, next_length, run_blocks
 from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.decoding.reveal import REVEALS
-from illada_jax.decoding.sampling import row_keys
+from illada_jax.decoding.sampling import RowSettings, row_keys
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.model.cache import Cache
 from illada_jax.parallel.hosts import fetch
 from illada_jax.parallel.mesh import use_mesh
 from illada_jax.parallel.sharding import batch_sharding, replicated
 
-UNLIMITED = np.int32(2**30)
+UNLIMITED = 2**30
+# Settings that the prompts of a batch need not share: another value compiles nothing.
+VARY_BY_ROW = ("max_new_tokens", "over_budget", "temperature", "top_k", "top_p", "threshold", "stop_ids", "seed")
 
 InitCache = Callable[[int, int], Cache]
 
@@ -37,7 +39,8 @@ class Decoded:
 
     Attributes:
       tokens: new tokens before the stop id; in infilling all tokens, gaps filled.
-      nfe: network evaluations (number of function evaluations) of the row.
+      nfe: network evaluations (number of function evaluations) of the row's steps, two each under guidance. Those that
+        only fill the cache `append`, of the prompt and of each kept block, are not counted.
       stopped_by: `eos`, `stop_id`, `callback` (on_block returned true), `length` (the budget) or `filled` (infilling).
       reveal_step: the step that wrote each of the tokens; -1 for given ones.
       log_probs: natural log-probability of each of the tokens when it was written; 0 for given ones.
@@ -66,6 +69,8 @@ class Request(NamedTuple):
       start: first column of the result: the end of the prompt, or 0 in infilling.
       limit: columns that the row may grow to.
       stopped_by: `Decoded.stopped_by` of a row with nothing left to write.
+      settings: those of its row; see VARY_BY_ROW.
+      stop_ids: ids that end the row.
     """
 
     index: int
@@ -73,6 +78,8 @@ class Request(NamedTuple):
     start: int
     limit: int
     stopped_by: str
+    settings: DecodeConfig
+    stop_ids: tuple[int, ...]
 
 
 def canvas_buckets(max_length: int) -> tuple[int, ...]:
@@ -89,8 +96,8 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
     more, `slice_length` columns are evaluated.
 
     Raises:
-      ConfigError: a strategy is unknown (the message lists the known ones), the network has no cache, an id is
-        outside the vocabulary, or no id is left to choose.
+      ConfigError: a strategy is unknown (the message lists the known ones), the network has no cache, the cache cannot
+        infill, an id is outside the vocabulary, or no id is left to choose.
     """
     for key, known in (("reveal", REVEALS), ("confidence", CONFIDENCES)):
         value = getattr(settings, key)
@@ -104,28 +111,33 @@ def make_rules(settings: DecodeConfig, ids: SpecialIds, infill: bool = False, in
         raise ConfigError(f"config.decode.eot_id = {settings.eot_id}: is outside the vocabulary of {ids.vocab_size}")
     if settings.cache != "none" and init_cache is None:
         raise ConfigError(f"config.decode.cache = {settings.cache!r}: this network has no cache; set it to 'none'")
+    if settings.cache == "append" and infill:
+        raise ConfigError("config.decode.cache = 'append': cannot infill, because it does not see what follows a gap; "
+                          "set it to 'none', 'prefix' or 'dual'")
     suppressed = {ids.mask, *settings.suppressed_ids, *ids.unused}
     suppressed |= {ids.eos} if settings.logits_eos_inf else set()
     suppressed |= {ids.eos, ids.pad} if infill else set()
     if len(suppressed) >= ids.vocab_size:
         raise ConfigError("config.decode.suppressed_ids: leaves no token to choose; suppress fewer ids")
-    # LLaDA's public code suppresses EOS in its noisy logits only; without noise those are the logits themselves.
-    last = {settings.eot_id} | ({ids.eos} if not settings.temperature else set())
     boost = settings.end_of_thinking_boost
     thinking_ids = settings.end_of_thinking_ids or ids.end_of_thinking
     if boost and not thinking_ids:
         raise ConfigError(f"config.decode.end_of_thinking_boost = {boost!r}: needs config.decode.end_of_thinking_ids, "
                           "because there is no tokenizer to encode </think>")
     return Rules(
-        # Rows carry their budgets and keys: a change of these fields does not compile again. In the loop the length
-        # matters to guidance only, and not in infilling.
-        settings=dataclasses.replace(settings, max_new_tokens=1, batch_size=1, seed=0,
-                                     length=settings.length if settings.cfg_scale and not infill else "fixed"),
+        # Rows carry these settings: a change of them does not compile again. In the loop the length matters to guidance
+        # only, and not in infilling; the cache `append` makes every row grow, and is refreshed outside.
+        settings=dataclasses.replace(
+            settings, **{name: getattr(DecodeConfig, name) for name in VARY_BY_ROW}, batch_size=1,
+            length="variable" if settings.cache == "append"
+            else settings.length if settings.cfg_scale and not infill else "fixed",
+            cache_refresh=0 if settings.cache == "append" else settings.cache_refresh),
         mask_id=ids.mask,
         vocab_size=ids.vocab_size,
         suppressed_ids=tuple(sorted(suppressed)),
-        last_ids=tuple(sorted(last - {-1})) if settings.confidence_eos_eot_inf else (),
-        stop_ids=() if infill else (ids.eos, *settings.stop_ids),
+        last_ids=(settings.eot_id,) if settings.confidence_eos_eot_inf and settings.eot_id >= 0 else (),
+        # LLaDA's public code suppresses EOS in its noisy logits only; without noise those are the logits themselves.
+        greedy_last_ids=(ids.eos,) if settings.confidence_eos_eot_inf else (),
         thinking_ids=thinking_ids if boost and not infill else (),
         init_cache=init_cache if settings.cache != "none" else None,
         slice_length=max(settings.block_length, slice_length),
@@ -168,13 +180,13 @@ class Decoder:
         buckets = self.buckets or canvas_buckets(self.max_length)
         self.buckets = [length for length in buckets if length >= block_length]
 
-    def generate(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
-                 on_block: OnBlock | None = None) -> list[Decoded]:
+    def generate(self, prompts: Sequence[Sequence[int]], *arguments: Any, **options: Any) -> list[Decoded]:
         """Like `as_completed`; one result per prompt, in order."""
-        return [result for _, result in sorted(self.as_completed(prompts, infill, rows, on_block))]
+        return [result for _, result in sorted(self.as_completed(prompts, *arguments, **options))]
 
     def as_completed(self, prompts: Sequence[Sequence[int]], infill: bool = False, rows: Sequence[int] | None = None,
-                     on_block: OnBlock | None = None) -> Iterator[tuple[int, Decoded]]:
+                     on_block: OnBlock | None = None, row_settings: Sequence[DecodeConfig] | None = None,
+                     prefix: KeptPrefix | None = None) -> Iterator[tuple[int, Decoded]]:
         """Decodes prompts and yields (index of the prompt, result) as they finish.
 
         Args:
@@ -184,16 +196,39 @@ class Decoder:
           rows: row numbers, which random draws depend on: row r of seed s always draws the same. By default 0, 1, 2, …
           on_block: called with (index of the prompt, result so far) after each of its blocks; a true return value
             stops the row.
+          row_settings: settings of each prompt, which may differ from the decoder's in VARY_BY_ROW.
+          prefix: with the cache `append`: a prompt that begins with its tokens takes their keys and values from it, and
+            the row that finishes last leaves its own. Then a result depends on earlier calls.
 
         Raises:
           InputError: a prompt does not fit, has an id outside the vocabulary, or has MASK (to continue) or no MASK (to
-            infill).
+            infill); or a setting that cannot vary by row does.
         """
-        requests = [self._request(index, list(prompt), infill) for index, prompt in enumerate(prompts)]
-        row_numbers = range(len(requests)) if rows is None else rows
-        if len(row_numbers) != len(requests):
-            raise InputError(f"rows: {len(row_numbers)} row numbers for {len(requests)} prompts")
-        return self._run(requests, self._rules(requests, infill), row_numbers, on_block)
+        row_numbers = range(len(prompts)) if rows is None else rows
+        row_settings = [self.settings] * len(prompts) if row_settings is None else row_settings
+        for name, values in (("row numbers", row_numbers), ("settings", row_settings)):
+            if len(values) != len(prompts):
+                raise InputError(f"rows: {len(values)} {name} for {len(prompts)} prompts")
+        for index, settings in enumerate(row_settings):
+            self._check_row(index, settings)
+        requests = [self._request(index, list(prompt), infill, settings)
+                    for index, (prompt, settings) in enumerate(zip(prompts, row_settings, strict=True))]
+        rules = self._rules(requests, infill)
+        kept = None
+        if rules.appends:
+            kept = KeptRows(self.logits_fn, rules, self.buckets, self.mesh, self.settings.cache_refresh, prefix)
+        return self._run(requests, rules, row_numbers, on_block, kept)
+
+    def _check_row(self, index: int, settings: DecodeConfig) -> None:
+        """Raises InputError if a row differs in a setting that all must share, or ConfigError if a value is invalid."""
+        if settings == self.settings:
+            return
+        for name, value in vars(settings).items():
+            shared = getattr(self.settings, name)
+            if name not in VARY_BY_ROW and value != shared:
+                raise InputError(f"prompt {index}: config.decode.{name} = {value!r}: must be {shared!r}, as for the "
+                                 f"other prompts; only {', '.join(VARY_BY_ROW)} may differ")
+        make_rules(settings, self.ids, init_cache=self.init_cache)
 
     def _rules(self, requests: list[Request], infill: bool) -> Rules:
         """Compiled settings. With a prefix cache a slice holds all masks of a row: those beyond the block, too."""
@@ -203,7 +238,7 @@ class Decoder:
             slice_length = next(length for length in self.buckets if length >= masks) if masks else 0
         return make_rules(self.settings, self.ids, infill, self.init_cache, slice_length)
 
-    def _request(self, index: int, tokens: list[int], infill: bool) -> Request:
+    def _request(self, index: int, tokens: list[int], infill: bool, settings: DecodeConfig) -> Request:
         mask = self.ids.mask
         for id_ in tokens:
             if not 0 <= id_ < self.ids.vocab_size:
@@ -214,50 +249,54 @@ class Decoder:
             if len(tokens) > self.max_length:
                 raise InputError(f"text {index}: its {len(tokens)} tokens exceed the context of {self.max_length} "
                                  "tokens")
-            return Request(index, tokens, 0, len(tokens), "filled")
+            return Request(index, tokens, 0, len(tokens), "filled", settings, ())
         if mask in tokens:
             raise InputError(f"prompt {index}: contains MASK (id {mask}) at position {tokens.index(mask)}; use "
                              "infilling to fill gaps")
-        budget = self._budget(index, len(tokens))
-        canvas = tokens + [mask] * budget if self.settings.length == "fixed" else tokens
-        return Request(index, canvas, len(tokens), len(tokens) + budget, "length")
+        budget = self._budget(index, len(tokens), settings)
+        all_masked = settings.length == "fixed" and settings.cache != "append"
+        return Request(index, tokens + [mask] * budget if all_masked else tokens, len(tokens), len(tokens) + budget,
+                       "length", settings, (self.ids.eos, *settings.stop_ids))
 
-    def _budget(self, index: int, prompt_length: int) -> int:
+    def _budget(self, index: int, prompt_length: int, settings: DecodeConfig) -> int:
         """Number of new tokens: max_new_tokens, or as many as fit into the context."""
         available = self.max_length - prompt_length
-        budget = self.settings.max_new_tokens
+        budget = settings.max_new_tokens
         if available < 1:
             raise InputError(f"prompt {index}: its {prompt_length} tokens leave no room in the context of "
                              f"{self.max_length} tokens")
         if budget <= available:
             return budget
-        if self.settings.over_budget == "error":
+        if settings.over_budget == "error":
             raise InputError(f"prompt {index}: its {prompt_length} tokens and config.decode.max_new_tokens = {budget} "
                              f"exceed the context of {self.max_length} tokens")
         # Whole blocks, as in the published code; a shorter block only where no whole one fits.
-        cut = available - available % self.settings.block_length or available
+        cut = available - available % settings.block_length or available
         logging.warning("prompt %d: max_new_tokens cut from %d to %d to fit the context of %d tokens", index, budget,
                         cut, self.max_length)
         return cut
 
-    def _run(self, requests: list[Request], rules: Rules, row_numbers: Sequence[int],
-             on_block: OnBlock | None) -> Iterator[tuple[int, Decoded]]:
+    def _run(self, requests: list[Request], rules: Rules, row_numbers: Sequence[int], on_block: OnBlock | None,
+             kept: KeptRows | None) -> Iterator[tuple[int, Decoded]]:
         """Yields (index, result) as rows finish; a finished row frees its slot for the next request."""
         if not requests:
             return
         # Repeated to a power of two: not every number of prompts compiles another program.
-        padded = np.resize(row_numbers, 1 << (len(requests) - 1).bit_length())
-        keys = np.asarray(row_keys(self.settings.seed, jnp.asarray(padded)))
+        seeds = np.array([request.settings.seed for request in requests], np.uint32)
+        padded = (np.resize(values, 1 << (len(requests) - 1).bit_length()) for values in (seeds, row_numbers))
+        keys = np.asarray(row_keys(*padded))
+        most_stop_ids = max(len(request.stop_ids) for request in requests)
         pending = collections.deque(requests)
         slots: list[Request | None] = [None] * self._num_slots(len(requests))
-        rows = [new_row(Request(-1, [], 0, 0, ""), keys[0], done=True)] * len(slots)
+        nobody = Request(-1, [], 0, 0, "", DecodeConfig(), ())
+        rows = [new_row(nobody, keys[0], most_stop_ids, done=True)] * len(slots)
         while pending or any(slots):
             for slot, request in enumerate(slots):
                 if request is None and pending:
                     slots[slot] = pending.popleft()
-                    rows[slot] = new_row(slots[slot], keys[slots[slot].index])
+                    rows[slot] = new_row(slots[slot], keys[slots[slot].index], most_stop_ids)
             # The host acts after every block if a request waits for a slot or the caller has a callback.
-            rows = self._call(rows, np.int32(1) if pending or on_block else UNLIMITED, rules)
+            rows = self._call(rows, 1 if pending or on_block else UNLIMITED, rules, kept)
             for slot, request in enumerate(slots):
                 if request is None:
                     continue
@@ -265,6 +304,8 @@ class Decoder:
                 if rows[slot].done_B[0] or cancelled:
                     rows[slot] = rows[slot]._replace(done_B=np.array([True]))
                     slots[slot] = None
+                    if kept is not None:
+                        kept.leave(slot, rows[slot])
                     yield request.index, self._decoded(rows[slot], request, rules, cancelled)
 
     def _num_slots(self, rows: int) -> int:
@@ -272,23 +313,29 @@ class Decoder:
         shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-min(self.settings.batch_size, 1 << (rows - 1).bit_length()) // shards) * shards
 
-    def _call(self, rows: list[Carry], num_blocks: np.int32, rules: Rules) -> list[Carry]:
+    def _call(self, rows: list[Carry], num_blocks: int, rules: Rules, kept: KeptRows | None) -> list[Carry]:
         """Runs the compiled loop over the rows, on the smallest canvas that holds the next block of each."""
         needed = max(int(next_length(row.length_B, row.limit_B, rules.settings.block_length)[0])
                      for row in rows if not row.done_B[0])
         length = next(length for length in self.buckets if length >= needed)
         resized = [_resize(row, length, self.ids.pad) for row in rows]
-        inputs = Carry(*map(np.concatenate, zip(*resized, strict=True))), num_blocks
+        inputs = jax.tree.map(lambda *rows: np.concatenate(rows), *resized)
         shardings = None if self.mesh is None else (batch_sharding(self.mesh), replicated(self.mesh))
         with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
-            carry = run_blocks(self.logits_fn, *jax.device_put(inputs, shardings), rules=rules)
-        return [Carry(*row) for row in zip(*(np.split(x, len(rows)) for x in fetch(carry)), strict=True)]
+            if kept is not None:
+                num_blocks = min(num_blocks, kept.prepare(rows, length) or num_blocks)
+            inputs = jax.device_put((inputs, np.int32(num_blocks)), shardings)
+            carry, cache = run_blocks(self.logits_fn, *inputs, kept and kept.cache, rules=rules)
+        if kept is not None:
+            kept.cache = cache
+        carry = fetch(carry)
+        return [jax.tree.map(lambda x: x[slot : slot + 1], carry) for slot in range(len(rows))]  # noqa: B023
 
     def _decoded(self, row: Carry, request: Request, rules: Rules, cancelled: bool = False) -> Decoded:
         length = int(row.length_B[0])
         canvas, canvas_step, log_probs = (x_1L[0, :length].tolist()
                                           for x_1L in (row.tokens_BL, row.reveal_step_BL, row.log_prob_BL))
-        ends = () if request.stopped_by == "filled" else (*rules.stop_ids, self.ids.mask)
+        ends = () if request.stopped_by == "filled" else (*request.stop_ids, self.ids.mask)
         start = request.start
         end = next((column for column in range(start, length) if canvas[column] in ends), length)
         if end < length and canvas[end] != self.ids.mask:
@@ -297,7 +344,7 @@ class Decoder:
             stopped_by = "callback" if cancelled else request.stopped_by
         return Decoded(
             tokens=canvas[start:end],
-            nfe=int(row.steps_B[0]) * (2 if rules.settings.cfg_scale else 1),
+            nfe=int(row.steps_B[0]) * rules.passes,
             stopped_by=stopped_by,
             reveal_step=canvas_step[start:end],
             log_probs=log_probs[start:end],
@@ -306,8 +353,8 @@ class Decoder:
         )
 
 
-def new_row(request: Request, key_2: np.ndarray, done: bool = False) -> Carry:
-    """The initial state of one row, on a canvas of the length of its tokens."""
+def new_row(request: Request, key_2: np.ndarray, most_stop_ids: int, done: bool = False) -> Carry:
+    """The initial state of one row, on a canvas of the length of its tokens; `most_stop_ids` are those of any row."""
     length = len(request.tokens)
     return Carry(
         tokens_BL=np.array([request.tokens], np.int32),
@@ -319,6 +366,7 @@ def new_row(request: Request, key_2: np.ndarray, done: bool = False) -> Carry:
         steps_B=np.int32([0]),
         reveal_step_BL=np.full((1, length), -1, np.int32),
         log_prob_BL=np.zeros((1, length), np.float32),
+        settings=RowSettings.of(request.settings, request.stop_ids, most_stop_ids),
     )
 
 

@@ -10,6 +10,10 @@ where the row ends. The three kinds of decoding differ only in the initial row:
 In all three a block is the first `block_length` masked columns from the left. All rows denoise their blocks in
 lockstep; a row that has finished its block waits for the others, frozen.
 
+With the cache `append` a row of either length grows block by block. Before a block is opened, the finished columns that
+the cache lacks are evaluated, once: they attend to what the cache holds and to each other, and are never seen again.
+While the block is denoised its columns attend to the cache and to each other.
+
 Dimensions: B rows, L canvas columns, Q columns of a block, T columns of a slice, V vocabulary.
 """
 
@@ -24,9 +28,9 @@ import jax.numpy as jnp
 
 from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES, chosen_log_prob, negative_entropy
-from illada_jax.decoding.query import CanvasSlice, LogitsFn, guided_logits
+from illada_jax.decoding.query import CanvasSlice, LogitsFn, guided_logits, keep_columns
 from illada_jax.decoding.reveal import reveal_mask
-from illada_jax.decoding.sampling import mask_logits, predict
+from illada_jax.decoding.sampling import RowSettings, mask_logits, predict
 from illada_jax.decoding.thinking import boost_end_of_thinking
 from illada_jax.model.cache import Cache
 
@@ -36,11 +40,11 @@ class Rules:
     """Settings of the compiled loop, static under jit.
 
     Attributes:
-      settings: the sampler; fields without an effect must not vary, or the loop compiles again.
+      settings: the sampler; fields that vary by row, or have no effect, must not vary, or the loop compiles again.
       vocab_size: ids from here on are never chosen.
       suppressed_ids: ids that are never chosen, MASK among them.
       last_ids: ids that are written last.
-      stop_ids: a row is done after the first block that contains one of them.
+      greedy_last_ids: more of them, in rows with a temperature of 0.
       thinking_ids: the end-of-thinking string to boost; empty: no boost.
       init_cache: `(rows, canvas length) -> empty cache`; None evaluates the whole canvas at every step. Pass the same
         object for the same network, or the loop compiles again.
@@ -52,10 +56,20 @@ class Rules:
     vocab_size: int
     suppressed_ids: tuple[int, ...]
     last_ids: tuple[int, ...]
-    stop_ids: tuple[int, ...]
+    greedy_last_ids: tuple[int, ...]
     thinking_ids: tuple[int, ...]
     init_cache: Callable[[int, int], Cache] | None
     slice_length: int
+
+    @property
+    def appends(self) -> bool:
+        """True with the cache `append`, which lives as long as its rows; other caches live within a block."""
+        return self.settings.cache == "append"
+
+    @property
+    def passes(self) -> int:
+        """Rows that the network evaluates for each row: two with guidance."""
+        return 2 if self.settings.cfg_scale else 1
 
 
 class Carry(NamedTuple):
@@ -71,6 +85,7 @@ class Carry(NamedTuple):
       steps_B: int32, denoising steps that the row has taken.
       reveal_step_BL: int32, the row's step that wrote the column; -1 for the prompt and unwritten columns.
       log_prob_BL: float32 log-probability of the token when it was written; 0 elsewhere.
+      settings: settings that vary by row.
     """
 
     tokens_BL: jax.Array
@@ -82,6 +97,7 @@ class Carry(NamedTuple):
     steps_B: jax.Array
     reveal_step_BL: jax.Array
     log_prob_BL: jax.Array
+    settings: RowSettings
 
 
 class Block(NamedTuple):
@@ -104,27 +120,34 @@ def next_length(length_B, limit_B, block_length: int):
     return length_B + (limit_B - length_B).clip(0, block_length)
 
 
-@functools.partial(jax.jit, static_argnames=("rules",))
-def run_blocks(logits_fn: LogitsFn, carry: Carry, num_blocks: jax.Array, *, rules: Rules) -> Carry:
-    """Decodes until all rows are done, the canvas is full, or `num_blocks` (traced) blocks are written."""
+@functools.partial(jax.jit, static_argnames=("rules",), donate_argnames=("cache",))
+def run_blocks(logits_fn: LogitsFn, carry: Carry, num_blocks: jax.Array, cache: Cache | None = None, *,
+               rules: Rules) -> tuple[Carry, Cache | None]:
+    """Decodes until all rows are done, the canvas is full, or `num_blocks` (traced) blocks are written.
+
+    A cache, for rules that append, holds the keys and values of each unfinished row, at least of its prompt. It stays
+    on the device, and its memory is used again.
+    """
     batch, canvas_length = carry.tokens_BL.shape
     chex.assert_shape([carry.reveal_step_BL, carry.log_prob_BL], (batch, canvas_length))
     chex.assert_shape([carry.length_B, carry.prompt_B, carry.limit_B, carry.done_B, carry.steps_B], (batch,))
 
     def has_work(state):
-        carry, blocks = state
+        carry, _, blocks = state
         fits_B = next_length(carry.length_B, carry.limit_B, rules.settings.block_length) <= canvas_length
         return (blocks < num_blocks) & ~jnp.all(carry.done_B) & jnp.all(fits_B | carry.done_B)
 
     def one_block(state):
-        carry, blocks = state
-        return decode_block(logits_fn, carry, rules), blocks + 1
+        carry, cache, blocks = state
+        return *decode_block(logits_fn, carry, cache, rules), blocks + 1
 
-    return jax.lax.while_loop(has_work, one_block, (carry, jnp.int32(0)))[0]
+    return jax.lax.while_loop(has_work, one_block, (carry, cache, jnp.int32(0)))[:2]
 
 
-def decode_block(logits_fn: LogitsFn, carry: Carry, rules: Rules) -> Carry:
+def decode_block(logits_fn: LogitsFn, carry: Carry, kept: Cache | None, rules: Rules) -> tuple[Carry, Cache | None]:
     """Opens a block in every unfinished row, denoises it, and marks the rows that are done."""
+    if rules.appends:
+        kept = keep_finished(logits_fn, carry, kept, rules)
     carry, block = open_block(carry, rules)
     total_B = jnp.sum(block.open_BQ, axis=1)
 
@@ -139,11 +162,28 @@ def decode_block(logits_fn: LogitsFn, carry: Carry, rules: Rules) -> Carry:
 
     # If the slice is the whole canvas, there is nothing to cache. Guidance evaluates two rows for each.
     rows, canvas_length = carry.tokens_BL.shape
-    cache = None
-    if rules.init_cache is not None and rules.slice_length < canvas_length:
-        cache = rules.init_cache(2 * rows if rules.settings.cfg_scale else rows, canvas_length)
-    carry, _, _ = jax.lax.while_loop(unfinished, one_step, (carry, cache, jnp.int32(0)))
-    return close_block(carry, block, rules)
+    cache = kept
+    if not rules.appends and rules.init_cache is not None and rules.slice_length < canvas_length:
+        cache = rules.init_cache(rules.passes * rows, canvas_length)
+    carry, cache, _ = jax.lax.while_loop(unfinished, one_step, (carry, cache, jnp.int32(0)))
+    return close_block(carry, block, rules), cache if rules.appends else None
+
+
+def keep_finished(logits_fn: LogitsFn, carry: Carry, cache: Cache, rules: Rules) -> Cache:
+    """The cache with the last block of every unfinished row, where it lacks it."""
+    def lacks_columns(cache):
+        return jnp.any((cache.lengths_B[:: rules.passes] < carry.length_B) & ~carry.done_B)
+
+    def keep(cache):
+        kept_B = cache.lengths_B[:: rules.passes]
+        columns_BQ = kept_B[:, None] + jnp.arange(rules.settings.block_length)[None, :]
+        tokens_BQ = jnp.take_along_axis(carry.tokens_BL, columns_BQ, axis=1, mode="clip")
+        end_B = jnp.where(carry.done_B, kept_B, carry.length_B)
+        return keep_columns(logits_fn, cache.replace(appends=True), tokens_BQ, kept_B, end_B,
+                            cfg_scale=rules.settings.cfg_scale, mask_id=rules.mask_id)
+
+    # Once or never. A loop updates the cache in place, `lax.cond` would copy it.
+    return jax.lax.while_loop(lacks_columns, keep, cache)
 
 
 def open_block(carry: Carry, rules: Rules) -> tuple[Carry, Block]:
@@ -171,7 +211,7 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
                  rules: Rules) -> tuple[jax.Array, Cache | None]:
     """Logits of the active block, float32 [B, Q, V], and the cache.
 
-    The whole canvas is evaluated, or, between refreshes of a cache, the block's slice of it.
+    The whole canvas is evaluated, or, with a cache and not at its refreshes, the block's slice of it.
     """
     query = functools.partial(guided_logits, logits_fn, cfg_scale=rules.settings.cfg_scale, mask_id=rules.mask_id)
 
@@ -191,6 +231,8 @@ def block_logits(logits_fn: LogitsFn, carry: Carry, block: Block, cache: Cache |
 
     if cache is None:
         return from_canvas(None)
+    if rules.appends:
+        return from_slice(cache)
     refresh = step % rules.settings.cache_refresh == 0 if rules.settings.cache_refresh else step == 0
     return jax.lax.cond(refresh, lambda cache: from_canvas(cache.replace(writes=True)), from_slice, cache)
 
@@ -214,9 +256,11 @@ def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array,
         logits_BQV = boost_end_of_thinking(settings, rules.thinking_ids, logits_BQV, carry.tokens_BL, carry.prompt_B,
                                            carry.limit_B, block.columns_BQ, masked_BQ)
     logits_BQV = mask_logits(logits_BQV, rules.suppressed_ids, rules.vocab_size)
-    prediction = predict(logits_BQV, settings, rules.last_ids, carry.keys_B2, carry.steps_B)
+    prediction = predict(logits_BQV, carry.settings, rules.last_ids, rules.greedy_last_ids, carry.keys_B2,
+                         carry.steps_B)
     confidence_BQ, entropy_BQ = CONFIDENCES[settings.confidence](prediction), -negative_entropy(prediction)
-    reveal_BQ = reveal_mask(settings, confidence_BQ, masked_BQ, total_B, entropy_BQ, step)
+    reveal_BQ = reveal_mask(settings, confidence_BQ, masked_BQ, total_B, entropy_BQ, carry.settings.log_threshold_B,
+                            step)
 
     def scatter(canvas_BL, new_BQ):
         old_BQ = jnp.take_along_axis(canvas_BL, block.columns_BQ, axis=1)
@@ -234,9 +278,7 @@ def write(carry: Carry, block: Block, logits_BQV: jax.Array, total_B: jax.Array,
 def close_block(carry: Carry, block: Block, rules: Rules) -> Carry:
     """Marks rows as done whose block holds a stop id or that have nothing left to write."""
     tokens_BQ = jnp.take_along_axis(carry.tokens_BL, block.columns_BQ, axis=1)
-    stopped_BQ = jnp.zeros_like(block.open_BQ)
-    for id_ in rules.stop_ids:
-        stopped_BQ |= block.open_BQ & (tokens_BQ == id_)
+    stopped_BQ = block.open_BQ & jnp.any(tokens_BQ[:, :, None] == carry.settings.stop_ids_BI[:, None, :], axis=-1)
     # Padding is PAD, so a MASK anywhere on the canvas is still to be written.
     exhausted_B = (carry.length_B >= carry.limit_B) & ~jnp.any(carry.tokens_BL == rules.mask_id, axis=1)
     return carry._replace(done_B=carry.done_B | jnp.any(stopped_BQ, axis=1) | exhausted_B)

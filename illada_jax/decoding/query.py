@@ -28,7 +28,7 @@ class LogitsFn(Protocol):
           positions_BT: int32 canvas column of each token; unused slots hold the canvas length.
           segments_BT: int32, 1 for tokens, 0 for padding and unused slots.
           query_columns_BQ: int32 indices into the slice.
-          cache: None, or keys and values of the canvas; `cache.writes` says how this call uses them.
+          cache: None, or keys and values of the canvas; its `writes` and `appends` say how this call uses them.
 
         Returns:
           (logits_BQV float32, the cache after the call, or None).
@@ -75,6 +75,22 @@ def guided_logits(logits_fn: LogitsFn, canvas: CanvasSlice, query_columns_BQ: ja
         guided_BQV = uncond_BQV + (cfg_scale + 1) * (cond_BQV - uncond_BQV)
         logits = jnp.where(cond_BQV == uncond_BQV, cond_BQV, guided_BQV)  # both may be -inf
     return logits, cache
+
+
+def keep_columns(logits_fn: LogitsFn, cache: Cache, tokens_BT: jax.Array, first_B: jax.Array, end_B: jax.Array, *,
+                 cfg_scale: float, mask_id: int) -> Cache:
+    """The cache after one evaluation of the columns [first, end) of each row, whose keys and values it then holds.
+
+    The columns hold the first tokens of tokens_BT; the rest of it is not used. They attend to each other and to what
+    the cache holds (`appends`), or to each other alone, if they are a whole canvas (`writes`). Guidance hides them all:
+    the unconditional rows of the cache, every second one, are fed `mask_id`.
+    """
+    columns_BT = first_B[:, None] + jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    used_BT = columns_BT < end_B[:, None]
+    canvas = CanvasSlice(tokens_BT, jnp.where(used_BT, columns_BT, cache.segments_BS.shape[1]),
+                         used_BT.astype(jnp.int32), used_BT)
+    no_queries_B1 = jnp.zeros_like(tokens_BT[:, :1])  # the logits of one column: the contract has some
+    return guided_logits(logits_fn, canvas, no_queries_B1, cache, cfg_scale=cfg_scale, mask_id=mask_id)[1]
 
 
 class SpecialIds(NamedTuple):

@@ -5,7 +5,6 @@ of an unfinished block, whatever the strategy returns, so that decoding always e
 it in REVEALS under its name in `config.decode.reveal`.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ class Ranking(NamedTuple):
       entropy_BR: float32 entropy of each position's distribution in nats, in the same order.
       masked_B: int32, masked positions now.
       total_B: int32, masked positions when the block was opened.
+      log_threshold_B: float32, logarithm of the row's threshold.
       step: int32 scalar, steps taken in the block.
     """
 
@@ -30,6 +30,7 @@ class Ranking(NamedTuple):
     entropy_BR: jax.Array
     masked_B: jax.Array
     total_B: jax.Array
+    log_threshold_B: jax.Array
     step: jax.Array
 
 
@@ -41,7 +42,8 @@ def schedule(ranking: Ranking, settings: DecodeConfig) -> jax.Array:
 
 def threshold(ranking: Ranking, settings: DecodeConfig) -> jax.Array:
     """All positions with exp(confidence) ≥ threshold (Fast-dLLM, 2025, confidence-aware parallel decoding)."""
-    return _leading(ranking, ranking.confidence_BR >= math.log(settings.threshold))
+    del settings
+    return _leading(ranking, ranking.confidence_BR >= ranking.log_threshold_B[:, None])
 
 
 def factor(ranking: Ranking, settings: DecodeConfig) -> jax.Array:
@@ -80,13 +82,13 @@ REVEALS: dict[str, Callable[[Ranking, DecodeConfig], jax.Array]] = {
 
 
 def reveal_mask(settings: DecodeConfig, confidence_BQ: jax.Array, masked_BQ: jax.Array, total_B: jax.Array,
-                entropy_BQ: jax.Array, step: jax.Array) -> jax.Array:
+                entropy_BQ: jax.Array, log_threshold_B: jax.Array, step: jax.Array) -> jax.Array:
     """Positions of the active block to reveal, bool [B, Q]: masked ones, at least one where any is left."""
     # Masked positions come first even at a confidence of -inf; a stable sort gives ties to the lower position.
     order_BR = jnp.lexsort((-confidence_BQ, ~masked_BQ), axis=-1)
     masked_B = jnp.sum(masked_BQ, axis=1)
     confidence_BR, entropy_BR = (jnp.take_along_axis(x_BQ, order_BR, axis=1) for x_BQ in (confidence_BQ, entropy_BQ))
-    ranking = Ranking(confidence_BR, entropy_BR, masked_B, total_B, step)
+    ranking = Ranking(confidence_BR, entropy_BR, masked_B, total_B, log_threshold_B, step)
     count_B = jnp.clip(REVEALS[settings.reveal](ranking, settings), 1, masked_B)
     rank_BQ = jnp.argsort(order_BR, axis=1)
     return (rank_BQ < count_B[:, None]) & masked_BQ

@@ -217,8 +217,8 @@ class Transformer(nn.Module):
                    query_columns_BQ: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """Final hidden states of the queried columns, for decoding and scoring.
 
-        The queried columns are int32 indices into the T columns. A cache has B rows and is used as `cache.writes` says;
-        then positions_BT are canvas columns. For the rest see `hidden`.
+        The queried columns are int32 indices into the T columns. A cache has B rows and is used as `writes` and
+        `appends` of `Cache` say; then positions_BT are canvas columns. For the rest see `hidden`.
 
         Returns:
           (hidden_BQD, normed, in the compute dtype; the cache, or None).
@@ -226,9 +226,10 @@ class Transformer(nn.Module):
         c = self.config
         writes = cache is not None and cache.writes
         reads = cache is not None and not writes
+        appends = reads and cache.appends
         x_BTD, rope = self._embed(tokens_BT, positions_BT)
         cached_segments_BS = cache.segments_without(positions_BT) if reads else None
-        stacked_params, module = self.variables["params"]["layers"], Layer(c, returns_kv=writes, parent=None)
+        stacked_params, module = self.variables["params"]["layers"], Layer(c, returns_kv=writes or appends, parent=None)
 
         # Unlike `nn.scan` in `hidden`, this loop takes params from the stack by layer number, so that the cache is
         # updated in place and the last layer computes queries and feed-forward of the queried columns only. Training
@@ -238,14 +239,17 @@ class Transformer(nn.Module):
             params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked_params)
             cached = cache.read(index, cached_segments_BS) if reads else None
             x_BTD, new_kv = module.apply({"params": params}, x_BTD, rope, segments_BT, cached, query_columns_BQ)
-            return (x_BTD, cache.write(index, new_kv) if writes else cache), None
+            return (x_BTD, cache.write(index, new_kv) if writes else cache), new_kv[:2] if appends else None
 
         last = c.num_layers - 1
         unroll = min(c.scan_unroll or c.num_layers, max(last, 1))
-        carry, _ = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=unroll)
-        (x_BQD, cache), _ = layer(carry, last, query_columns_BQ)
+        carry, new_kv = jax.lax.scan(layer, (x_BTD, cache), jnp.arange(last), unroll=unroll)
+        (x_BQD, cache), last_kv = layer(carry, last, query_columns_BQ)
         if writes:
             cache = cache.replace(segments_BS=segments_BT, writes=False)
+        if appends:  # behind all reads: so XLA updates the cache in place
+            stacks = (jnp.concatenate([x_YBTKH, x_BTKH[None]]) for x_YBTKH, x_BTKH in zip(new_kv, last_kv, strict=True))
+            cache = cache.append(*stacks, segments_BT, positions_BT)
         return self.final_norm(x_BQD), cache
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RopeCosSin]:

@@ -17,7 +17,9 @@ from illada_jax.config import Config
 from illada_jax.data.batch import Batch
 from illada_jax.decoding import SpecialIds
 from illada_jax.decoding.decoder import make_rules
+from illada_jax.decoding.kept import abstract_cache
 from illada_jax.decoding.loop import Carry, run_blocks
+from illada_jax.decoding.sampling import RowSettings
 from illada_jax.errors import ConfigError, InputError
 from illada_jax.parallel import sharding
 from illada_jax.parallel.mesh import check_divisible, make_mesh, use_mesh
@@ -74,10 +76,14 @@ def lower_decode(config: Config, mesh: Mesh, params: Any, canvas: int) -> jax.st
     carry = Carry(
         tokens_BL=array(jnp.int32, canvas), length_B=array(jnp.int32), prompt_B=array(jnp.int32),
         limit_B=array(jnp.int32), done_B=array(jnp.bool_), keys_B2=array(jnp.uint32, 2), steps_B=array(jnp.int32),
-        reveal_step_BL=array(jnp.int32, canvas), log_prob_BL=array(jnp.float32, canvas))
+        reveal_step_BL=array(jnp.int32, canvas), log_prob_BL=array(jnp.float32, canvas),
+        settings=jax.tree.map(lambda x: array(x.dtype, *x.shape[1:]), RowSettings.of(config.decode)))
+    cache = None
+    if rules.appends:
+        cache = abstract_cache(rules.init_cache, rules.passes * config.decode.batch_size, canvas, mesh)
     num_blocks = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     with use_mesh(mesh):
-        return run_blocks.lower(model.make_logits_fn(config.model, params), carry, num_blocks, rules=rules)
+        return run_blocks.lower(model.make_logits_fn(config.model, params), carry, num_blocks, cache, rules=rules)
 
 
 def lower_score(config: Config, mesh: Mesh, params: Any, canvas: int, queries: int) -> jax.stages.Lowered:

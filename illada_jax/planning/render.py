@@ -99,6 +99,7 @@ _INFERENCE_COLUMNS = {
 _DECODE_COLUMNS = _INFERENCE_COLUMNS | {
     "cache": "{cache}", "ms at best: canvas; block": "{canvas_ms:,.1f}; {block_ms:,.1f}",
     "tokens/s at best: exact 1 / 2 / 4": "{exact}", "prefix cache 1 / 2 / 4": "{prefix cache}",
+    "append cache 1 / 2 / 4": "{append cache}",
 }
 _SCORE_COLUMNS = _INFERENCE_COLUMNS | {"ms at best": "{canvas_ms:,.1f}", "rows/s at best": "{rows_per_second:,.1f}"}
 _CHIP_COLUMNS = ("chip", "peak TFLOP/s (bf16)", "HBM GiB", "HBM GB/s", "links GB/s (one way)", "DCN GB/s", "clock GHz",
@@ -166,7 +167,7 @@ def _values(case: dict[str, Any]) -> dict[str, Any]:
         return values
     values["weights"] = _weights(plan)
     values |= {f"{part}_ms": 1e3 * bounds["best"] for part, bounds in plan["bounds"].items()}
-    for decoding in ("exact", "prefix cache"):
+    for decoding in ("exact", "prefix cache", "append cache"):
         values[decoding] = " / ".join(f"{rate['tokens_per_second']:,.0f}" for rate in plan.get("rates", ())
                                       if rate["decoding"] == decoding)
     return values

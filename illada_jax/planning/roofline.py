@@ -89,13 +89,14 @@ def decode_rates(config: Config, whole: float, part: float) -> list[dict[str, An
     """Best-case tokens per second of the whole mesh: all rows are full, only evaluations take time.
 
     `exact` computes the whole canvas in every evaluation, in `whole` seconds; `prefix cache` once per block, then the
-    block alone, in `part` seconds. Each evaluation reveals 1, 2 or 4 tokens per row; with a threshold the number
-    depends on the model's confidence.
+    block alone, in `part` seconds; `append cache`, behind the prompt, the block alone, once more to keep it. Each
+    evaluation reveals 1, 2 or 4 tokens per row; with a threshold the number depends on the model's confidence.
     """
     block, rates = config.decode.block_length, []
     for per_evaluation in (1, 2, 4):
         evaluations = block / per_evaluation
-        for name, time in (("exact", evaluations * whole), ("prefix cache", whole + (evaluations - 1) * part)):
+        for name, time in (("exact", evaluations * whole), ("prefix cache", whole + (evaluations - 1) * part),
+                           ("append cache", (evaluations + 1) * part)):
             rates.append({"decoding": name, "tokens_per_evaluation": per_evaluation,
                           "tokens_per_second": config.decode.batch_size * block / time})
     return rates

@@ -6,8 +6,8 @@ Dimensions: B rows, L columns, Q hidden columns of a row, C candidate tokens of 
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from illada_jax.decoding.kept import row_cache
 from illada_jax.decoding.query import CanvasSlice, LogitsFn, SpecialIds, guided_logits
+from illada_jax.model.cache import Cache
 from illada_jax.parallel.hosts import fetch
 from illada_jax.parallel.mesh import use_mesh
-from illada_jax.parallel.sharding import batch_sharding
+from illada_jax.parallel.sharding import batch_sharding, replicated
 
 # Columns whose logits are in memory at the same time, twice as many under guidance; more only for a single row.
 _MAX_QUERIED_COLUMNS = 1024
@@ -71,6 +73,9 @@ class LogProbEvaluator:
       batch_size: maximal rows of a batch; fewer where many columns are queried.
       cfg_scale: classifier-free guidance that hides the context; 0 is none.
       mesh: devices to shard the rows over.
+      init_cache: the network's `(rows, length) -> empty cache`, for contexts that are evaluated once, alone, for all
+        queries: then a query evaluates what follows its context, which attends to the context's keys and values. That
+        approximates a bidirectional network. None evaluates whole rows.
       evaluations: rows evaluated so far (twice as many under guidance), without padding.
     """
 
@@ -80,7 +85,9 @@ class LogProbEvaluator:
     batch_size: int
     cfg_scale: float = 0.0
     mesh: Mesh | None = None
+    init_cache: Callable[[int, int], Cache] | None = None
     evaluations: int = 0
+    _contexts: dict[bytes, Cache] = field(default_factory=dict)
 
     @property
     def _shards(self) -> int:
@@ -93,7 +100,7 @@ class LogProbEvaluator:
             same_input[query.visible(), query.context_length].append(index)
         shapes = [self._padded_shape(query) for query in queries]
         groups = sorted(same_input.values(), key=lambda group: (shapes[group[0]], group[0]), reverse=True)
-        batches = self._batches(groups, [shapes[group[0]][1] for group in groups])
+        batches = self._batches(groups, [shapes[group[0]] for group in groups])
         dispatched = [(batch, self._dispatch([[queries[index] for index in group] for group in batch]))
                       for batch in batches]
         results = {}
@@ -105,12 +112,13 @@ class LogProbEvaluator:
                     results[index] = TokenLogProbs(log_probs_BQC[row, :count, target], best_BQ[row, :count])
         return [results[index] for index in range(len(queries))]
 
-    def _padded_shape(self, query: Query) -> tuple[int, int]:
-        """(Columns, queried columns) of the query with padding."""
-        length, num_queried = len(query.tokens_L), len(query.hidden_Q)
-        return min(_rounded(length, 8), self.max_length), _rounded(num_queried, 4)
+    def _padded_shape(self, query: Query) -> tuple[int, int, int]:
+        """(Cached columns, evaluated columns, queried columns) of the query with padding."""
+        cached = query.context_length if self.init_cache else 0
+        lengths = (min(_rounded(length, 8), self.max_length) for length in (cached, len(query.tokens_L) - cached))
+        return *lengths, _rounded(len(query.hidden_Q), 4)
 
-    def _batches(self, groups: list[list[int]], num_queried: list[int]) -> Iterator[list[list[int]]]:
+    def _batches(self, groups: list[list[int]], shapes: list[tuple[int, int, int]]) -> Iterator[list[list[int]]]:
         """Cuts groups, sorted by descending shape, into batches; each is padded to the shape of its first group.
 
         A batch has a power of two of rows, hence no padded rows, except over a mesh, which takes whole shards.
@@ -118,8 +126,8 @@ class LogProbEvaluator:
         start = 0
         while start < len(groups):
             end = start + 1
-            while (end < len(groups) and end - start < self.batch_size
-                   and (end + 1 - start) * max(num_queried[start : end + 1]) <= _MAX_QUERIED_COLUMNS):
+            while (end < len(groups) and end - start < self.batch_size and shapes[end][0] == shapes[start][0]
+                   and (end + 1 - start) * max(shape[2] for shape in shapes[start : end + 1]) <= _MAX_QUERIED_COLUMNS):
                 end += 1
             while start < end:
                 rows = end - start
@@ -129,8 +137,8 @@ class LogProbEvaluator:
 
     def _dispatch(self, batch: list[list[Query]]) -> tuple[jax.Array, jax.Array]:
         """Dispatches one batch; each of its rows holds all queries that share it."""
-        length = self._padded_shape(batch[0][0])[0]
-        num_queried = max(self._padded_shape(group[0])[1] for group in batch)
+        cached, length, _ = self._padded_shape(batch[0][0])
+        num_queried = max(self._padded_shape(group[0])[2] for group in batch)
         rows = -(-(1 << (len(batch) - 1).bit_length()) // self._shards) * self._shards
         num_targets = max(_MIN_TARGETS, 1 << (max(map(len, batch)) - 1).bit_length())
         tokens_BL = np.full((rows, length), self.ids.pad, np.int32)
@@ -140,39 +148,62 @@ class LogProbEvaluator:
         for row, group in enumerate(batch):
             query = group[0]
             count = len(query.hidden_Q)
-            tokens_BL[row, : len(query.tokens_L)] = query.tokens_L
-            tokens_BL[row, query.hidden_Q] = self.ids.mask
+            start = query.context_length if cached else 0
+            tokens_BL[row, : len(query.tokens_L) - start] = query.tokens_L[start:]
+            tokens_BL[row, query.hidden_Q - start] = self.ids.mask
             lengths_B[row], context_lengths_B[row] = len(query.tokens_L), query.context_length
-            columns_BQ[row, :count] = query.hidden_Q
+            columns_BQ[row, :count] = query.hidden_Q - start
             for target, query in enumerate(group):
                 targets_BQC[row, :count, target] = query.tokens_L[query.hidden_Q]
         self.evaluations += len(batch) * (2 if self.cfg_scale else 1)
         arrays = tokens_BL, lengths_B, context_lengths_B, columns_BQ, targets_BQC
         sharding = None if self.mesh is None else batch_sharding(self.mesh)
         with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
-            return token_log_probs(self.logits_fn, *jax.device_put(arrays, sharding), mask_id=self.ids.mask,
+            caches = tuple(self._context(group[0], cached) for group in batch) if cached else ()
+            return token_log_probs(self.logits_fn, *jax.device_put(arrays, sharding),
+                                   caches + caches[:1] * (rows - len(caches)), mask_id=self.ids.mask,
                                    cfg_scale=self.cfg_scale)
+
+    def _context(self, query: Query, columns: int) -> Cache:
+        """Keys and values of the query's context, with padding; as many contexts as a batch has rows are remembered."""
+        context_L = query.tokens_L[: query.context_length]
+        cache = self._contexts.pop(key := context_L.tobytes(), None)
+        if cache is None:
+            self.evaluations += 2 if self.cfg_scale else 1
+            inputs = np.resize(context_L, (1, columns)), np.int32([0]), np.int32([len(context_L)])
+            inputs = jax.device_put(inputs, None if self.mesh is None else replicated(self.mesh))
+            cache = row_cache(self.logits_fn, None, *inputs, init_cache=self.init_cache, cfg_scale=self.cfg_scale,
+                              mask_id=self.ids.mask)
+        self._contexts[key] = cache  # the latest is the last
+        if len(self._contexts) > self.batch_size:
+            del self._contexts[next(iter(self._contexts))]
+        return cache
 
 
 def _rounded(count: int, parts: int) -> int:
     """Columns rounded up to a multiple of 8 and of 1/parts of the power of two below: few sizes, little padding."""
-    step = max(8, (1 << (count.bit_length() - 1)) // parts)
+    step = max(8, (1 << count.bit_length()) // 2 // parts)
     return -(-count // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "cfg_scale"))
 def token_log_probs(logits_fn: LogitsFn, tokens_BL: jax.Array, lengths_B: jax.Array, context_lengths_B: jax.Array,
-                    columns_BQ: jax.Array, targets_BQC: jax.Array, *, mask_id: int, cfg_scale: float,
-                    ) -> tuple[jax.Array, jax.Array]:
+                    columns_BQ: jax.Array, targets_BQC: jax.Array, caches: tuple[Cache, ...] = (), *, mask_id: int,
+                    cfg_scale: float) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the targets, float32 [B, Q, C], and of the most probable id, float32 [B, Q].
 
     Rows hold MASK in hidden columns, `lengths_B` columns and then padding; guidance hides the first `context_lengths_B`
-    columns. `columns_BQ` are the columns to query, `targets_BQC` the ids to evaluate at each of them.
+    columns. `columns_BQ` are the columns to query, `targets_BQC` the ids to evaluate at each of them. With the `caches`
+    of the rows' contexts, tokens and columns are those behind the context.
     """
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1)
+    cache = None
+    if caches:
+        positions_BL += context_lengths_B[:, None]
+        cache = jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=rows[0].ndim // 2 - 1), *caches)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     canvas = CanvasSlice(tokens_BL, positions_BL, segments_BL, positions_BL < context_lengths_B[:, None])
-    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cfg_scale=cfg_scale, mask_id=mask_id)
+    logits_BQV, _ = guided_logits(logits_fn, canvas, columns_BQ, cache, cfg_scale=cfg_scale, mask_id=mask_id)
     return log_softmax_at(logits_BQV, targets_BQC)
 
 

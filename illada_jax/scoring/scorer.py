@@ -1,6 +1,6 @@
 """Scores of (context, candidate) pairs, by confidence or Monte Carlo."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from illada_jax.decoding.query import LogitsFn, SpecialIds
 from illada_jax.errors import ConfigError, InputError
+from illada_jax.model.cache import Cache
 from illada_jax.scoring.confidence import PartialCandidate, advance, best_candidate
 from illada_jax.scoring.log_probs import LogProbEvaluator, Query
 from illada_jax.scoring.monte_carlo import estimate
@@ -27,6 +28,8 @@ class ScoreConfig:
       eos: one EOS follows the candidate, visible and not scored.
       cfg_scale: classifier-free guidance w: uncond + (w + 1)·(cond - uncond), uncond without the context; 0 is none.
       tokens_per_step: tokens that a step of `confidence` reveals. 1 is the paper's score; larger values approximate it.
+      context_cache: evaluate each context once, alone, for all candidates and steps (`log_probs.LogProbEvaluator`):
+        much faster, and approximate for bidirectional networks.
       batch_size: rows evaluated at the same time; scores do not depend on it.
       seed: seed of `monte_carlo`.
     """
@@ -37,6 +40,7 @@ class ScoreConfig:
     eos: bool = False
     cfg_scale: float = 0.0
     tokens_per_step: int = 1
+    context_cache: bool = False
     batch_size: int = 16
     seed: int = 0
 
@@ -81,10 +85,17 @@ class Scorer:
     """
 
     def __init__(self, logits_fn: LogitsFn, settings: ScoreConfig, ids: SpecialIds, max_length: int,
-                 mesh: Mesh | None = None):
-        """Prepares scoring; nothing is compiled yet. For the arguments see `LogProbEvaluator`."""
+                 mesh: Mesh | None = None, init_cache: Callable[[int, int], Cache] | None = None):
+        """Prepares scoring; nothing is compiled yet. For the arguments see `LogProbEvaluator`.
+
+        Raises:
+          ConfigError: contexts are to be cached, and `init_cache` is None.
+        """
+        if settings.context_cache and init_cache is None:
+            raise ConfigError("config.score.context_cache = True: this network has no cache; set it to False")
         self.settings = settings
-        self.evaluator = LogProbEvaluator(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh)
+        self.evaluator = LogProbEvaluator(logits_fn, ids, max_length, settings.batch_size, settings.cfg_scale, mesh,
+                                          init_cache if settings.context_cache else None)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Scores (context ids, candidate ids); one score per pair, in order.
@@ -93,6 +104,22 @@ class Scorer:
           InputError: a candidate is empty or too long, or an id is invalid; the message names the pair.
         """
         rows = [self._row(f"pair {index}", context, candidate) for index, (context, candidate) in enumerate(pairs)]
+        return [score for part in self._parts([[row] for row in rows])
+                for score in self._score([row for row, in part])]
+
+    def _parts(self, groups: list[list[Query]]) -> Iterator[list[list[Query]]]:
+        """Consecutive groups; with cached contexts, no part has more of them than the evaluator remembers."""
+        part, contexts = [], set()
+        for group in groups:
+            added = {row.tokens_L[: row.context_length].tobytes() for row in group}
+            if part and self.settings.context_cache and len(contexts | added) > self.settings.batch_size:
+                yield part
+                part, contexts = [], set()
+            part.append(group)
+            contexts |= added
+        yield part
+
+    def _score(self, rows: list[Query]) -> list[Score]:
         if self.settings.method == "monte_carlo":
             estimates = estimate(self.evaluator, rows, self.settings.mc_num, self.settings.seed)
             return [Score(value, stderr, len(row.hidden_Q))
@@ -119,7 +146,10 @@ class Scorer:
                 for index, pairs in enumerate(questions)]
         if [] in rows:
             raise InputError(f"question {rows.index([])}: has no candidates")
-        divisors = divisors or [[1.0] * len(group) for group in rows]
+        divisors = iter(divisors or [[1.0] * len(group) for group in rows])
+        return [best for part in self._parts(rows) for best in self._choose(part, [next(divisors) for _ in part])]
+
+    def _choose(self, rows: list[list[Query]], divisors: list[Sequence[float]]) -> list[int]:
         if self.settings.method == "confidence":
             groups = [[PartialCandidate(row) for row in group] for group in rows]
             return best_candidate(self.evaluator, groups, divisors, self.settings.tokens_per_step)

@@ -9,7 +9,7 @@ from illada_jax.config import DecodeConfig, to_dict
 NEEDS = {
     "threshold": ("reveal", ("threshold",)), "factor": ("reveal", ("factor",)),
     "entropy_bound": ("reveal", ("entropy_bound",)), "steps_per_block": ("reveal", ("schedule",)),
-    "cache_refresh": ("cache", ("prefix", "dual")),
+    "cache_refresh": ("cache", ("prefix", "dual", "append")),
 }
 # Settings that change the text or the order of writing it, the most informative first.
 _DESCRIBED = ("confidence", "reveal", "threshold", "factor", "entropy_bound", "steps_per_block", "block_length",

@@ -102,7 +102,7 @@ def make_trace(lm: Any, generation: Any, *, title: str = "", strategy: str = "",
     top_candidates = functools.partial(
         _top_candidates, lm.logits_fn, mask_id=ids.mask, vocab_size=ids.vocab_size, never_ids=rules.suppressed_ids,
         cfg_scale=decode.cfg_scale, num_candidates=num_candidates)
-    grows = decode.length == "variable" and not infill
+    grows = (decode.length == "variable" or decode.cache == "append") and not infill
     query_length = min(decode.block_length, int(np.sum(~given_L)))
 
     probability_L = np.where(given_L, 1.0, 0.0)

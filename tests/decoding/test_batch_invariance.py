@@ -12,6 +12,8 @@ import pytest
 from illada_jax import model
 from illada_jax.config import DecodeConfig, MeshConfig
 from illada_jax.decoding import Decoder
+from illada_jax.decoding.loop import run_blocks
+from illada_jax.errors import InputError
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.parallel.sharding import param_shardings
 from tests import reference
@@ -92,6 +94,32 @@ def test_alone_or_in_a_batch(kind, temperature):
         batched = decode(params, settings, order, batch_size, mesh)
         assert near_ties(params, settings, alone, batched) <= 1, (batch_size, mesh)
     assert len({str(tokens) for tokens, _, _ in alone.values()}) > 5
+
+
+def test_settings_of_its_own():
+    """Ten temperatures, filters, thresholds, stop ids, budgets and seeds in a batch: one program, rows as alone."""
+    base = dataclasses.replace(SETTINGS, reveal="threshold", confidence_eos_eot_inf=True, batch_size=16)
+    settings = [dataclasses.replace(base, temperature=0.2 * n, top_k=n % 4, top_p=1 - 0.05 * (n % 3), seed=n // 2,
+                                    threshold=0.1 + 0.08 * n, stop_ids=tuple(range(4, 4 + n % 3)),
+                                    max_new_tokens=8 + n) for n in range(10)]
+    logits_fn = model.make_logits_fn(TRANSFORMER, trained_params())
+    make = functools.partial(Decoder, logits_fn, ids=IDS, max_length=TRANSFORMER.max_length, buckets=[64])
+
+    def run(settings, *arguments, **options):
+        results = make(settings=settings).generate(*arguments, **options)
+        return [(r.tokens, r.reveal_step, r.stopped_by) for r in results]
+
+    alone = [run(each, [prompt], rows=[row])[0] for row, (prompt, each) in enumerate(zip(PROMPTS, settings,
+                                                                                         strict=False))]
+    size = run_blocks._cache_size()
+    assert run(base, PROMPTS[:10], row_settings=settings) == alone
+    assert run_blocks._cache_size() == size + 1  # 16 rows instead of one
+    assert run(base, PROMPTS[:10], row_settings=settings[::-1]) != alone
+    assert run_blocks._cache_size() == size + 1
+    with pytest.raises(InputError, match=r"prompt 0: config.decode.cfg_scale = 2.0: must be 0.0, as for the other"):
+        make(settings=base).generate([[4]], row_settings=[dataclasses.replace(base, cfg_scale=2.0)])
+    with pytest.raises(InputError, match="rows: 1 settings for 2 prompts"):
+        make(settings=base).generate([[4], [5]], row_settings=[base])
 
 
 def test_sharded_matrices():

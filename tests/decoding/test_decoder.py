@@ -15,6 +15,7 @@ from illada_jax.decoding.confidence import CONFIDENCES
 from illada_jax.decoding.decoder import canvas_buckets, make_rules
 from illada_jax.decoding.loop import Carry, run_blocks
 from illada_jax.decoding.reveal import REVEALS
+from illada_jax.decoding.sampling import RowSettings
 from illada_jax.errors import InputError
 from tests.decoding.toys import IDS, table
 
@@ -69,9 +70,10 @@ def test_finished_rows_and_padding_do_not_change():
         limit_B=np.int32([60, 36, 60]),
         done_B=np.array([True, False, True]), keys_B2=np.zeros((3, 2), np.uint32), steps_B=np.int32([5, 0, 7]),
         reveal_step_BL=rng.integers(-1, 5, (3, 64)).astype(np.int32),
-        log_prob_BL=rng.normal(size=(3, 64)).astype(np.float32))
-    after = jax.device_get(run_blocks(table(eos_bias=-20.0)[0], carry, np.int32(99), rules=make_rules(SETTINGS, IDS)))
-    for before_B, after_B in zip(carry, after, strict=True):
+        log_prob_BL=rng.normal(size=(3, 64)).astype(np.float32),
+        settings=jax.tree.map(lambda x: np.repeat(x, 3, axis=0), RowSettings.of(SETTINGS)))
+    after, _ = run_blocks(table(eos_bias=-20.0)[0], carry, np.int32(99), rules=make_rules(SETTINGS, IDS))
+    for before_B, after_B in zip(jax.tree.leaves(carry), jax.tree.leaves(jax.device_get(after)), strict=True):
         for row in (0, 2):
             np.testing.assert_array_equal(before_B[row], after_B[row])
     assert after.done_B.all() and after.length_B[1] == 36 and after.steps_B[1] == 8

@@ -12,7 +12,7 @@ from illada_jax.config import DecodeConfig
 from illada_jax.decoding.confidence import CONFIDENCES, Prediction
 from illada_jax.decoding.query import CanvasSlice, guided_logits, plain_logits_fn
 from illada_jax.decoding.reveal import reveal_mask
-from illada_jax.decoding.sampling import keep_top_k, mask_logits, nucleus
+from illada_jax.decoding.sampling import keep_likely, mask_logits
 
 LN = math.log
 PROBS_BQV = np.float32([[[0.5, 0.25, 0.25, 0.0], [0.0, 0.125, 0.0, 0.875]]])
@@ -43,7 +43,8 @@ class StrategiesTest(chex.TestCase):
         def reveals(*arrays):
             return reveal_mask(settings, *arrays)
 
-        got_BQ = self.variant(reveals)(confidence_BQ, masked_BQ, np.int32([4]), entropy_BQ, np.int32(0))
+        got_BQ = self.variant(reveals)(confidence_BQ, masked_BQ, np.int32([4]), entropy_BQ,
+                                       np.log(np.float32([settings.threshold])), np.int32(0))
         assert np.flatnonzero(got_BQ[0]).tolist() == expected
 
     @chex.variants(with_jit=True, without_jit=True)
@@ -51,7 +52,8 @@ class StrategiesTest(chex.TestCase):
         logits_BQV = jnp.log(jnp.float32([[[0.4, 0.3, 0.2, 0.1]]]))
 
         def kept(logits_BQV):
-            return jnp.isfinite(nucleus(mask_logits(logits_BQV, (1,), 3), 0.6)), jnp.isfinite(nucleus(logits_BQV, 0.5))
+            return [jnp.isfinite(keep_likely(x, jnp.int32([0]), jnp.float32([top_p])))
+                    for x, top_p in ((mask_logits(logits_BQV, (1,), 3), 0.6), (logits_BQV, 0.5))]
 
         one, other = self.variant(kept)(logits_BQV)
         assert one.tolist() == [[[True, False, False, False]]] and other.tolist() == [[[True, True, False, False]]]
@@ -61,7 +63,8 @@ class StrategiesTest(chex.TestCase):
                                          (9, [0, 1, 2, 3])])
 def test_ties_with_the_last_of_the_top_k_are_kept(top_k, kept):
     logits_BQV = jnp.log(jnp.float32([[[0.4, 0.25, 0.25, 0.1, 0.0]]]))
-    assert jnp.flatnonzero(jnp.isfinite(keep_top_k(logits_BQV, top_k))).tolist() == kept
+    filtered_BQV = keep_likely(logits_BQV, jnp.int32([top_k]), jnp.float32([1.0]))
+    assert jnp.flatnonzero(jnp.isfinite(filtered_BQV)).tolist() == kept
 
 
 def test_guidance_equals_two_passes():

@@ -9,6 +9,7 @@ import numpy as np
 from illada_jax import model
 from illada_jax.config import ModelConfig
 from illada_jax.decoding import SpecialIds, plain_logits_fn
+from illada_jax.model.cache import KeysValues
 from tests.util import random_params
 
 IDS = SpecialIds(mask=0, eos=1, bos=2, pad=3, vocab_size=11)
@@ -73,3 +74,37 @@ def _forward(config):
 def _whole(config, params, tokens_BL, segments_BL):
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     return model.head(config, params, model.hidden(config, params, tokens_BL, positions_BL, segments_BL))
+
+
+def causal(seed: int = 0, layers: int = 2, width: int = 8, length: int = 96):
+    """(LogitsFn, init_cache) of a network whose columns attend to themselves and to columns on their left."""
+    rng = np.random.default_rng(seed)
+    config = ModelConfig(vocab_size=NETWORK_SIZE, d_model=width, num_layers=layers, num_heads=1, num_kv_heads=1)
+    weights = {"embedding": rng.normal(size=(NETWORK_SIZE, width)), "position": rng.normal(size=(length + 1, width)),
+               "qkv": rng.normal(size=(layers, 3, width, width)), "head": rng.normal(size=(width, NETWORK_SIZE))}
+    return jax.tree_util.Partial(_causal, jax.tree.map(np.float32, weights)), model.make_init_cache(config)
+
+
+def _causal(weights, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
+    x_BTD = weights["embedding"][tokens_BT] + weights["position"][positions_BT]
+    kept = []
+    for layer, qkv in enumerate(weights["qkv"]):
+        q_BTD, k_BSD, v_BSD = (x_BTD @ w for w in qkv)
+        new = KeysValues(k_BSD[:, :, None], v_BSD[:, :, None], segments_BT)
+        columns_BS, segments_BS = positions_BT, segments_BT
+        if cache is not None and not cache.writes:
+            old = cache.read(layer, cache.segments_without(positions_BT))
+            k_BSD, v_BSD, segments_BS = (jnp.concatenate([x.reshape(*x.shape[:2], *y.shape[2:]), y], axis=1)
+                                         for x, y in zip(old, (k_BSD, v_BSD, segments_BT), strict=True))
+            canvas_BS = jnp.broadcast_to(jnp.arange(old.segments_BS.shape[1]), old.segments_BS.shape)
+            columns_BS = jnp.concatenate([canvas_BS, positions_BT], axis=1)
+        seen_BTS = (segments_BS[:, None] == segments_BT[:, :, None]) & (columns_BS[:, None] <= positions_BT[:, :, None])
+        scores_BTS = jnp.where(seen_BTS, q_BTD @ k_BSD.swapaxes(1, 2), -1e9)
+        x_BTD = x_BTD + jax.nn.softmax(scores_BTS) @ v_BSD
+        x_BTD /= 1e-6 + jnp.sqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True))
+        kept.append(new)
+    if cache is not None and (cache.writes or cache.appends):
+        stacks = (jnp.stack(x) for x in zip(*(new[:2] for new in kept), strict=True))
+        cache = cache.append(*stacks, segments_BT, positions_BT).replace(writes=False)
+    x_BQD = jnp.take_along_axis(x_BTD, query_columns_BQ[:, :, None], axis=1)
+    return x_BQD @ weights["head"], cache

@@ -1,6 +1,7 @@
 """Both scorers against naive loops; a score depends only on its own pair."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -17,6 +18,7 @@ from illada_jax.scoring import ScoreConfig, Scorer
 from illada_jax.scoring import log_probs as log_prob_queries
 from illada_jax.scoring.log_probs import Query, log_softmax_at
 from illada_jax.scoring.monte_carlo import hidden_columns, replicate_sizes
+from tests import reference_model
 from tests import reference_scoring as reference
 from tests.decoding.toys import IDS, TRANSFORMER, network_of, transformer
 from tests.util import random_params
@@ -100,6 +102,63 @@ def test_alone_or_in_a_batch(networks, settings):
             assert reference.confidence(network, *pair, IDS, **settings)[2] < NEAR
             near_ties += 1
     assert near_ties <= 1 and len({score.value for score in alone}) == len(PAIRS)
+
+
+def cached(logits_fn, **settings):
+    return Scorer(logits_fn, ScoreConfig(context_cache=True, **settings), IDS, TRANSFORMER.max_length,
+                  init_cache=model.make_init_cache(TRANSFORMER))
+
+
+def behind_a_context(start):
+    """A naive network that has evaluated the first `start` columns once, alone."""
+    evaluate = functools.partial(reference_model.evaluate, TRANSFORMER, random_params(TRANSFORMER, seed=0))
+
+    def network(canvas):
+        kept = evaluate(canvas[:start], range(start), [])[1]
+        logits_TV, _ = evaluate(canvas[start:], range(start, len(canvas)), kept)
+        return np.concatenate([np.zeros((start, logits_TV.shape[1])), logits_TV]).astype(np.float32)
+
+    return network
+
+
+@pytest.mark.parametrize("name", ["plain", "bos, eos, guidance"])
+def test_with_a_cached_context_both_equal_the_naive_rule(networks, name):
+    settings = SETTINGS[name]
+    scores = cached(networks[0], **settings).score(PAIRS[:8])
+    sampled = cached(networks[0], method="monte_carlo", mc_num=3, **settings).score(PAIRS[:8])
+    for (context, candidate), score, estimate in zip(PAIRS, scores, sampled, strict=False):
+        network = behind_a_context(len(context) + settings.get("bos", False))
+        value, _, closest = reference.confidence(network, context, candidate, IDS, **settings)
+        assert closest < NEAR or abs(score.value - value) < 1e-4
+        draws = draws_of(context, candidate, 3, 0, **settings)
+        assert abs(estimate.value - reference.monte_carlo(network, context, candidate, IDS, draws, **settings)) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "monte_carlo", "mc_num": 3, "cfg_scale": 0.5}])
+def test_a_context_is_evaluated_once_and_alone(networks, settings):
+    """Each of 10 contexts once for all its candidates and steps, though fewer are remembered; scores as when alone."""
+    pairs = [(context, candidate) for context, _ in PAIRS[1:11] for _, candidate in PAIRS[:4]]
+    passes, contexts = 2 if "cfg_scale" in settings else 1, []
+
+    def counted(tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
+        if cache is not None and cache.writes:
+            jax.debug.callback(contexts.append, len(tokens_BT))
+        return networks[0](tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache)
+
+    together = cached(jax.tree_util.Partial(counted), batch_size=4, **settings)
+    scores = together.score(pairs)
+    jax.effects_barrier()
+    assert contexts == [passes] * len({tuple(context) for context, _ in pairs if context})
+    for pair, score in list(zip(pairs, scores, strict=True))[::5]:
+        assert np.isclose(cached(networks[0], batch_size=1, **settings).score([pair])[0].value, score.value, atol=1e-5)
+    questions = [pairs[first : first + 4] for first in range(0, len(pairs), 4)]
+    best = [int(np.argmax([score.value for score in scores[first : first + 4]])) for first in range(0, len(pairs), 4)]
+    assert cached(networks[0], batch_size=4, **settings).choose(questions) == best
+
+
+def test_a_network_without_a_cache_cannot_keep_contexts(networks):
+    with pytest.raises(InputError, match=r"config.score.context_cache = True: this network has no cache"):
+        scorer(networks[0], context_cache=True)
 
 
 def test_equal_inputs_are_evaluated_once(networks):
