@@ -14,9 +14,9 @@ import ml_collections
 from illada_jax import config
 from illada_jax.errors import ConfigError
 
-# Settings for the same batch on one host, found by compiling (see `tpu/cases.json`), with a checkpoint every five to
-# eight minutes. The number in a name counts TensorCores (v4) or chips. Without a variant the whole batch is computed at
-# once, which no single host has the memory for.
+# Settings for the same batch on one host (`tpu/cases.json`): one row at a time on a device, everything computed again
+# in the backward pass, and a checkpoint every 20 steps. The number in a name counts TensorCores (v4) or chips. Without
+# a variant the whole batch is computed at once, for which no single host has the memory.
 VARIANTS = {
     "v4-8": {"mesh.fsdp": 4, "train.microbatches": 64},
     "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32},

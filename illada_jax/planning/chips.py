@@ -93,6 +93,8 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as on TPU VMs
     if num_slices > 1:
         options["num_slices"] = num_slices
     try:
