@@ -25,7 +25,8 @@ def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
     lines = programs.lines(workdir)
     checkpoints = workdir / "checkpoints"
     unfinished = [path for path in checkpoints.iterdir() if "tmp" in path.name] if checkpoints.is_dir() else []
-    return {"step": lines[-1]["step"] if lines else 0, "memory, MiB": int(status["VmRSS"].split()[0]) / 1024,
+    # Without pages of files, which the system drops and reads again.
+    return {"step": lines[-1]["step"] if lines else 0, "memory, MiB": int(status["RssAnon"].split()[0]) / 1024,
             "open files": len(os.listdir(f"/proc/{pid}/fd")), "threads": int(status["Threads"]),
             "unfinished checkpoints": len(unfinished)}
 

@@ -25,13 +25,13 @@ _LARGEST_BATCH = 8
 
 
 def memory() -> float:
-    """Resident memory of this process in MiB."""
+    """Resident memory of this process in MiB, without pages of files, which the system drops and reads again."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) / 1024
 
 
 def decode(count: int) -> dict:
-    """Decodes batches of 1 to 8 prompts; returns memory and compilations so far by prompts, and calls by shape."""
+    """Decodes batches of 1 to 8 prompts; returns memory and compilations so far, calls by shape, and their bound."""
     compiled, shapes = [], collections.Counter()
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None)
@@ -49,7 +49,9 @@ def decode(count: int) -> dict:
         lm.generate(prompts)
         done += len(prompts)
         samples.append((done, memory(), len(compiled)))
-    return {"samples": samples, "shapes": dict(sorted(shapes.items(), key=lambda item: item[0]))}
+    # A canvas has one of these lengths, and a batch a power of two of rows.
+    most = len(decoder.canvas_buckets(_MODEL.max_length)) * _LARGEST_BATCH.bit_length()
+    return {"samples": samples, "shapes": dict(sorted(shapes.items())), "most": most}
 
 
 def main() -> None:
