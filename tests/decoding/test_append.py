@@ -137,9 +137,10 @@ def test_over_a_mesh():
     params = random_params(config)
     spread = jax.device_put(params, param_shardings(mesh, model.param_axes(config)))
     settings = dataclasses.replace(SETTINGS, cache_refresh=2, temperature=0.7)
+    prompts = [prompt for prompt in PROMPTS if prompt]  # without one, all columns of the first block tie
     results = [[(r.tokens, r.stopped_by) for r in Decoder(
         model.make_logits_fn(config, p), settings, IDS, config.max_length, model.make_init_cache(config),
-        m).generate(PROMPTS)] for p, m in ((params, None), (spread, mesh))]
+        m).generate(prompts)] for p, m in ((params, None), (spread, mesh))]
     assert results[0] == results[1]
 
 

@@ -165,9 +165,9 @@ def test_the_host_acts_after_every_block_only_where_it_must(monkeypatch):
     """A prompt that waits takes the slot of the first row that ends; with none left the loop runs to the end."""
     run, calls = decoder_lib.run_blocks, []
 
-    def counted(logits_fn, carry, num_blocks, *, rules):
+    def counted(logits_fn, carry, num_blocks, *cache, rules):
         calls.append(int(num_blocks))
-        return run(logits_fn, carry, num_blocks, rules=rules)
+        return run(logits_fn, carry, num_blocks, *cache, rules=rules)
 
     monkeypatch.setattr(decoder_lib, "run_blocks", counted)
     decoder = Decoder(table(eos_bias=-20.0)[0], SETTINGS, IDS, 64)

@@ -82,7 +82,7 @@ def causal(seed: int = 0, layers: int = 2, width: int = 8, length: int = 96):
     config = ModelConfig(vocab_size=NETWORK_SIZE, d_model=width, num_layers=layers, num_heads=1, num_kv_heads=1)
     weights = {"embedding": rng.normal(size=(NETWORK_SIZE, width)), "position": rng.normal(size=(length + 1, width)),
                "qkv": rng.normal(size=(layers, 3, width, width)), "head": rng.normal(size=(width, NETWORK_SIZE))}
-    return jax.tree_util.Partial(_causal, jax.tree.map(np.float32, weights)), model.make_init_cache(config)
+    return jax.tree_util.Partial(_causal, jax.tree.map(jnp.float32, weights)), model.make_init_cache(config)
 
 
 def _causal(weights, tokens_BT, positions_BT, segments_BT, query_columns_BQ, cache):
