@@ -168,6 +168,12 @@ def test_llada_rows_by_hand(tmp_path):
     assert sorted(seen) == sorted(PAIRS)
 
 
+def test_llada_rows_are_never_longer_than_the_length(tmp_path):
+    """Also where it is no multiple of the bucket."""
+    batches, _ = prepared(tmp_path, pairs(), format="llada", epochs=1, length=23)
+    assert max(batches.rows(step, range(4)).tokens_BL.shape[1] for step in range(2)) == 23
+
+
 def test_llada_rows_may_be_cut_anywhere_behind_their_prompts(tmp_path):
     plain, _ = prepared(tmp_path, pairs(), format="llada", epochs=40, length=32)
     batches, _ = prepared(tmp_path, pairs(), format="llada", epochs=40, length=32, cut=0.5)

@@ -37,11 +37,12 @@ def test_times_hit_every_stratum_once(batch_size):
     np.testing.assert_allclose(gaps, 1 / batch_size, atol=1e-6)
 
 
-def test_every_aligned_slice_is_stratified_too():
-    ranks = stratified_ranks(64)
+@pytest.mark.parametrize("batch_size", [12, 48, 64])
+def test_every_aligned_slice_is_stratified_too(batch_size):
+    ranks = stratified_ranks(batch_size)
     for size in (2, 4, 8, 16, 32):
-        for start in range(0, 64, size):
-            strata = ranks[start : start + size] * size // 64
+        for start in range(0, batch_size, size) if batch_size % size == 0 else ():
+            strata = ranks[start : start + size] * size // batch_size
             assert sorted(strata) == list(range(size))
 
 
