@@ -92,6 +92,8 @@ def main() -> None:
         programs.write_text(pathlib.Path(directory) / "text")
         samples, lines = watch(pathlib.Path(directory), arguments.steps, arguments.save_every)
     print(report(samples, lines, arguments.steps, 8 * 32))
+    slope, error = growth(samples, arguments.steps)
+    print(f"least memory of each thirtieth of the steps: {slope:+.2f} ± {error:.2f} MiB per 10,000 steps")
 
 
 if __name__ == "__main__":
