@@ -17,7 +17,7 @@ ROWS, LENGTH, VOCABULARY = 256, 16, 8
 def test_the_boost_equals_the_naive_one():
     """The active block has three slots: one that is written and two masks. Prompts hold the string, too."""
     rng = np.random.default_rng(0)
-    tokens_BL = rng.choice([5, 6, 7], (ROWS, LENGTH), p=[0.5, 0.35, 0.15]).astype(np.int32)
+    tokens_BL = rng.choice([5, 6, 7], (ROWS, LENGTH), p=[0.45, 0.3, 0.25]).astype(np.int32)
     written_B = rng.integers(1, LENGTH - 1, ROWS)
     prompt_B = rng.integers(0, written_B + 1)
     limit_B = rng.integers(written_B + 2, LENGTH + 8)
