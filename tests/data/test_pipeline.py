@@ -24,6 +24,7 @@ class ArrayStream:
         self.num_tokens, self.eos_id = len(tokens), EOS
 
     def read(self, start, stop):
+        assert 0 <= start <= stop <= self.num_tokens
         return self.tokens[start:stop]
 
 
