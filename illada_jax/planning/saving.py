@@ -1,4 +1,4 @@
-"""How often to save: the steps that an interruption costs against the time that saving takes.
+"""The interval between checkpoints: the steps that an interruption costs against the time that saving takes.
 
 Saving is asynchronous. The loop waits while a device copies its state to its host (`copy`), then the hosts write it
 (`write`); a checkpoint counts once it is whole, and the next save waits for it. On spot hardware a step of a large
