@@ -97,7 +97,7 @@ def inject(directory: pathlib.Path, quick: bool) -> Table:
         table.add("writes that fail or are slow", 0, [], "not permitted here, or no strace")
     for fault, wrong in (results or []) + (unreliable or []) + storage.limited_files(directory, 1 if quick else 3):
         table.add(fault, 1, [wrong] if wrong else [], "one line, exit code 2, or no effect; then finishes")
-    for name, wrong in removed.removed(directory, directory / "whole", whole):
+    for name, wrong in removed.removed(directory):
         table.add(f"removed during a run: {name}", 1, [wrong] if wrong else [],
                   "one line, exit code 2, all written again; then finishes like the undisturbed run, bit for bit")
     for cause, processes, wrong, outcome in leaving.causes(directory):
