@@ -198,9 +198,9 @@ class DiffusionConfig(Section):
 class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule: warm-up, constant, decay."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # `muon`: Muon on the matrices of the layers, Adam on everything else
+    name: Literal["adamw", "muon"] = "adamw"  # `muon`: Muon on the matrices of the layers, NAdam on the rest
     learning_rate: PositiveFloat = 1e-3  # the constant rate after the warm-up
-    adam_learning_rate: PositiveFloat = 1e-3  # with `muon`, the constant rate of the parameters that Adam updates
+    adam_learning_rate: PositiveFloat = 1e-3  # with `muon`, the constant rate of the parameters that NAdam updates
     muon_momentum: Fraction = 0.95
     warmup_steps: NonNegativeInt = 0  # steps of the linear warm-up from 0
     change_steps: tuple[int, ...] = ()  # steps at which the constant rate changes (LLaDA's schedule), ascending

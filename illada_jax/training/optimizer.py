@@ -33,7 +33,7 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, rate: float = 1.0) -> optax.GradientTransformation:
-    """Clipping, then AdamW, or Muon on the matrices of the layers and Adam on embedding, head and norms.
+    """Clipping, then AdamW, or Muon on the matrices of the layers and NAdam on embedding, head and norms.
 
     Weight decay acts on matrices, not on norms; with Muon on the matrices of the layers only. `rate` is a factor of all
     learning rates.
