@@ -48,20 +48,19 @@ def evaluate(config: ModelConfig, params: dict, tokens: list[int], columns: list
     for layer in range(config.num_layers):
         p = {name: _slice(sub, layer) for name, sub in params["layers"].items()}
         normed_TD = rms_norm(x_TD, p["attention_norm"]["scale"], config.norm_eps)
-        queries = [[rotate_one(x_D @ p["attention"]["q"][:, head], column, config) for head in range(config.num_heads)]
-                   for x_D, column in zip(normed_TD, columns, strict=True)]
-        for x_D, (column, keys, values) in zip(normed_TD, new, strict=True):
-            keys.append([rotate_one(x_D @ p["attention"]["k"][:, head], column, config)
-                         for head in range(config.num_kv_heads)])
-            values.append([x_D @ p["attention"]["v"][:, head] for head in range(config.num_kv_heads)])
+        project = {name: np.einsum("TD,DNH->TNH", normed_TD, p["attention"][name]) for name in "qkv"}
+        queries = [rotate_one(q_NH, column, config) for q_NH, column in zip(project["q"], columns, strict=True)]
+        for k_KH, v_KH, (column, keys, values) in zip(project["k"], project["v"], new, strict=True):
+            keys.append(rotate_one(k_KH, column, config))
+            values.append(v_KH)
+        keys_SKH, values_SKH = (np.array([column[kind][layer] for column in [*kept, *new]]) for kind in (1, 2))
         x_TD = x_TD.copy()
-        for row, heads in enumerate(queries):
-            for head, q_H in enumerate(heads):
+        for row, q_NH in enumerate(queries):
+            for head, q_H in enumerate(q_NH):
                 shared = head * config.num_kv_heads // config.num_heads
-                score = np.array([q_H @ keys[layer][shared] for _, keys, _ in [*kept, *new]]) / config.head_dim**0.5
+                score = keys_SKH[:, shared] @ q_H / config.head_dim**0.5
                 weight = np.exp(score - score.max())
-                mixed_H = sum(w * values[layer][shared]
-                              for w, (_, _, values) in zip(weight / weight.sum(), [*kept, *new], strict=True))
+                mixed_H = weight / weight.sum() @ values_SKH[:, shared]
                 x_TD[row] += mixed_H @ p["attention"]["o"][head]
         normed_TD = rms_norm(x_TD, p["mlp_norm"]["scale"], config.norm_eps)
         gate_TF = normed_TD @ p["mlp"]["gate"]
@@ -70,8 +69,9 @@ def evaluate(config: ModelConfig, params: dict, tokens: list[int], columns: list
     return x_TD @ (params["embedding"].T if config.tied_head else params["head"]), new
 
 
-def rotate_one(x_H: np.ndarray, column: int, config: ModelConfig) -> np.ndarray:
-    return rotate(x_H[None], np.array([column]), config.rope_theta)[0]
+def rotate_one(x_NH: np.ndarray, column: int, config: ModelConfig) -> np.ndarray:
+    """Rotates all heads of one column."""
+    return rotate(x_NH, np.full(len(x_NH), column), config.rope_theta)
 
 
 def attention(config: ModelConfig, p: dict, x_LD: np.ndarray, positions_L: np.ndarray, segments_L: np.ndarray):

@@ -49,6 +49,8 @@ def run(arguments, cwd=ROOT):
 
 
 MORE_BAD_INPUT = [
+    (["--config.data.batch_size=7", "--config.mesh.fsdp=2"], "must multiply to the number of devices"),
+    (["--colour=red"], "colour"),
     (["--config.data.sources=('text:/nowhere/at/all',)"], "/nowhere/at/all"),
     (["--workdir=/dev/null/run"], "/dev/null/run"),
     (["--config.eval.final=('poems',)"], "'poems'; known: bits_per_byte"),
@@ -66,9 +68,7 @@ MORE_BAD_INPUT = [
         (["--config.train.stepz=3"], "stepz"),
         (["--config.train.steps=many"], "steps"),
         (["--config.model.d_model=18"], "config.model.d_model = 18: must be divisible by model.num_heads = 4"),
-        (["--config.data.batch_size=7", "--config.mesh.fsdp=2"], "must multiply to the number of devices"),
         (["--config.diffusion.mask_id=300", "--config.model.vocab_size=264"], "config.diffusion.mask_id = 300"),
-        (["--colour=red"], "colour"),
         (["more"], "'more'"),
         *(pytest.param(changes, message, marks=pytest.mark.slow) for changes, message in MORE_BAD_INPUT),
     ],
@@ -165,8 +165,9 @@ def test_the_8b_recipe_is_planned_without_corpus_or_accelerator():
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--config.decode.reveal=typo", "config.decode.reveal = 'typo': must be one of"),
-    ("--config.decode.stop_ids=(100000,)", "config.decode.stop_ids: id 100000 is outside the vocabulary of"),
-    ("--config.decode.block_length=1000", "must"),
+    pytest.param("--config.decode.stop_ids=(100000,)",
+                 "config.decode.stop_ids: id 100000 is outside the vocabulary of", marks=pytest.mark.slow),
+    pytest.param("--config.decode.block_length=1000", "must", marks=pytest.mark.slow),
 ])
 def test_bad_decode_settings_are_refused_before_training(directory, tmp_path, flag, message):
     for dry in ([], ["--dry_run"]):

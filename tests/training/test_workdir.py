@@ -100,7 +100,7 @@ def test_half_a_line_of_metrics_is_dropped(run, tmp_path, half):
     assert [json.loads(line)["step"] for line in lines[:-1]] == [3, 4, 5] and lines[-1] == ""
 
 
-@pytest.mark.parametrize("kind", ["directory", "FIFO"])
+@pytest.mark.parametrize("kind", ["FIFO", pytest.param("directory", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "trainer.lock", "tokenizer/special_ids.json",
                                   "checkpoints", "checkpoints/12/meta/metadata", "checkpoints/12/params/_METADATA"])
 def test_what_is_no_file_is_named_or_has_no_effect(run, whole, tmp_path, name, kind):
