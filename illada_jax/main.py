@@ -35,6 +35,7 @@ from illada_jax.parallel import hosts
 from illada_jax.parallel.mesh import make_mesh
 from illada_jax.training import run as run_setup
 from illada_jax.training.loop import RunSetup, train
+from illada_jax.training.memory import limit_arenas
 from illada_jax.training.profiler import parse_steps
 
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 48  # of the first batch, printed by --dry_run
@@ -91,6 +92,7 @@ def main(_: list[str]) -> int:
         dry_run(config)
         return 0
     profile_steps = parse_steps(_PROFILE.value)
+    limit_arenas()
     cli.use_compilation_cache(_COMPILED.value)
     hosts.join(_PROCESSES.value)
     try:

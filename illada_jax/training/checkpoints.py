@@ -7,7 +7,6 @@ average if there is one; only resuming reads both.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import logging
@@ -29,6 +28,7 @@ from illada_jax.errors import EXIT_BAD_INPUT, InputError, StorageError
 from illada_jax.parallel import hosts
 from illada_jax.parallel.fingerprints import fingerprints, first_difference
 from illada_jax.training.faults import FaultCounts
+from illada_jax.training.memory import return_free_memory
 from illada_jax.training.saved_model import (
     FORMAT_VERSION,
     CorruptCheckpointError,
@@ -67,15 +67,6 @@ def _is_not_a_repetition(record: logging.LogRecord) -> bool:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return getattr(error, "strerror", None) or (text if len(text) <= _REASON_LENGTH else f"…{text[-_REASON_LENGTH:]}")
-
-
-def _return_free_memory() -> None:
-    """Returns freed memory to the system, where the C library can.
-
-    Saves run in new threads, and glibc keeps what they free, megabytes each, in one of many arenas.
-    """
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -161,7 +152,7 @@ class Checkpoints:
         found = []
         try:
             self.wait()
-            _return_free_memory()
+            return_free_memory()
         except StorageError as error:
             if jax.process_count() > 1:
                 raise

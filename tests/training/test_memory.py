@@ -2,6 +2,8 @@
 
 import ctypes
 import pathlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -43,6 +45,34 @@ def test_memory_that_threads_of_a_save_have_freed_is_returned(tmp_path):
         assert checkpoints.problems() == []
         assert before - resident() > 0.9 * _BLOCK * _BLOCKS
     libc.free(ctypes.c_void_p(kept[0]))
+
+
+ARENAS = """
+import ctypes, pathlib, sys, threading
+from illada_jax.training.memory import limit_arenas
+limit_arenas()
+import jax
+jax.numpy.zeros(1).block_until_ready()
+libc, ready = ctypes.CDLL(None), threading.Barrier(21)
+libc.fopen.restype = ctypes.c_void_p
+def work():
+    ctypes.create_string_buffer(60_000)
+    ready.wait()
+    ready.wait()
+for _ in range(20):
+    threading.Thread(target=work).start()
+ready.wait()
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+ready.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+def test_threads_share_four_arenas(tmp_path):
+    subprocess.run([sys.executable, "-c", ARENAS, tmp_path / "arenas.xml"], check=True)
+    assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == 4
 
 
 def test_a_save_asks_for_no_metrics_which_tensorstore_does_not_free():
