@@ -44,7 +44,7 @@ class Network:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
         first, second = x_NLH.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_NLH.dtype)
 
 
 def fixed_length(network, prompt, ids, max_new_tokens, block_length, steps_per_block, **options):

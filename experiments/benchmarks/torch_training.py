@@ -70,9 +70,11 @@ class Network(torch.nn.Module):
 class Trainer:
     """Training steps: gradient, clipping, AdamW with weight decay on the matrices."""
 
-    def __init__(self, params: dict[str, Any], config: Config, compiled: bool):
-        """Copies `params`; `compiled` uses torch.compile."""
-        self._network = Network(params, config.model, config.data.length)
+    def __init__(self, params: dict[str, Any], config: Config, compiled: bool, device: str = "cpu",
+                 bfloat16: bool = False):
+        """Copies `params`; `compiled` uses torch.compile, `bfloat16` autocast."""
+        self._network = Network(params, config.model, config.data.length).to(device)
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16)
         self._start = {name: value.clone() for name, value in self._network.state_dict().items()}
         self._loss = torch.compile(self._network) if compiled else self._network
         self._config = config.optimizer
@@ -89,7 +91,8 @@ class Trainer:
 
     def step(self, noisy, targets, weights):
         """Takes one step; returns the loss before it."""
-        loss = self._loss(noisy, targets, weights)
+        with self._autocast:
+            loss = self._loss(noisy, targets, weights)
         self._optimizer.zero_grad()
         loss.backward()
         if self._config.clip_norm:
