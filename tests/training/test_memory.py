@@ -1,6 +1,7 @@
 """Memory that a save leaves behind."""
 
 import ctypes
+import os
 import pathlib
 import subprocess
 import sys
@@ -70,9 +71,9 @@ ready.wait()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
-def test_threads_share_four_arenas(tmp_path):
+def test_threads_share_few_arenas(tmp_path):
     subprocess.run([sys.executable, "-c", ARENAS, tmp_path / "arenas.xml"], check=True)
-    assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == 4
+    assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == max(1, os.cpu_count() // 2)
 
 
 def test_a_save_asks_for_no_metrics_which_tensorstore_does_not_free():
