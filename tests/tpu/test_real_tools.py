@@ -66,10 +66,11 @@ def check(words, table):
 def test_every_gcloud_line_has_only_flags_of_its_command(pod):
     table = json.loads((pathlib.Path(__file__).parent / "gcloud_flags.json").read_text())
     assert len(HARDWARE) >= 9
-    printed = [line[line.index("gcloud"):] for backend in WAYS for line in lines(pod, backend) if "gcloud" in line]
-    for words in printed + of_readme():
+    printed = {line[line.index("gcloud"):] for backend in WAYS for line in lines(pod, backend) if "gcloud" in line}
+    for words in printed.union(of_readme()):
         check(words, table)
-    print(f"{len(printed)} lines of scripts, {len(of_readme())} of the README")
+    print(f"{len(printed)} distinct gcloud lines of scripts and {len(set(of_readme()))} of tpu/README.md allowed, "
+          f"{len(HARDWARE)} rows of hardware, backends {', '.join(WAYS)}")
     for wrong in ("gcloud compute tpus queued-resources create pod --reservation=ours",
                   "gcloud compute tpus tpu-vm ssh pod --tunnel-through-iap", "gcloud compute tpus pods list"):
         with pytest.raises(AssertionError):
@@ -114,7 +115,6 @@ def test_every_xpk_line_passes_its_parser_and_its_dry_run(pod, tmp_path, monkeyp
             if f"--env-file={tmp_path / 'illada-pod.env'}" in words:
                 assert {"name": "LIBTPU_INIT_ARGS", "value": "--a=1 --b=2"} in container["env"]
         count += 1
-    print(f"{count} lines through the dry run, {len(printed) - count} through the parser")
     import argparse
 
     from xpk.parser.core import set_parser
@@ -122,5 +122,6 @@ def test_every_xpk_line_passes_its_parser_and_its_dry_run(pod, tmp_path, monkeyp
     set_parser(parser)
     for words in printed:
         parser.parse_args(words[1:])
+    print(f"{len(printed)} distinct xpk lines parsed, {count} of them through the dry run")
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         parser.parse_args([*printed[0][1:], "--no-such-flag"])

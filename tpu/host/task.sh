@@ -16,14 +16,20 @@ done
 
 same=false
 if [ -f task ] && [ "$(cat task)" = "$task" ]; then same=true; fi
-case $(systemctl is-active illada) in
-  active | activating | reloading | deactivating)
-    if $same; then state=running; else state=other; fi ;;
-  *)
-    if ! $same; then state=idle
-    elif [ -f ended ]; then state="ended $(cat ended)"
-    else state=dead; fi ;;
-esac
+is_active() {
+  case $(systemctl is-active illada) in active | activating | reloading | deactivating) ;; *) return 1 ;; esac
+}
+# The unit of a task that is over is active until its log has been copied.
+waited=0
+while [ -f ended ] && [ $waited -lt 60 ] && is_active; do
+  sleep 1
+  waited=$((waited + 1))
+done
+if is_active; then
+  if $same; then state=running; else state=other; fi
+elif ! $same; then state=idle
+elif [ -f ended ]; then state="ended $(cat ended)"
+else state=dead; fi
 if [ "$action" = status ]; then
   echo "state $state"
   exit
