@@ -14,18 +14,18 @@ import ml_collections
 from illada_jax import config
 from illada_jax.errors import ConfigError
 
-# Settings for the same batch on one host (`tpu/cases.json`): one row at a time on a device, everything computed again
-# in the backward pass, and a checkpoint every 20 steps. The number in a name counts TensorCores (v4) or chips. Without
-# a variant the whole batch is computed at once, for which no single host has the memory.
-# One alternative was compiled: two rows on v6e-8 that keep the products ("dots") take 19.6 s a step at best, these
-# 18.3 s. No others were, so v4-8 and v5e-8 may have faster settings in their spare memory.
+# Settings for the same batch on one host (`tpu/cases.json`): one row at a time on a device, nearly everything computed
+# again in the backward pass, and a checkpoint every 20 steps. The number in a name counts TensorCores (v4) or chips.
+# Without a variant the whole batch is computed at once, for which no single host has the memory.
+# Two alternatives were compiled: v5e-8 is faster if it keeps attention (45.5 s a step at best, 46.9 s without), v6e-8
+# slower with two rows that keep the products (19.6 s, 18.3 s). Others may be faster still.
 VARIANTS = {
-    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 64},
-    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
-    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 32},
+    "v4-8": {"mesh.fsdp": 4, "train.microbatches": 64, "model.remat": "full"},
+    "v5e-8": {"mesh.fsdp": 8, "train.microbatches": 32, "model.remat": "attention"},
+    "v6e-8": {"mesh.fsdp": 8, "train.microbatches": 32, "model.remat": "full"},
 }
 for _variant in VARIANTS.values():
-    _variant |= {"model.remat": "full", "train.logits_chunk": 256, "checkpoint.every": 20}
+    _variant |= {"train.logits_chunk": 256, "checkpoint.every": 20}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
