@@ -67,6 +67,7 @@ def test_a_run_lives_in_a_bucket(run, command, tmp_path):
 
 # What of training, by file, uses the local file system, and why that is no path of a workdir.
 LOCAL = {
+    ("training/memory.py", "os.cpu_count"): "no path",
     ("training/metrics.py", "tempfile.mkdtemp"): "where lines are kept until they are published",
     ("training/metrics.py", "open"): "the same",
     ("training/saved_model.py", "pathlib.Path"): "the files of a local checkpoint",
